@@ -1,0 +1,43 @@
+# Two commands are all it takes: `make demo` and `make test`. PYTHON may name another Python (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types notebooks slow bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python -m captum_classfilters demo --out demo
+
+test: .venv/test.stamp lint types
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test.stamp
+	$(BIN)/mypy
+
+# Run the tutorials again and keep their outputs
+notebooks: .venv/test.stamp
+	cd tutorials && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
+
+slow: .venv/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/test.stamp
+	$(BIN)/python -m benchmarks
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv demo build *.egg-info

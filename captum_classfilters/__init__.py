@@ -1,0 +1,41 @@
+"""Which channels of a network work for which class? A plugin for Captum.
+
+    from captum_classfilters import InfluentialFeatures
+    filters = InfluentialFeatures(model).attribute(loader)
+
+Rooms that need Captum, pandas or matplotlib load when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from captum_classfilters._version import __version__
+
+if TYPE_CHECKING:
+    from captum_classfilters import metrics as metrics
+    from captum_classfilters import visualize as visualize
+    from captum_classfilters.class_filters import ClassFilters as ClassFilters
+    from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
+    from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
+
+_HOMES = {
+    "ClassFilters": "class_filters",
+    "ClassFiltersError": "core.errors",
+    "InfluentialFeatures": "influential",
+    "metrics": "metrics",
+    "visualize": "visualize",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f"{__name__}.{_HOMES[name]}")
+    value = home if name == _HOMES[name] else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

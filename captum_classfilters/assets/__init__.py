@@ -1,0 +1,96 @@
+"""Networks and images small enough to ship, and their loading. Real ones: ``NOTICE.md`` beside this file says whose.
+
+`networks.py` holds the architecture. The recipes in ``tutorials/recipes`` made the files.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from captum_classfilters.assets.networks import SmallResNet
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.files import read, write
+
+_HERE = Path(__file__).parent
+_NETWORK, _NETWORK_VERSION = "SmallResNet", 1
+_IMAGES, _IMAGES_VERSION = "ImageSample", 1
+SEEDS = (0, 1, 2)
+
+
+class ImageSample(NamedTuple):
+    """Images as bytes and their labels."""
+
+    images: Tensor  # (N, 1, 28, 28) uint8
+    labels: Tensor  # (N,) int64
+    class_names: tuple[str, ...]
+
+    def batches(self, size: int = 250) -> list[tuple[Tensor, Tensor]]:
+        """A loader: ``(images, labels)``, images in [0, 1] as the networks here take them."""
+        return [
+            (images.float() / 255, labels)
+            for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True)
+        ]
+
+
+def load_demo_network(seed: int = 0) -> tuple[SmallResNet, dict[str, Any]]:
+    """A ResNet-20 trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
+
+    Args:
+        seed: Which of the three trainings, 0, 1 or 2.
+
+    Example:
+        >>> model, meta = load_demo_network()
+        >>> meta["test_accuracy"] > 0.93
+        True
+    """
+    if seed not in SEEDS:
+        raise OptionError(f"seed must be one of {list(SEEDS)}, got {seed!r}; these are the networks that ship")
+    return load_network(_HERE / f"resnet20_s{seed}.safetensors")
+
+
+def load_images(split: str = "test") -> ImageSample:
+    """1,000 images of Fashion-MNIST, 100 of each class.
+
+    Args:
+        split: ``"train"``: some of those that the networks were trained on, for filters, refits and thresholds;
+            ``"test"``: some of those that they never saw, for judging.
+
+    Example:
+        >>> load_images("test").images.shape
+        torch.Size([1000, 1, 28, 28])
+    """
+    if split not in ("train", "test"):
+        raise OptionError(f'split must be "train" or "test", got {split!r}')
+    tensors, meta = read(_HERE / "fashion_mnist_sample.safetensors", kind=_IMAGES, version=_IMAGES_VERSION)
+    return ImageSample(tensors[f"{split}_images"], tensors[f"{split}_labels"], tuple(meta["class_names"]))
+
+
+def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSample) -> None:
+    """Save what `load_images` reads."""
+    tensors = {
+        f"{split}_{what}": getattr(sample, what)
+        for split, sample in (("train", train), ("test", test))
+        for what in ("images", "labels")
+    }
+    write(path, tensors, kind=_IMAGES, version=_IMAGES_VERSION, meta={"class_names": list(train.class_names)})
+
+
+def save_network(model: SmallResNet, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
+    """Save a `SmallResNet` with what is needed to build it again; ``meta`` says how it was trained."""
+    config = {
+        "depth": model.depth,
+        "num_classes": model.fc.out_features,
+        "mean": model.normalise.mean.flatten().tolist(),
+        "std": model.normalise.std.flatten().tolist(),
+    }
+    write(path, model.state_dict(), kind=_NETWORK, version=_NETWORK_VERSION, meta={**meta, "config": config})
+
+
+def load_network(path: str | os.PathLike[str]) -> tuple[SmallResNet, dict[str, Any]]:
+    """Load what `save_network` saved: ``(model, meta)``, in eval mode, on the CPU."""
+    tensors, meta = read(path, kind=_NETWORK, version=_NETWORK_VERSION)
+    model = SmallResNet(**meta["config"])
+    model.load_state_dict(tensors)
+    return model.eval(), meta

@@ -1,0 +1,99 @@
+"""The small residual networks of CIFAR fame, for the demo, the tests and the recipes.
+
+Images go in as they are, in [0, 1]; the network normalises them itself, so that an attack, a plot and
+a loader all speak of the same numbers. N images, K = 64 features before the head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+WIDTHS = (16, 32, 64)
+
+
+class Normalise(nn.Module):
+    """Subtract the data set's mean and divide by its deviation, per colour channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Same shape in and out."""
+        return (images - self.mean) / self.std
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; where the shape changes, the shortcut is a 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.relu2 = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, inputs, H, W)`` to ``(N, outputs, H / stride, W / stride)``."""
+        out = self.relu1(self.bn1(self.conv1(images)))
+        out = self.bn2(self.conv2(out))
+        result: Tensor = self.relu2(out + self.downsample(images))
+        return result
+
+
+class SmallResNet(nn.Module):
+    """ResNet-20/32/44/56 of He et al. 2016, section 4.2, with 1x1-convolution shortcuts.
+
+    Args:
+        depth: 6 n + 2: 20, 32, 44, 56, ...
+        num_classes: C.
+        mean: Mean of each colour channel of images in [0, 1]; its length is the number of colours.
+        std: Deviation of each colour channel.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        num_classes: int = 10,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6 n + 2, such as 20, 32, 44 or 56; got {depth}")
+        self.depth = depth
+        self.normalise = Normalise(mean, std)
+        self.conv1 = nn.Conv2d(len(mean), WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.relu = nn.ReLU()
+        blocks = (depth - 2) // 6
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
+        out = self.relu(self.bn1(self.conv1(self.normalise(images))))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(out), 1))
+        return logits
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

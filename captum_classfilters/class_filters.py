@@ -1,0 +1,247 @@
+"""`ClassFilters`: the one shape in which every method answers which channels work for which class.
+
+A ``C x K`` table and what is needed to rank, compare, merge and store it. How the scores come about is known in the
+method's own room. C classes, K channels.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_classfilters.core.errors import MergeError, OptionError, ShapeError
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.head import Head
+
+_KIND, _VERSION = "ClassFilters", 1
+
+# Sums are kept on a grid of 2**-24: numbers on it add up exactly, in any order, while they stay below 2**29
+GRID = 2.0**24
+
+
+@dataclass(frozen=True, eq=False)
+class ClassFilters:
+    """Which channels work for which class.
+
+    Attributes:
+        scores: ``(C, K)`` float64; the bigger, the more this channel works for this class. A sum over samples where the
+            method counts or adds (``meta["merge"] == "sum"``): divide by ``counts`` for rates.
+        mass: ``(C, K)`` float64, accumulated ``|feature|``; breaks ties.
+        counts: ``(C,)`` int64, samples behind each row. A class without samples has scores 0 and is in no `top` or
+            `mask`.
+        method: Which method, such as ``"histogram"``.
+        layer: Name of the layer whose input channels these are.
+        class_names: C names, unique.
+        meta: How the table was made; what JSON can hold.
+
+    Raises:
+        ShapeError: The shapes do not agree.
+        OptionError: Class names are repeated.
+
+    Example:
+        >>> scores = torch.tensor([[5.0, 1.0, 3.0], [0.0, 4.0, 3.0]], dtype=torch.float64)
+        >>> filters = ClassFilters(scores, scores, torch.tensor([5, 5]), "histogram", "fc", ("cat", "dog"))
+        >>> filters.top(2).tolist()
+        [[0, 2], [1, 2]]
+        >>> filters.contrast("cat", "dog", k=2).tolist()
+        [0]
+    """
+
+    scores: Tensor
+    mass: Tensor
+    counts: Tensor
+    method: str
+    layer: str
+    class_names: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scores.dim() != 2 or self.mass.shape != self.scores.shape:
+            raise ShapeError(
+                f"scores and mass must both have shape (C, K), got {tuple(self.scores.shape)} and "
+                f"{tuple(self.mass.shape)}"
+            )
+        if self.counts.shape != self.scores.shape[:1] or len(self.class_names) != len(self.scores):
+            raise ShapeError(
+                f"expected {len(self.scores)} counts and class names, one for each row of scores; got counts of shape "
+                f"{tuple(self.counts.shape)} and {len(self.class_names)} names"
+            )
+        if len(set(self.class_names)) != len(self.class_names):
+            twice = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
+            raise OptionError(f"class names must be unique, got {twice} more than once; number them apart")
+
+    def __repr__(self) -> str:
+        unseen = int((self.counts == 0).sum())
+        return (
+            f"ClassFilters({self.method!r}, {self.num_classes} classes x {self.num_channels} channels of "
+            f"{self.layer!r}, "
+            f"{int(self.counts.sum())} samples{f', {unseen} classes unseen' if unseen else ''})"
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return int(self.scores.shape[0])
+
+    @property
+    def num_channels(self) -> int:
+        """K."""
+        return int(self.scores.shape[1])
+
+    @property
+    def seen(self) -> Tensor:
+        """``(C,)`` bool: classes with at least one sample."""
+        return self.counts > 0
+
+    def ranking(self) -> Tensor:
+        """``(C, K)`` int64, all channels, strongest first: by score, then by mass, then by lower index."""
+        by_mass = self.mass.sort(dim=1, descending=True, stable=True).indices
+        by_score = self.scores.gather(1, by_mass).sort(dim=1, descending=True, stable=True).indices
+        return by_mass.gather(1, by_score)
+
+    def top(self, k: int) -> Tensor:
+        """The k strongest channels of each class, ``(C, k)`` int64; -1 throughout for a class without samples.
+
+        Raises:
+            OptionError: k is not in ``[1, K]``.
+        """
+        self._check_k(k)
+        return self.ranking()[:, :k].masked_fill(~self.seen[:, None], -1)
+
+    def mask(self, k: int) -> Tensor:
+        """`top` as a table, ``(C, K)`` bool; a class without samples has no channel."""
+        self._check_k(k)
+        mask = torch.zeros_like(self.scores, dtype=torch.bool)
+        return mask.scatter_(1, self.ranking()[:, :k], True) & self.seen[:, None]
+
+    def overlap(self, k: int) -> Tensor:
+        """Jaccard index of each two classes' top-k sets, ``(C, C)`` float64; NaN for a class without samples."""
+        chosen = self.mask(k).double()
+        shared = chosen @ chosen.T
+        return (shared / (2 * k - shared)).masked_fill(~(self.seen[:, None] & self.seen), torch.nan)
+
+    def contrast(self, a: str | int, b: str | int, k: int) -> Tensor:
+        """Channels among the top k of class ``a`` and not of ``b``, strongest for ``a`` first; 1-D int64, at most k.
+
+        Args:
+            a: Class by name or index.
+            b: The class to tell it from.
+            k: How many channels of each are looked at.
+
+        Raises:
+            OptionError: Unknown class, ``a`` is ``b``, or k is not in ``[1, K]``.
+        """
+        first, second = self.index(a), self.index(b)
+        if first == second:
+            raise OptionError(f"contrast needs two different classes, got {a!r} and {b!r}")
+        for name, row in ((a, first), (b, second)):
+            if not self.seen[row]:
+                raise OptionError(
+                    f"class {name!r} has no samples, so nothing is known of its channels; show some first"
+                )
+        top, mask = self.top(k), self.mask(k)
+        return top[first][~mask[second][top[first]]]
+
+    def index(self, name: str | int) -> int:
+        """The row of a class given by name or index."""
+        if isinstance(name, str):
+            if name not in self.class_names:
+                shown = ", ".join(self.class_names[:10]) + (", ..." if self.num_classes > 10 else "")
+                raise OptionError(f"no class is named {name!r}; the names are: {shown}")
+            return self.class_names.index(name)
+        if not 0 <= name < self.num_classes:
+            raise OptionError(f"class index must lie in [0, {self.num_classes}), got {name}")
+        return int(name)
+
+    @staticmethod
+    def merge(*parts: "ClassFilters") -> "ClassFilters":
+        """Put tables of disjoint shards together; exactly what one pass over all of them gives.
+
+        Sums lie on a grid on which addition is exact, so that neither the split nor the order matters (sums of
+        ``|feature|`` up to 5e8 per cell; beyond, they round as any float64 does).
+
+        Raises:
+            MergeError: No parts, or parts of different methods, layers, classes or options.
+        """
+        if not parts:
+            raise MergeError("merge needs at least one table, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            for what in ("method", "layer", "class_names"):
+                if getattr(part, what) != getattr(first, what):
+                    raise MergeError(
+                        f"{what} differs: {getattr(first, what)!r} and {getattr(part, what)!r}; merge tables of one run"
+                    )
+            if part.scores.shape != first.scores.shape:
+                raise MergeError(
+                    f"shapes differ: {tuple(first.scores.shape)} and {tuple(part.scores.shape)}; merge tables of "
+                    "one model"
+                )
+            if dict(part.meta) != dict(first.meta):
+                odd = sorted(key for key in {*part.meta, *first.meta} if part.meta.get(key) != first.meta.get(key))
+                raise MergeError(f"options differ in {odd}; merge tables made with the same options")
+        how = first.meta.get("merge", "sum")
+        if how not in ("sum", "same"):
+            raise MergeError(
+                f"tables of method {first.method!r} cannot be merged: their scores do not add up over samples"
+            )
+        if how == "same":
+            if any(not torch.equal(part.scores, first.scores) for part in parts[1:]):
+                raise MergeError(
+                    f"scores of method {first.method!r} do not depend on samples, yet differ: other weights or seed"
+                )
+            scores = first.scores
+        else:
+            scores = torch.stack([part.scores for part in parts]).sum(0)
+        mass = torch.stack([part.mass for part in parts]).sum(0)
+        counts = torch.stack([part.counts for part in parts]).sum(0)
+        return ClassFilters(scores, mass, counts, first.method, first.layer, first.class_names, first.meta)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to a safetensors file; whole or not at all."""
+        tensors = {"scores": self.scores, "mass": self.mass, "counts": self.counts}
+        about = {
+            "method": self.method,
+            "layer": self.layer,
+            "class_names": list(self.class_names),
+            "meta": dict(self.meta),
+        }
+        write(path, tensors, kind=_KIND, version=_VERSION, meta=about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ClassFilters":
+        """Read what `save` wrote; runs no code of the file.
+
+        Raises:
+            FileNotFoundError: No such file.
+            FileFormatError: Broken, truncated, foreign, or of another schema version.
+        """
+        tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("scores", "mass", "counts"))
+        names = tuple(about["class_names"])
+        return cls(**tensors, method=about["method"], layer=about["layer"], class_names=names, meta=about["meta"])
+
+    def _check_k(self, k: int) -> None:
+        check_k(k, self.num_channels, "k")
+
+
+def check_k(k: Any, channels: int, name: str) -> None:
+    """Refuse a number of channels outside ``[1, K]``."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= channels:
+        raise OptionError(f"{name} must be an integer in [1, {channels}], the number of channels; got {k!r}")
+
+
+def check_table(filters: ClassFilters, head: Head) -> None:
+    """Refuse a table of another network."""
+    if filters.scores.shape != head.weight.shape:
+        raise ShapeError(
+            f"the table is {filters.num_classes} classes x {filters.num_channels} channels (of layer {filters.layer!r}), "
+            f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model"
+        )
+
+
+def to_grid(values: Tensor) -> Tensor:
+    """Round to the grid on which sums are exact: float64, multiples of 2**-24."""
+    return (values.double() * GRID).round_().div_(GRID)

@@ -1,0 +1,1 @@
+"""What every room stands on: the head, the pass over a loader, borrowing, files, errors."""

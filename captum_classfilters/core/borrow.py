@@ -1,0 +1,63 @@
+"""Take the user's model for a while and give it back as it was.
+
+Eval mode, hooks and eager execution hold inside one ``with`` block. Nothing is ever written onto the model
+besides these, so restoring what was saved is enough. `core/stream.py` is the main borrower.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Hook = Callable[..., None]
+
+
+class Borrowed:
+    """What a borrower may do: put hooks on modules. They leave with the ``with`` block."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def after(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
+        """Call ``hook(module, args, output)`` after each forward of ``module``; returns what removes it early."""
+        handle = module.register_forward_hook(hook)
+        self._stack.callback(handle.remove)
+        return handle.remove
+
+
+@contextmanager
+def borrowed(model: nn.Module | None, *, grad: bool = False) -> Iterator[Borrowed]:
+    """Eval mode, no gradients (unless ``grad``), no compilation; on the way out all is as before.
+
+    ``training`` is restored module by module: a model whose batch norms were frozen by hand stays so.
+    ``model=None``: a bare function, of which only the hooked layers are known.
+    """
+    modules = list(model.modules()) if model is not None else []
+    training = [module.training for module in modules]
+    with ExitStack() as stack:
+        for module, was in zip(modules, training, strict=True):
+            stack.callback(setattr, module, "training", was)
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules)):
+            # a compiled module skips hooks that were set after its compilation
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if model is not None:
+            model.eval()
+        yield Borrowed(stack)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def unwrap(model: Any) -> Any:
+    """The module inside ``torch.compile``, DataParallel and DistributedDataParallel; anything else as it is."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model

@@ -1,0 +1,49 @@
+"""The errors of this package: each says what was expected, what came, and what to do.
+
+All derive from `ClassFiltersError`; those that are also a wrong value or a wrong type say so by a second
+base, so that ``except ValueError`` keeps working.
+"""
+
+
+class ClassFiltersError(Exception):
+    """Base of every error raised by captum_classfilters."""
+
+
+class HeadError(ClassFiltersError, ValueError):
+    """The classifier head could not be found, or is not one this package can read."""
+
+
+class ShapeError(ClassFiltersError, ValueError):
+    """A tensor has the wrong shape or dtype."""
+
+
+class LabelError(ClassFiltersError, ValueError):
+    """Labels are missing, of the wrong type, or out of range."""
+
+
+class OptionError(ClassFiltersError, ValueError):
+    """An argument lies outside what it may be."""
+
+
+class EmptyLoaderError(ClassFiltersError, ValueError):
+    """The loader gave no batch."""
+
+
+class NonFiniteError(ClassFiltersError, ArithmeticError):
+    """NaN or infinity where a number was needed."""
+
+
+class FileFormatError(ClassFiltersError, ValueError):
+    """A file is broken, foreign, or of another schema version."""
+
+
+class MergeError(ClassFiltersError, ValueError):
+    """Parts that do not belong together were to be merged."""
+
+
+class DeviceError(ClassFiltersError, ValueError):
+    """The model is not on the device that was asked for."""
+
+
+class UnseenClassWarning(UserWarning):
+    """A class had no sample in the loader."""

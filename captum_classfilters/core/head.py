@@ -1,0 +1,344 @@
+"""The classifier head of a model, its input features, and the feature map behind them.
+
+A head is the ``nn.Linear`` (or 1x1 convolution) whose output is the model's output. It is found inside a forward
+pass that is needed anyway, so that a loader which can be read only once loses no batch: `HeadSearch.watch` sets the
+hooks, `HeadSearch.found` looks at what they saw. `core/stream.py` does both.
+N samples, K features, C classes, h x w positions.
+"""
+
+import difflib
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_classfilters.core.borrow import Borrowed
+from captum_classfilters.core.errors import HeadError
+
+# What a head can be
+Candidate: TypeAlias = nn.Linear | nn.Conv2d
+
+# Two images are enough to tell one feature map from another, and cost next to nothing to keep
+_PROBE = 2
+# The head is called last or nearly so; of earlier candidates only the names are kept
+_RECENT = 4
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """The module whose output, pooled over positions, is the head's input.
+
+    ``exact`` is False where something stands between pooling and head (the LayerNorm of ConvNeXt): the channels are
+    the same, their values are not.
+    """
+
+    name: str
+    module: nn.Module
+    layout: str
+    relu: bool
+    exact: bool
+
+    def read(self, output: Tensor) -> Tensor:
+        """The module's output as a map of shape ``(N, K, h, w)``."""
+        maps = _as_nchw(output, self.layout)
+        return maps.relu() if self.relu else maps
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = features @ weight.T + bias``; weight ``(C, K)``, bias ``(C,)``, read when asked for."""
+
+    name: str
+    module: Candidate
+    feature_map: FeatureMap | None
+
+    @property
+    def weight(self) -> Tensor:
+        """``(C, K)``."""
+        return self.module.weight.detach().flatten(1)
+
+    @property
+    def bias(self) -> Tensor:
+        """``(C,)``; zeros for a head without."""
+        bias = self.module.bias
+        return self.weight.new_zeros(self.num_classes) if bias is None else bias.detach()
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return int(self.weight.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        """K."""
+        return int(self.weight.shape[1])
+
+    def pool(self, tensor: Tensor) -> Tensor:
+        """Input or output of the head's module as ``(N, channels)``: positions are averaged, as the model does."""
+        return _pool(tensor, self.module)
+
+
+class Found(NamedTuple):
+    """What the first forward pass gave."""
+
+    head: Head
+    features: Tensor  # (N, K)
+    logits: Tensor  # (N, C)
+
+
+class _Call(NamedTuple):
+    module: Candidate
+    inputs: Tensor
+    output: Tensor
+    version: int | None
+    position: int  # snapshots taken before it
+
+
+class HeadSearch:
+    """Hooks for one forward pass that remember what could be the head and the map behind it."""
+
+    def __init__(self, model: nn.Module | None, layer: nn.Module | str | None) -> None:
+        self._model = model
+        self._layer = find_layer(model, layer) if layer is not None else None
+        self._names = _names(model)
+        self._calls: deque[_Call] = deque(maxlen=_RECENT)
+        self._times: Counter[nn.Module] = Counter()
+        self._snapshots: list[tuple[nn.Module, Tensor | None]] = []
+        self._removers: list[Callable[[], None]] = []
+
+    def watch(self, borrow: Borrowed) -> None:
+        """Set the hooks."""
+        modules = list(self._model.modules()) if self._model is not None else []
+        for module in modules:
+            if module is not self._model:
+                self._removers.append(borrow.after(module, self._snapshot))
+        for module in modules if self._layer is None else [self._layer]:
+            if _is_candidate(module):
+                self._removers.append(borrow.after(module, self._candidate))
+
+    def found(self, output: Any) -> Found:
+        """What was found, given the model's ``output``; the hooks are gone afterwards.
+
+        Raises:
+            HeadError: There is no head, or more than one reading of it; names the candidates.
+        """
+        for remove in self._removers:
+            remove()
+        call = self._search(output) if self._layer is None else self._given(self._layer, output)
+        features, logits = _pool(call.inputs, call.module), _pool(call.output, call.module)
+        head = Head(self._name(call.module), call.module, self._feature_map(features, call))
+        self._calls.clear()
+        self._snapshots.clear()
+        return Found(head, features, logits)
+
+    # -- what the hooks keep ---------------------------------------------------------------------------------------
+
+    def _snapshot(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() in (3, 4):
+            # a copy: an in-place activation may follow
+            self._snapshots.append((module, output[:_PROBE].detach().clone()))
+        elif _has_matrix(module):
+            self._snapshots.append((module, None))
+
+    def _candidate(self, module: Candidate, args: Any, output: Any) -> None:
+        self._times[module] += 1
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            version = None if output.is_inference() else output._version
+            self._calls.append(_Call(module, args[0], output, version, len(self._snapshots)))
+
+    # -- which of the candidates it is -----------------------------------------------------------------------------
+
+    def _search(self, output: Any) -> _Call:
+        if not isinstance(output, Tensor):
+            raise self._error(f"expected a model that returns one tensor of logits, got {type(output).__name__}")
+        matching = [call for call in self._calls if _gives(call, output)]
+        if not matching:
+            raise self._error(self._why_not(output))
+        call = matching[-1]
+        if self._times[call.module] > 1:
+            raise self._error(
+                f"{self._name(call.module)} is called {self._times[call.module]} times in one forward pass, so its "
+                "input is not one set of features"
+            )
+        if sharers := self._sharers(call.module):
+            raise self._error(f"the head's weight is shared by {', '.join(sharers)}")
+        return call
+
+    def _given(self, layer: nn.Module, output: Any) -> _Call:
+        name = self._name(layer)
+        if self._times[layer] != 1 or not self._calls:
+            raise self._error(f"layer {name} was called {self._times[layer]} times in one forward pass, not once")
+        call = self._calls[-1]
+        if call.output.dim() == 4 and call.output[0, 0].numel() > 1 and not _gives(call, output):
+            raise self._error(
+                f"layer {name} is a convolution over {tuple(call.output.shape[2:])} positions whose average is not the "
+                "model's output: an activation stands behind it, so its channels do not add up to the logits"
+            )
+        return call
+
+    def _sharers(self, module: Candidate) -> list[str]:
+        if self._model is None:
+            return []
+        names = self._names[module][:]
+        for other, parameter in self._model.named_parameters(remove_duplicate=False):
+            owner = other.rpartition(".")[0]
+            if parameter is module.weight and owner not in names:
+                names.append(owner or "the model itself")
+        return names if len(names) > 1 else []
+
+    def _why_not(self, output: Tensor) -> str:
+        if not self._times:
+            return "no nn.Linear or 1x1 convolution ran in the forward pass"
+        if output.dim() == 2 and output.shape[1] > 1:
+            total = output.double().sum(1)
+            if bool((output >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3):
+                return "the model's output is probabilities: a softmax follows the head"
+            if torch.allclose(output.double().exp().sum(1), torch.ones_like(total), atol=1e-3):
+                return "the model's output is log-probabilities: a log-softmax follows the head"
+        for call in self._calls:
+            behind = _pool(call.output.relu(), call.module)
+            if behind.shape == output.flatten(1).shape and _close(behind, output.flatten(1)):
+                return f"an activation stands between {self._name(call.module)} and the model's output"
+        return "the model's output is not the output of an nn.Linear or of a 1x1 convolution"
+
+    def _error(self, reason: str) -> HeadError:
+        ran = [module for module in self._times if _is_candidate(module)]
+        candidates = [f"{self._name(m)} ({m.weight.shape[1]} -> {m.weight.shape[0]})" for m in ran[-6:]]
+        which = f"candidates: {', '.join(candidates)}" if candidates else "there is no candidate"
+        return HeadError(
+            f"could not find the classifier head: {reason}; {which}. Pass layer= with the name of the nn.Linear that "
+            "makes the logits"
+        )
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names.get(module, [type(module).__name__])[0]
+
+    # -- the map behind it -----------------------------------------------------------------------------------------
+
+    def _feature_map(self, features: Tensor, head: _Call) -> FeatureMap | None:
+        """Walk back from the head to the nearest map; a convolution or a Linear is as far as it can be."""
+        wanted, small, normalised = features[:_PROBE], None, None
+        inside = set(head.module.modules())
+        for module, snapshot in reversed(self._snapshots[: head.position]):
+            if module in inside:
+                continue
+            for layout in _layouts(snapshot, features.shape[1]):
+                maps = _as_nchw(snapshot, layout)  # type: ignore[arg-type]  # None has no layout
+                relu = _pools_to(maps, wanted)
+                several = maps[0, 0].numel() > 1
+                found = FeatureMap(self._name(module), module, layout, bool(relu), relu is not None)
+                if relu is not None and several:
+                    return found
+                if relu is not None:
+                    small = small or found
+                elif several:
+                    normalised = normalised or found
+            if _has_matrix(module):
+                break
+        return normalised or small
+
+
+def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
+    """The module that ``layer`` names, checked to be one that can be a head."""
+    module: nn.Module
+    if isinstance(layer, str):
+        if model is None:
+            raise HeadError(f"layer={layer!r} is a name, but the model is a bare function: pass the module itself")
+        known = dict(model.named_modules())
+        if layer not in known:
+            near = difflib.get_close_matches(layer, known, n=3, cutoff=0.5) or [
+                n for n, m in known.items() if _is_candidate(m)
+            ]
+            raise HeadError(f"the model has no layer {layer!r}; did you mean one of {near[-6:]}?")
+        module = known[layer]
+    else:
+        module = layer
+        if model is not None and all(module is not inner for inner in model.modules()):
+            raise HeadError(
+                f"layer {type(module).__name__} is not a module of this model; pass one that is, or its name"
+            )
+    if not _is_candidate(module):
+        raise HeadError(
+            f"layer must be an nn.Linear or a 1x1 convolution without groups, got {type(module).__name__}; "
+            "its input features and weights are what is read"
+        )
+    return module
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+
+
+def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if model is not None else ():
+        names.setdefault(module, []).append(name or "the model itself")
+    return names
+
+
+def _is_candidate(module: nn.Module) -> TypeGuard[Candidate]:
+    if isinstance(module, nn.Conv2d):
+        simple = module.groups == 1 and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
+        return simple and module.kernel_size == (1, 1)
+    return isinstance(module, nn.Linear)
+
+
+def _pool(tensor: Tensor, module: nn.Module) -> Tensor:
+    if isinstance(module, nn.Conv2d):
+        return tensor.flatten(2).mean(2) if tensor[0, 0].numel() > 1 else tensor.flatten(1)
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.flatten(1, -2).mean(1) if tensor.dim() > 2 else tensor.unsqueeze(0)
+
+
+def _gives(call: _Call, output: Any) -> bool:
+    """Is the model's output this call's linear function of its pooled input?"""
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        return False
+    logits, flat = _pool(call.output, call.module), output.flatten(1)
+    if logits.shape != flat.shape:
+        return False
+    if call.version is not None and call.output._version != call.version:
+        return False  # something wrote into it afterwards
+    weight, bias = call.module.weight.flatten(1), call.module.bias
+    features = _pool(call.inputs, call.module)
+    return _close(F.linear(features.to(weight.dtype), weight, bias), flat)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    half = min(torch.finfo(a.dtype).bits, torch.finfo(b.dtype).bits) < 32
+    a, b = a.double(), b.double()
+    scale = max(float(a.abs().max()), float(b.abs().max()), 1e-30)
+    return bool(((a - b).abs().max() <= (3e-2 if half else 1e-4) * scale).item())
+
+
+def _layouts(snapshot: Tensor | None, channels: int) -> list[str]:
+    if snapshot is None:
+        return []
+    if snapshot.dim() == 4:
+        return [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if snapshot.shape[axis] == channels]
+    square = round(snapshot.shape[1] ** 0.5) ** 2 == snapshot.shape[1]
+    return ["NLC"] if snapshot.shape[2] == channels and square else []
+
+
+def _as_nchw(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "NHWC":
+        return tensor.permute(0, 3, 1, 2)
+    if layout == "NLC":
+        side = round(tensor.shape[1] ** 0.5)
+        return tensor.transpose(1, 2).reshape(len(tensor), -1, side, side)
+    return tensor
+
+
+def _pools_to(maps: Tensor, features: Tensor) -> bool | None:
+    """Does the map's average (or maximum) give the features? False: as it is; True: after a ReLU; None: no."""
+    maps = maps.flatten(2)
+    for relu in (False, True):
+        values = maps.relu() if relu else maps
+        if any(p.shape == features.shape and _close(p, features) for p in (values.double().mean(2), values.amax(2))):
+            return relu
+    return None

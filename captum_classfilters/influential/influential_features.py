@@ -1,0 +1,347 @@
+"""`InfluentialFeatures`: a Captum layer attribution whose loader form finds the features that decide each class.
+
+Tensors in: what each feature adds to the logit. A loader in: a `ClassFilters` table from one pass. What a batch adds to
+the table is in `selectors.py`, the sums are in `tables.py`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, overload
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table
+from captum_classfilters.core.captum_compat import log_usage
+from captum_classfilters.core.errors import LabelError, OptionError, UnseenClassWarning
+from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.influential.tables import K1, Tables, check_options
+
+
+class InfluentialFeatures(LayerAttribution):
+    """Which features of the classifier head decide each class.
+
+    Source: Badola et al. 2022, "Decomposing the Deep: Finding Class Specific Filters in Deep CNNs", Algorithm 1.
+        Differs
+    from the paper: zeros do not vote, ties are settled by accumulated ``|feature|`` and then by lower index, and other
+    selectors stand beside the histogram.
+
+    Args:
+        forward_func: The model, an ``nn.Module``; compiled, DataParallel and DDP ones are unwrapped. A function also
+            does, with ``layer``; nobody can then switch it to eval mode for you.
+        layer: The head, an ``nn.Linear`` or a 1x1 convolution, as a module or a dotted name. None: found in the first
+            batch, as the layer whose output is the model's output.
+        device_ids: CUDA devices on which the model is expected; checked, never moved.
+
+    Example:
+        >>> import torch
+        >>> from captum_classfilters import InfluentialFeatures
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(),
+        torch.nn.Linear(3, 2)) >>> loader = [(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)]
+        >>> filters = InfluentialFeatures(model).attribute(loader, class_names=("cat", "dog"))
+        >>> filters
+        ClassFilters('histogram', 2 classes x 3 channels of '3', 8 samples)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | None = None,
+        device_ids: list[int] | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+
+    @overload
+    def attribute(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Any = ..., *args: Any, **kwargs: Any
+    ) -> Tensor: ...
+    @overload
+    def attribute(
+        self, inputs: Iterable[Any], target: None = ..., *args: Any, k1: Sequence[int | float], **kwargs: Any
+    ) -> dict[int | float, ClassFilters]: ...
+    @overload
+    def attribute(
+        self,
+        inputs: Iterable[Any],
+        target: None = ...,
+        *args: Any,
+        selector: list[str] | tuple[str, ...],
+        **kwargs: Any,
+    ) -> dict[str, ClassFilters]: ...
+    @overload
+    def attribute(self, inputs: Iterable[Any], target: None = ..., *args: Any, **kwargs: Any) -> ClassFilters: ...
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = True,
+        *,
+        k1: K1 | Sequence[K1] | None = None,
+        selector: str | Sequence[str] = "histogram",
+        importance: str = "abs",
+        label_source: str = "target",
+        correct_only: bool = False,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+        show_progress: bool = False,
+    ) -> Any:
+        """Attribute a tensor's logits to features, or find each class's features over a loader.
+
+        Args:
+            inputs: A tensor ``(N, ...)`` or a tuple of tensors (the arguments of one forward pass): *tensor form*. A
+                DataLoader or any iterable of batches ``(inputs, labels)``, also of mappings: *loader form*; read once,
+                moved to the model's device batch by batch, never kept.
+            target: Tensor form only: the class, an int or N of them.
+            additional_forward_args: Passed on to every forward pass.
+            attribute_to_layer_input: Must be True: it is the head's input that has features.
+            k1: Loader form, for the selectors that vote: how many features each sample votes for. None:
+                ``round(sqrt(K))``; a float in (0, 1): as many as cover that share of the sample's total
+                ``|feature|``; several: a dict with one table for each, from the same pass.
+            selector: ``"histogram"`` (the paper), ``"mean_activation"``, ``"weight"``, ``"contribution"``,
+                ``"weight_and_activation"``, ``"margin"``, ``"ablation"``, or ``"random"``, the control. Several: a
+                dict with one table for each, from the same pass.
+            importance: ``"abs"`` (the paper's l1 norm) or ``"signed"`` (the published code); they differ where features
+                can be negative (SiLU, GELU, LayerNorm).
+            label_source: ``"target"``: a sample counts for its label; ``"prediction"``: for the class the model
+                predicts, and labels are not needed.
+            correct_only: Only samples that the model classifies right.
+            num_classes: Checked against the head.
+            class_names: C names; otherwise those of ``loader.dataset.classes``, otherwise numbers.
+            seed: Of the ``"random"`` selector.
+            show_progress: A tqdm bar.
+
+        Returns:
+            Tensor form: ``W[target] * features``, shape ``(N, K)``, the model's dtype; with the head's bias a row
+            sums to the logit. Loader form: `ClassFilters`; a dict of them where ``k1`` or ``selector`` is a list.
+
+        Raises:
+            HeadError: No head, or not one (names the candidates).
+            LabelError: Labels missing, out of range, float or one-hot.
+            OptionError, ShapeError, DeviceError, EmptyLoaderError: As their messages say.
+            NonFiniteError: NaN or infinity among the features; names layer and batch.
+
+        Whatever ends the pass early, KeyboardInterrupt included, carries the table of the batches before it as
+        ``error.partial_result``; `ClassFilters.merge` adds the rest.
+        """
+        if not attribute_to_layer_input:
+            raise OptionError(
+                "attribute_to_layer_input must be True: contributions are those of the head's input features"
+            )
+        if isinstance(inputs, Tensor) or (
+            isinstance(inputs, tuple) and inputs and all(isinstance(i, Tensor) for i in inputs)
+        ):
+            return self._contributions(inputs, target, additional_forward_args)
+        if target is not None:
+            raise OptionError("target belongs to tensors; over a loader the labels, or label_source, say the class")
+        several_k1 = isinstance(k1, Sequence)
+        several_names = not isinstance(selector, str)
+        if several_k1 and several_names:
+            raise OptionError("either k1 or selector may be a list, not both; call once for each selector")
+        k1s: list[Any] = list(k1) if isinstance(k1, Sequence) else [k1]
+        names = [selector] if isinstance(selector, str) else list(selector)
+        if not k1s or not names:
+            raise OptionError("the list of k1 or selectors is empty; pass at least one")
+        check_options(names, k1s, importance, label_source)
+        # each once, in the order given
+        k1s, names = list(dict.fromkeys(k1s)), list(dict.fromkeys(names))
+        with self._stream(
+            inputs, additional_forward_args, label_source == "target" or correct_only, False, num_classes, show_progress
+        ) as stream:
+            tables = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs))
+            found = tables.run(stream)
+        _warn_unseen(next(iter(found.values())))
+        if several_names:
+            return {name: table for (name, _), table in found.items()}
+        if several_k1:
+            # a selector that does not vote has been refused together with k1
+            return {k: table for (_, k), table in found.items()}
+        return next(iter(found.values()))
+
+    def explain(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any,
+        filters: ClassFilters,
+        k: int,
+        *,
+        channel_weights: str = "head",
+        additional_forward_args: Any = None,
+    ) -> Tensor:
+        """What a class's k filters look at: the feature map behind the head, summed over those channels alone.
+
+        Where the head's input is the map's average, the map of ``channel_weights="head"`` averages to what these
+        channels add to the class's logit: a class activation map (Zhou et al. 2016) of k channels.
+
+        Args:
+            inputs: Images, ``(N, ...)``, or a tuple of tensors.
+            target: The class, an int or N of them.
+            filters: Whose channels.
+            k: How many of them, in ``[1, K]``.
+            channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
+            additional_forward_args: Passed on to the forward pass.
+
+        Returns:
+            Shape ``(N, 1, h, w)``, signed; ready for ``LayerAttribution.interpolate`` and ``visualize_image_attr``.
+
+        Raises:
+            HeadError: No head, or no feature map behind it.
+            ShapeError, OptionError, LabelError: The table is another network's, or k or target is out of range.
+        """
+        if channel_weights not in ("head", "ones"):
+            raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+        batch = self._single(inputs, additional_forward_args, need_maps=True)
+        check_table(filters, batch.head)
+        check_k(k, filters.num_channels, "k")
+        classes = _targets(target, batch)
+        chosen = filters.mask(k).to(classes.device)[classes]
+        if not bool(chosen.any(1).all()):
+            unseen = sorted(
+                {
+                    filters.class_names[c]
+                    for c, found in zip(classes.tolist(), chosen.any(1).tolist(), strict=True)
+                    if not found
+                }
+            )
+            raise OptionError(
+                f"classes {unseen} have no samples in the table, so no filters to show; choose another target"
+            )
+        maps = batch.maps
+        weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
+        return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)  # type: ignore[union-attr]
+
+    # -- one batch -------------------------------------------------------------------------------------------------
+
+    def _contributions(self, inputs: Any, target: Any, forward_args: Any) -> Tensor:
+        if target is None:
+            raise OptionError(
+                "a tensor needs target=, the class whose logit is explained: an int, or one for each sample"
+            )
+        batch = self._single(inputs, forward_args, need_maps=False)
+        return batch.head.weight[_targets(target, batch)] * batch.features
+
+    def _single(self, inputs: Any, forward_args: Any, need_maps: bool) -> Batch:
+        with self._stream([(inputs, None)], forward_args, False, need_maps, None, False) as stream:
+            batch: Batch = next(stream)
+            return batch
+
+    def _stream(
+        self,
+        loader: Any,
+        forward_args: Any,
+        need_labels: bool,
+        need_maps: bool,
+        num_classes: int | None,
+        show_progress: bool,
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        return batches(
+            self.forward_func,
+            loader,
+            layer=self.layer,
+            need_labels=need_labels,
+            need_maps=need_maps,
+            num_classes=num_classes,
+            forward_args=forward_args,
+            device=f"cuda:{self.device_ids[0]}" if self.device_ids else None,
+            show_progress=show_progress,
+            description="InfluentialFeatures",
+        )
+
+
+class _Pass:
+    """One pass over the stream; its sums survive whatever ends it."""
+
+    def __init__(
+        self,
+        k1s: list[Any],
+        names: list[str],
+        importance: str,
+        label_source: str,
+        correct_only: bool,
+        seed: int,
+        class_names: Sequence[str] | None,
+        known_names: Sequence[str] | None,
+    ) -> None:
+        self._options = (names, k1s, importance, seed)
+        self._by_prediction, self._correct_only = label_source == "prediction", correct_only
+        self._meta = {"label_source": label_source, "correct_only": correct_only}
+        self._class_names, self._known_names = class_names, known_names
+        self._tables: Tables | None = None
+        self._names: tuple[str, ...] = ()
+
+    def run(self, stream: Iterable[Batch]) -> dict[tuple[str, K1], ClassFilters]:
+        try:
+            for batch in stream:
+                self._add(batch)
+        except BaseException as error:
+            if self._tables is not None:
+                found = self._result()
+                error.partial_result = next(iter(found.values())) if len(found) == 1 else found  # type: ignore[attr-defined]
+            raise
+        return self._result()
+
+    def _add(self, batch: Batch) -> None:
+        if self._tables is None:
+            # names first: a wrong list is refused before anything is counted
+            self._names = _class_names(self._class_names, self._known_names, batch.head.num_classes)
+            self._tables = Tables(batch.head, *self._options)
+        features, logits = batch.features, batch.logits
+        predicted = logits.argmax(1)
+        classes = predicted if self._by_prediction or batch.labels is None else batch.labels
+        if self._correct_only:
+            right = predicted == batch.labels
+            features, logits, classes = features[right], logits[right], classes[right]
+        self._tables.add(features, logits, classes)
+
+    def _result(self) -> dict[tuple[str, K1], ClassFilters]:
+        return self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
+
+
+def _targets(target: Any, batch: Batch) -> Tensor:
+    count, classes = batch.logits.shape
+    if isinstance(target, Tensor) and (target.is_floating_point() or target.dtype == torch.bool):
+        raise LabelError(f"target must be integers, got {target.dtype}; pass class indices")
+    found = torch.as_tensor(target, device=batch.logits.device)
+    if found.is_floating_point():
+        raise LabelError(f"target must be integers, got {target!r}; pass class indices")
+    if found.dim() == 0 or (found.dim() == 1 and len(found) == 1):
+        found = found.reshape(1).expand(count)
+    if found.shape != (count,):
+        raise LabelError(
+            f"target must be an int or {count} of them, one for each sample; got shape {tuple(found.shape)}"
+        )
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= classes:
+        raise LabelError(f"target must lie in [0, {classes}), got {low if low < 0 else high}")
+    return found.long()
+
+
+def _names_of(loader: Any) -> Sequence[str] | None:
+    return getattr(getattr(loader, "dataset", None), "classes", None)
+
+
+def _class_names(given: Sequence[str] | None, known: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if given is not None and len(given) != classes:
+        raise OptionError(f"class_names must be {classes}, one for each output of the head; got {len(given)}")
+    names = given if given is not None else known
+    if names is None or len(names) != classes or len(set(map(str, names))) != classes:
+        if given is not None:
+            raise OptionError("class_names must be unique; number repeated ones apart")
+        return tuple(map(str, range(classes)))
+    return tuple(map(str, names))
+
+
+def _warn_unseen(filters: ClassFilters) -> None:
+    unseen = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
+    if unseen:
+        shown = ", ".join(unseen[:10]) + (f", ... ({len(unseen)} in all)" if len(unseen) > 10 else "")
+        warnings.warn(
+            f"no sample of class {shown}: scores and count are 0, top() gives -1 and mask() nothing for it",
+            UnseenClassWarning,
+            stacklevel=3,
+        )

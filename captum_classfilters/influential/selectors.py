@@ -1,0 +1,120 @@
+"""One function per selector: what each sample of a batch says of each channel.
+
+`influential_features.py` adds the rows of a class up; nothing here sees a model, a loader or a file. The ``static``
+selectors say it of the classes themselves, without samples.
+Source of the histogram: Badola et al. 2022, "Decomposing the Deep", Algorithm 1. The others are ours, to compare with.
+N samples, K features, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """What a selector may look at."""
+
+    features: Tensor  # (N, K)
+    logits: Tensor  # (N, C)
+    classes: Tensor  # (N,) int64
+    weight: Tensor  # (C, K)
+
+
+def importance_of(features: Tensor, importance: str) -> Tensor:
+    """``abs``: the l1 norm of a single number (the paper). ``signed``: the number itself (the published code)."""
+    return features.abs() if importance == "abs" else features
+
+
+def votes(importance: Tensor, k1s: Sequence[int | float]) -> list[Tensor]:
+    """Each sample votes for its ``k1`` most important features; one sort serves every k1.
+
+    Source: Badola et al. 2022, section 4.4, Algorithm 1, line 5. Differs from the paper: a feature that is zero (or,
+    signed, not above zero) gets no vote, and equal features are taken by lower index; the paper says nothing of either.
+
+    Args:
+        importance: Shape ``(N, K)``.
+        k1s: Each an int, or a share in (0, 1): then as many features as cover that share of the sample's total.
+
+    Returns:
+        For each k1 a ``(N, K)`` bool table.
+
+    Example:
+        >>> table = torch.tensor([[4.0, 1.0, 3.0, 0.0]])
+        >>> [v.long().tolist() for v in votes(table, [1, 0.6, 4])]
+        [[[1, 0, 0, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0]]]
+    """
+    values, order = importance.sort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    positive = importance > 0
+    tables = []
+    for k1 in k1s:
+        if isinstance(k1, int):
+            limit: int | Tensor = k1
+        else:
+            covered = values.clamp(min=0).double().cumsum(1)
+            limit = (covered < k1 * covered[:, -1:]).sum(1, keepdim=True) + 1
+        tables.append((rank < limit) & positive)
+    return tables
+
+
+def contribution(sample: Sample) -> Tensor:
+    """``W_yj f_j``: with the bias, the row sums to the class's logit. Shape ``(N, K)``."""
+    return sample.weight[sample.classes].double() * sample.features.double()
+
+
+def margin(sample: Sample) -> Tensor:
+    """``(W_yj - W_rj) f_j`` with r the strongest other class: what tells y from its rival. Shape ``(N, K)``."""
+    others = sample.logits.scatter(1, sample.classes[:, None], -torch.inf)
+    rival = others.argmax(1)
+    return (sample.weight[sample.classes] - sample.weight[rival]).double() * sample.features.double()
+
+
+def ablation(sample: Sample, cells: int = 2**24) -> Tensor:
+    """Loss of log-probability of y when feature j alone is set to zero. Shape ``(N, K)``.
+
+    Exact for each single feature, not an approximation: the logits without j are ``z - W_:j f_j``. Costs ``N C K``;
+    done in slices of at most ``cells`` numbers.
+    """
+    count, (classes, features) = len(sample.features), sample.weight.shape
+    step = max(1, cells // (classes * features))
+    logits, weight = sample.logits.double(), sample.weight.double()
+    rows = []
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        y = sample.classes[part]
+        z = logits[part, :, None]
+        without = z - weight * sample.features[part, None, :].double()  # (n, C, K)
+        index = y[:, None, None].expand(-1, 1, features)
+        after = without.gather(1, index).squeeze(1) - without.logsumexp(1)
+        before = z.squeeze(2).gather(1, y[:, None]) - z.squeeze(2).logsumexp(1, keepdim=True)
+        rows.append(before - after)
+    return torch.cat(rows)
+
+
+def heaviest(weight: Tensor, k: int, importance: str) -> Tensor:
+    """The k largest weights of each class, ``(C, K)`` bool."""
+    chosen = importance_of(weight, importance).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+# Rows to add up over the samples of a class. The histogram's votes are not here: one sort serves several k1
+PER_SAMPLE: dict[str, Callable[[Sample], Tensor]] = {
+    "contribution": contribution,
+    "margin": margin,
+    "ablation": ablation,
+}
+VOTING = ("histogram", "weight_and_activation")
+STATIC = ("weight", "random")
+SELECTORS = (
+    "histogram",
+    "mean_activation",
+    "weight",
+    "contribution",
+    "weight_and_activation",
+    "margin",
+    "ablation",
+    "random",
+)
