@@ -1,0 +1,47 @@
+"""Intervals of shares and means, at 95 %."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+
+def wilson(successes: ArrayLike, samples: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Wilson score interval of a share, without continuity correction.
+
+    Source: Wilson 1927. `scipy.stats.binomtest(...).proportion_ci("wilson")` for whole arrays.
+
+    Args:
+        successes: Counts, any shape.
+        samples: Trials, same shape or one number; where 0, the interval is NaN.
+        level: Coverage.
+
+    Returns:
+        ``(low, high)``, shares.
+
+    Example:
+        >>> low, high = wilson(9, 10)
+        >>> round(float(low), 3), round(float(high), 3)
+        (0.596, 0.982)
+    """
+    n = np.where(np.asarray(samples, float) > 0, samples, np.nan)
+    share = np.asarray(successes, float) / n
+    z = stats.norm.ppf(0.5 + level / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return centre - half, centre + half
+
+
+def mean_interval(draws: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]:
+    """Mean over the first axis with its Student-t interval: how far the draws of a control scatter.
+
+    Returns:
+        ``(mean, low, high)``.
+    """
+    values = np.asarray(draws, float)
+    mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+    return mean, mean - half, mean + half

@@ -1,0 +1,145 @@
+"""Do a class's channels look at the object? Their map against the object's silhouette."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table
+from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.stream import batches
+from captum_classfilters.metrics.accuracy import check_draws, named_tables
+from captum_classfilters.metrics.intervals import mean_interval, wilson
+
+
+def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
+    """The silhouette of an object on black: pixels brighter than a share of the image's brightest.
+
+    Args:
+        images: ``(N, colours, H, W)``.
+        threshold: Share of each image's maximum.
+
+    Returns:
+        ``(N, H, W)`` bool.
+    """
+    grey = images.float().mean(1)
+    return grey > threshold * grey.amax((1, 2), keepdim=True)
+
+
+def localisation(
+    model: Any,
+    filters: Mapping[Any, ClassFilters],
+    loader: Iterable[Any],
+    k: int,
+    *,
+    silhouette: Callable[[Tensor], Tensor] = foreground,
+    channel_weights: str = "head",
+    layer: nn.Module | str | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """Pointing game and IoU of the map of a class's k channels, against random channels and all channels.
+
+    Source of the claim: Badola et al. 2022 (second version): these filters correspond better to the object. Pointing
+    game: Zhang et al. 2018. The map is that of `InfluentialFeatures.explain` for the true class, upsampled bilinearly.
+
+    Args:
+        model: The network; borrowed.
+        filters: Tables by name; one of the random selector is left out, for the control stands for it.
+        loader: Batches ``(images, labels)``.
+        k: Channels of each class, in ``[1, K]``.
+        silhouette: Images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
+        channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
+        layer: The head, if it cannot be found.
+        draws: Random sets of channels, at least 5.
+        seed: Of these.
+        show_progress: A tqdm bar.
+
+    Returns:
+        One row for each table, ``"random"`` and ``"all channels"``: ``pointing``, the share of images whose map is
+        largest inside the object, with Wilson's interval (random: Student-t over draws); ``iou`` of the object and
+        the map's highest pixels, as many as the object has, with a normal interval; ``chance``: pointing of a blind
+        guess, the object's share of the image; ``chance_iou``: its IoU; ``samples``.
+
+    Raises:
+        HeadError: No feature map behind the head.
+        OptionError, ShapeError: k, draws, a table or a silhouette that does not fit.
+    """
+    check_draws(draws)
+    filters = named_tables(filters, ("random", "all channels"))
+    if channel_weights not in ("head", "ones"):
+        raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+    for table in filters.values():
+        check_k(k, table.num_channels, "k")
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: table.mask(k) for name, table in filters.items()}
+    shape = next(iter(masks.values())).shape
+    for draw in range(draws):
+        chosen = torch.rand(shape, generator=generator).argsort(1)[:, :k]
+        masks[f"random {draw}"] = torch.zeros(shape, dtype=torch.bool).scatter_(1, chosen, True)
+    masks["all channels"] = torch.ones(shape, dtype=torch.bool)
+    scores: dict[str, list[Any]] = {name: [] for name in masks}
+    areas: list[Any] = []
+    with batches(
+        model, loader, layer=layer, need_maps=True, show_progress=show_progress, description="localisation"
+    ) as stream:
+        for batch in stream:
+            for table in filters.values():
+                check_table(table, batch.head)
+            objects = _objects(silhouette, batch.inputs[0])
+            # an image without object, or nothing but object, tells nothing
+            usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
+            objects, labels, maps = objects[usable], batch.labels[usable], batch.maps[usable]  # type: ignore[index]
+            areas.append(objects.flatten(1).double().mean(1).cpu().numpy())
+            weights = batch.head.weight[labels]
+            if channel_weights == "ones":
+                weights = torch.ones_like(weights)
+            for name, mask in masks.items():
+                kept = (weights * mask.to(labels.device)[labels]).to(maps.dtype)
+                seen = torch.einsum("nkhw,nk->nhw", maps, kept).unsqueeze(1).float()
+                seen = LayerAttribution.interpolate(seen, tuple(objects.shape[1:]), "bilinear").squeeze(1)
+                scores[name].append(_score(seen, objects).cpu().numpy())
+    return _frame(
+        {name: np.concatenate(found) for name, found in scores.items()}, np.concatenate(areas), list(filters), draws
+    )
+
+
+def _objects(silhouette: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    objects = silhouette(images)
+    if objects.shape != (len(images), *images.shape[2:]) or objects.dtype != torch.bool:
+        raise ShapeError(
+            f"silhouette must give bool of shape {(len(images), *images.shape[2:])}, got {objects.dtype} of shape "
+            f"{tuple(objects.shape)}"
+        )
+    return objects
+
+
+def _score(maps: Tensor, objects: Tensor) -> Tensor:
+    """``(N, 2)``: was the largest value inside the object; IoU of equally large areas."""
+    flat, inside = maps.flatten(1), objects.flatten(1)
+    order = flat.sort(dim=1, descending=True, stable=True).indices
+    pointed = inside.gather(1, order[:, :1]).squeeze(1)
+    size = inside.sum(1)
+    first = torch.arange(flat.shape[1], device=flat.device) < size[:, None]
+    shared = (inside.gather(1, order) & first).sum(1)
+    return torch.stack([pointed.double(), shared / (2 * size - shared)], dim=1)
+
+
+def _frame(scores: Mapping[str, Any], areas: Any, names: list[str], draws: int) -> pd.DataFrame:
+    samples, rows = len(areas), []
+    for name in [*names, "all channels"]:
+        pointed, iou = scores[name].T
+        low, high = wilson(pointed.sum(), samples)
+        half = 1.96 * iou.std(ddof=1) / np.sqrt(samples)
+        rows.append((name, pointed.mean(), float(low), float(high), iou.mean(), iou.mean() - half, iou.mean() + half))
+    control = np.stack([scores[f"random {draw}"].mean(0) for draw in range(draws)])
+    (pointing, iou), (low, iou_low), (high, iou_high) = mean_interval(control)
+    rows.append(("random", pointing, low, high, iou, iou_low, iou_high))
+    columns = ["filters", "pointing", "low", "high", "iou", "iou_low", "iou_high"]
+    blind = float((areas / (2 - areas)).mean())
+    return pd.DataFrame(rows, columns=columns).assign(chance=float(areas.mean()), chance_iou=blind, samples=samples)
