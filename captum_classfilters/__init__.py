@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from captum_classfilters._version import __version__
 
 if TYPE_CHECKING:
-    from captum_classfilters import metrics as metrics
-    from captum_classfilters import visualize as visualize
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from captum_classfilters.assets.networks import SmallResNet
@@ -30,7 +31,7 @@ class ImageSample(NamedTuple):
         """A loader: ``(images, labels)``, images in [0, 1] as the networks here take them."""
         return [
             (images.float() / 255, labels)
-            for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True)
+            for images, labels in zip(torch.split(self.images, size), torch.split(self.labels, size), strict=True)
         ]
 
 

@@ -1,0 +1,89 @@
+"""``python -m captum_classfilters demo``: the main job on the network and images that ship with the package."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="captum_classfilters", description="Which channels work for which class?")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a trained ResNet-20, real images: table, pictures, a saved file")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
+    options = parser.parse_args(arguments)
+    try:
+        run_demo(options.out)
+    except OSError as error:
+        print(
+            f"cannot write to {options.out}: {error.strerror or error}; choose another folder with --out",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def run_demo(out: Path) -> None:
+    """Find the class filters of the shipped network, judge them on images it never saw, draw them into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    # slow to import, and of no use to --help
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+    from captum.attr import LayerAttribution
+    from captum.attr import visualization as captum_visualization
+
+    from captum_classfilters import InfluentialFeatures, metrics, visualize
+    from captum_classfilters.assets import load_demo_network, load_images
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, about = load_demo_network()
+    model = model.to(device)
+    train, test = load_images("train"), load_images("test")
+    print(f"ResNet-20 on Fashion-MNIST, {about['test_accuracy']:.2%} on 10,000 test images; 1,000 ship for this demo")
+
+    selectors = ["histogram", "mean_activation", "contribution", "margin", "weight"]
+    tables = InfluentialFeatures(model).attribute(train.batches(), selector=selectors, class_names=train.class_names)
+    filters = tables["histogram"]
+    print(f"\nOne pass over {int(filters.counts.sum())} training images: {filters}\n")
+    print("Top 5 of 64 channels for each class, by votes")
+    for name, channels in zip(filters.class_names, filters.top(5).tolist(), strict=True):
+        print(f"  {name:<12}" + "".join(f"{channel:>4}" for channel in channels))
+    print("\nWhat tells a shirt from a coat:", filters.contrast("shirt", "coat", k=5).tolist())
+
+    curve = metrics.accuracy_curve(model, tables, test.batches(), [1, 2, 3, 5, 10])
+    print("\nAccuracy on 1,000 test images with only k channels for each class (all 64: dense)")
+    everything = curve[curve.class_name == "all"]
+    print(everything.pivot(index="filters", columns="k", values="accuracy").round(3).to_string(na_rep=""))
+
+    pictures: dict[str, Callable[[], object]] = {
+        "class_filters": lambda: visualize.class_filters(filters, k=5),
+        "accuracy_curve": lambda: visualize.accuracy_curve(curve),
+        "overlap": lambda: visualize.overlap(filters, 5),
+        "filter_cards": lambda: visualize.filter_cards(model, filters, test.batches(), "ankle boot"),
+    }
+    for name, draw in pictures.items():
+        draw()
+        plt.gcf().savefig(out / f"{name}.png", dpi=120, bbox_inches="tight")
+        plt.close("all")
+    boot = filters.index("ankle boot")
+    image = test.images[test.labels == boot][:1].float() / 255
+    seen = InfluentialFeatures(model).explain(image.to(device), boot, filters, k=5)
+    seen = LayerAttribution.interpolate(seen, (28, 28), "bilinear")[0].cpu().permute(1, 2, 0).numpy()
+    figure, _ = captum_visualization.visualize_image_attr(
+        seen, image[0].permute(1, 2, 0).numpy(), "blended_heat_map", "all", show_colorbar=True, use_pyplot=False,
+        title="What the 5 ankle boot channels look at",
+    )  # fmt: skip
+    figure.savefig(out / "explain.png", dpi=120, bbox_inches="tight")
+    filters.save(out / "filters.safetensors")
+    print(f"\n{len(pictures) + 1} pictures and filters.safetensors are in {out.resolve()}")
+    print(f"took {time.perf_counter() - started:.0f} s on {device}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Pictures of a `ClassFilters` table: its scores, and how much its classes share. C classes, K channels."""
+
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+
+from captum_classfilters.class_filters import ClassFilters, check_k
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.visualize.canvas import (
+    SMALL,
+    Floats,
+    Ints,
+    axes_or_new,
+    colour_bar,
+    hatch,
+    heat_map,
+    longest,
+    name_columns,
+    name_rows,
+    room,
+    write_cells,
+)
+
+_MARK = "#ff8c00"
+_BORDERS = 40  # blocks: beyond, the lines between them hide the cells
+_UNSEEN = "hatched: no samples of the class"
+_ANNOTATED = 20  # classes: beyond, the numbers are too small to read
+
+
+def class_filters(
+    filters: ClassFilters,
+    k: int | None = None,
+    *,
+    normalise: str | None = "class",
+    max_channels: int = 256,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a table of scores: classes down, channels across, those of one class side by side.
+
+    A channel stands in the block of the class for which it is strongest, strongest first; channels without any score
+    come last. Classes without samples are hatched.
+
+    Args:
+        filters: The table, ``(C, K)``.
+        k: Put a dot on each class's k strongest channels, those of ``filters.top(k)``.
+        normalise: ``"class"``: scores that are sums over samples are divided by the class's samples, so that classes
+            can be compared; others stay. ``"max"``: each class's largest absolute score becomes 1. None: as they are.
+        max_channels: Of more channels, those are drawn that stand highest in the ranking of any class.
+        ax: Where to draw.
+
+    Returns:
+        The axes. Colours are centred on 0 where there are negative scores, and begin at 0 otherwise.
+
+    Raises:
+        OptionError: k or ``max_channels`` is out of range, unknown ``normalise``, or no class has samples.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> votes = torch.tensor([[0.0, 9.0], [8.0, 2.0]], dtype=torch.float64)
+        >>> table = ClassFilters(votes, votes, torch.tensor([10, 10]), "histogram", "fc", ("cat", "dog"))
+        >>> ax = class_filters(table, k=1)
+        >>> ax.images[0].get_array().tolist()
+        [[0.9, 0.0], [0.2, 0.8]]
+    """
+    _check_table(filters)
+    if k is not None:
+        check_k(k, filters.num_channels, "k")
+    if normalise not in ("class", "max", None):
+        raise OptionError(f'normalise must be "class", "max" or None, got {normalise!r}')
+    if isinstance(max_channels, bool) or not isinstance(max_channels, int) or max_channels < 1:
+        raise OptionError(f"max_channels must be an integer of at least 1, got {max_channels!r}")
+    values, label = _values(filters, normalise)
+    kept = _best_ranked(filters, max_channels)
+    order, owners = _blocks(values, kept)
+    shown = values[:, order]
+    largest = float(np.nanmax(np.abs(shown))) or 1.0
+    signed = bool(np.nanmin(shown) < 0)
+
+    ax = axes_or_new(ax, _size(shown.shape[0], shown.shape[1], longest(filters.class_names)))
+    image = heat_map(ax, shown, "RdBu_r" if signed else "Blues", -largest if signed else 0.0, largest)
+    _hatch_unseen(ax, filters, columns=len(order))
+    borders = np.flatnonzero(np.diff(owners)) + 0.5
+    if len(borders) < _BORDERS:
+        ax.vlines(borders, -0.5, len(shown) - 0.5, color="0.6", linewidth=0.5)
+    if k is not None:
+        _mark(ax, filters.mask(k).numpy()[:, order])
+    name_rows(ax, filters.class_names)
+    name_columns(ax, [str(channel) for channel in order])
+    ax.set_ylabel("class")
+    ax.set_xlabel(_about(filters, len(order), k))
+    colour_bar(image, ax, label)
+    return ax
+
+
+def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
+    """Draw how many of their k strongest channels each two classes share, as Jaccard index.
+
+    A line on the colour bar says what k channels drawn at random would share on average.
+
+    Args:
+        filters: The table, ``(C, K)``.
+        k: Channels looked at in each class.
+        ax: Where to draw.
+
+    Returns:
+        The axes; colours run from 0 to 1, the diagonal, which is always 1, is grey; classes without samples are
+        hatched; up to 20 classes the numbers stand in the cells.
+
+    Raises:
+        OptionError: k is not in ``[1, K]``, or no class has samples.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> votes = torch.tensor([[5.0, 9.0, 0.0], [8.0, 7.0, 2.0]], dtype=torch.float64)
+        >>> table = ClassFilters(votes, votes, torch.tensor([10, 10]), "histogram", "fc", ("cat", "dog"))
+        >>> [text.get_text() for text in overlap(table, 2).texts]
+        ['1.00', '1.00']
+    """
+    _check_table(filters)
+    values = filters.overlap(k).numpy().copy()
+    np.fill_diagonal(values, np.nan)
+    side, names = float(np.clip(0.42 * len(values), 2.4, 8.0)), 0.08 * longest(filters.class_names) + 0.2
+    ax = axes_or_new(ax, (side + names + 1.2, side + names))
+    image = heat_map(ax, values, "Blues", 0.0, 1.0, aspect="equal")
+    _hatch_unseen(ax, filters, columns=len(values))
+    for row in np.flatnonzero(~filters.seen.numpy()):
+        hatch(ax, row - 0.5, -0.5, 1, len(values))
+    if len(values) <= _ANNOTATED:
+        write_cells(ax, image, [["" if np.isnan(v) else f"{v:.2f}" for v in line] for line in values], SMALL)
+    name_rows(ax, filters.class_names)
+    name_columns(ax, filters.class_names)
+    if not bool(filters.seen.all()):
+        ax.set_xlabel(_UNSEEN)
+    chance = _chance(k, filters.num_channels)
+    bar = colour_bar(image, ax, f"Jaccard index of the top {k}\n(line: chance, {chance:.2f})")
+    bar.axhline(chance, color="black", linewidth=1.5)
+    return ax
+
+
+# -- what is drawn -----------------------------------------------------------------------------------------------------
+
+
+def _check_table(filters: ClassFilters) -> None:
+    if not isinstance(filters, ClassFilters):
+        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}; of a dict of them, pass one")
+    if not bool(filters.seen.any()):
+        raise OptionError(f"no class of this table has samples, so there is nothing to draw: {filters!r}")
+
+
+def _values(filters: ClassFilters, normalise: str | None) -> tuple[Floats, str]:
+    """Numbers to draw, ``(C, K)``, unseen classes NaN; and what they are."""
+    values, label = filters.scores.double(), f"score ({filters.method})"
+    if normalise == "class" and filters.meta.get("merge", "sum") == "sum":
+        values, label = values / filters.counts.clamp(min=1)[:, None], f"score per sample ({filters.method})"
+    elif normalise == "max":
+        largest = values.abs().amax(1, keepdim=True)
+        values, label = (
+            values / torch.where(largest > 0, largest, 1.0),
+            f"score / largest of the class ({filters.method})",
+        )
+    return values.masked_fill(~filters.seen[:, None], torch.nan).numpy(), label
+
+
+def _best_ranked(filters: ClassFilters, most: int) -> Ints:
+    """Indices of the channels to draw: all, or those with the best rank in any class."""
+    ranking = filters.ranking()[filters.seen]
+    places = torch.empty_like(ranking)
+    places.scatter_(1, ranking, torch.arange(ranking.shape[1]).expand_as(ranking))
+    return places.amin(0).sort(stable=True).indices[:most].sort().values.numpy()
+
+
+def _blocks(values: Floats, kept: Ints) -> tuple[Ints, Ints]:
+    """Channels in drawing order, and the class whose block each is in; C for channels without any score."""
+    among = np.where(np.isnan(values[:, kept]), -np.inf, values[:, kept])
+    empty = np.nan_to_num(values[:, kept]).any(0) == 0
+    owner = np.where(empty, len(values), among.argmax(0))
+    order = np.lexsort((kept, -among.max(0), owner))
+    return kept[order], owner[order]
+
+
+def _chance(k: int, channels: int) -> float:
+    """Expected Jaccard index of two random sets of k out of K: shared channels are hypergeometric."""
+    ways = ((s, comb(k, s) * comb(channels - k, k - s)) for s in range(max(0, 2 * k - channels), k + 1))
+    total = comb(channels, k)
+    # whole numbers are divided last: they do not fit in a float
+    return sum(s / (2 * k - s) * (count / total) for s, count in ways)
+
+
+# -- how it is drawn ---------------------------------------------------------------------------------------------------
+
+
+def _size(classes: int, channels: int, letters: int) -> tuple[float, float]:
+    return float(np.clip(0.13 * channels, 3.5, 9.5)) + 0.08 * letters + 1.4, float(
+        np.clip(0.26 * classes + 1.2, 3.0, 9.0)
+    )
+
+
+def _hatch_unseen(ax: Axes, filters: ClassFilters, columns: int) -> None:
+    for row in np.flatnonzero(~filters.seen.numpy()):
+        hatch(ax, -0.5, row - 0.5, columns, 1)
+
+
+def _mark(ax: Axes, chosen: npt.NDArray[np.bool_]) -> None:
+    rows, columns = np.nonzero(chosen)
+    width, height = room(ax)
+    cell = min(width / chosen.shape[1], height / chosen.shape[0])
+    # in points: half a cell, but large enough to be seen in a table of many
+    size = float(np.clip(0.5 * cell, 1.5, 6.0))
+    ax.scatter(columns, rows, s=size**2, c=_MARK, edgecolors="black", linewidths=0.5 if size > 3 else 0.0)
+
+
+def _about(filters: ClassFilters, shown: int, k: int | None) -> str:
+    lines = [f"channel of {filters.layer}, grouped by the class it is strongest for"]
+    if shown < filters.num_channels:
+        lines.append(f"{shown} of {filters.num_channels} channels: those ranked highest by any class")
+    notes = [f"dot: among the class's top {k}"] if k is not None else []
+    notes += [_UNSEEN] if not bool(filters.seen.all()) else []
+    return "\n".join([*lines, *(["; ".join(notes)] if notes else [])])
