@@ -237,7 +237,7 @@ def check_table(filters: ClassFilters, head: Head) -> None:
     """Refuse a table of another network."""
     if filters.scores.shape != head.weight.shape:
         raise ShapeError(
-            f"the table is {filters.num_classes} classes x {filters.num_channels} channels (of layer {filters.layer!r}), "
+            f"the table is {filters.num_classes} classes x {filters.num_channels} channels of layer {filters.layer!r}, "
             f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model"
         )
 

@@ -39,12 +39,12 @@ def borrowed(model: nn.Module | None, *, grad: bool = False) -> Iterator[Borrowe
     with ExitStack() as stack:
         for module, was in zip(modules, training, strict=True):
             stack.callback(setattr, module, "training", was)
+            # not model.eval(): a class that overrides it may do more there than can be undone here
+            module.training = False
         stack.enter_context(torch.set_grad_enabled(grad))
         if hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules)):
             # a compiled module skips hooks that were set after its compilation
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if model is not None:
-            model.eval()
         yield Borrowed(stack)
 
 

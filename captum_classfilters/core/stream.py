@@ -234,7 +234,12 @@ def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...]
 
 
 def _check_labels(given: Any, size: int, index: int) -> Tensor:
-    labels: Tensor = torch.as_tensor(given)
+    try:
+        labels: Tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LabelError(
+            f"labels must be integers, got {type(given).__name__} in batch {index} ({error}); pass class indices"
+        ) from error
     if labels.dim() == 2 and labels.shape[1] > 1:
         raise LabelError(
             f"labels must have shape ({size},), got {tuple(labels.shape)} in batch {index}; they look one-hot: pass "

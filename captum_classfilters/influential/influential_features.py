@@ -220,7 +220,8 @@ class InfluentialFeatures(LayerAttribution):
     def _contributions(self, inputs: Any, target: Any, forward_args: Any) -> Tensor:
         if target is None:
             raise OptionError(
-                "a tensor needs target=, the class whose logit is explained: an int, or one for each sample"
+                "tensors need target=, the class whose logit is explained: an int, or one for each sample; for one "
+                "batch of images and labels pass a loader, [(images, labels)]"
             )
         batch = self._single(inputs, forward_args, need_maps=False)
         return batch.head.weight[_targets(target, batch)] * batch.features

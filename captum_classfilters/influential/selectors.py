@@ -72,12 +72,14 @@ def margin(sample: Sample) -> Tensor:
     return (sample.weight[sample.classes] - sample.weight[rival]).double() * sample.features.double()
 
 
-def ablation(sample: Sample, cells: int = 2**24) -> Tensor:
+def ablation(sample: Sample, cells: int | None = None) -> Tensor:
     """Loss of log-probability of y when feature j alone is set to zero. Shape ``(N, K)``.
 
     Exact for each single feature, not an approximation: the logits without j are ``z - W_:j f_j``. Costs ``N C K``;
-    done in slices of at most ``cells`` numbers.
+    done in slices of at most ``cells`` numbers, by default such as a CPU's cache takes, and bigger ones on a GPU.
     """
+    if cells is None:
+        cells = 2**20 if sample.features.device.type == "cpu" else 2**24
     count, (classes, features) = len(sample.features), sample.weight.shape
     step = max(1, cells // (classes * features))
     logits, weight = sample.logits.double(), sample.weight.double()

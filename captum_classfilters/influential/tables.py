@@ -4,7 +4,7 @@ State does not grow with the number of samples. `selectors.py` says what a sampl
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ from captum_classfilters.influential import selectors
 from captum_classfilters.influential.selectors import Sample, importance_of
 
 K1 = int | float
+
+
+class _State(NamedTuple):
+    counts: Tensor  # (C,)
+    mass: Tensor  # (C, K)
+    sums: dict[tuple[str, K1], Tensor]  # (C, K) each
 
 
 class Tables:
@@ -37,34 +43,41 @@ class Tables:
             if isinstance(k1, int):
                 check_k(k1, features, "k1")
         self._weight = head.weight
-        self._counts = self._weight.new_zeros(head.num_classes, dtype=torch.int64)
-        self._mass = self._zeros()
-        self._sums: dict[tuple[str, K1], Tensor] = {key: self._zeros() for key in self._keys()}
+        counts = self._weight.new_zeros(head.num_classes, dtype=torch.int64)
+        summed = [key for key in self._keys() if key[0] not in selectors.STATIC]
+        self._state = _State(counts, self._zeros(), {key: self._zeros() for key in summed})
 
     def add(self, features: Tensor, logits: Tensor, classes: Tensor) -> None:
         """Take a batch in: features ``(N, K)``, logits ``(N, C)``, the class of each sample ``(N,)``."""
-        sample = Sample(features, logits, classes, self._weight)
-        importance = importance_of(features, self.importance)
-        self._counts.index_add_(0, classes, torch.ones_like(classes))
-        self._mass.index_add_(0, classes, to_grid(features.abs()))
-        if any(name in selectors.VOTING for name in self.names):
-            for k1, table in zip(self.k1s, selectors.votes(importance, self.k1s), strict=True):
-                for name in selectors.VOTING:
-                    if name in self.names:
-                        self._sums[name, k1].index_add_(0, classes, table.double())
+        rows = self._rows(Sample(features, logits, classes, self._weight))
+        counts, mass, sums = self._state
+        # one assignment: whatever interrupts this, the state is that of whole batches
+        self._state = _State(
+            counts.index_add(0, classes, torch.ones_like(classes)),
+            mass.index_add(0, classes, to_grid(features.abs())),
+            {key: table.index_add(0, classes, rows[key]) for key, table in sums.items()},
+        )
+
+    def _rows(self, sample: Sample) -> dict[tuple[str, K1], Tensor]:
+        """What each sample adds, ``(N, K)``, to each table."""
+        importance = importance_of(sample.features, self.importance)
+        rows: dict[tuple[str, K1], Tensor] = {
+            (name, 0): to_grid(of(sample)) for name, of in selectors.PER_SAMPLE.items() if name in self.names
+        }
         if "mean_activation" in self.names:
-            self._sums["mean_activation", 0].index_add_(0, classes, to_grid(importance))
-        for name, rows in selectors.PER_SAMPLE.items():
-            if name in self.names:
-                self._sums[name, 0].index_add_(0, classes, to_grid(rows(sample)))
+            rows["mean_activation", 0] = to_grid(importance)
+        if any(name in selectors.VOTING for name in self.names):
+            for k1, votes in zip(self.k1s, selectors.votes(importance, self.k1s), strict=True):
+                rows |= {(name, k1): votes.double() for name in selectors.VOTING}
+        return rows
 
     def filters(self, class_names: tuple[str, ...], meta: dict[str, Any]) -> dict[tuple[str, K1], ClassFilters]:
         """The tables so far, on the CPU."""
         return {
             (name, k1): ClassFilters(
                 scores=self._scores(name, k1).cpu(),
-                mass=self._mass.cpu().clone(),
-                counts=self._counts.cpu().clone(),
+                mass=self._state.mass.cpu().clone(),
+                counts=self._state.counts.cpu().clone(),
                 method=name,
                 layer=self.head.name,
                 class_names=class_names,
@@ -88,7 +101,7 @@ class Tables:
         if name == "random":
             generator = torch.Generator().manual_seed(self.seed)
             return torch.rand(self._weight.shape, generator=generator, dtype=torch.float64)
-        sums = self._sums[name, k1]
+        sums = self._state.sums[name, k1]
         if name == "weight_and_activation":
             # a share of the l1 mass is another number in every sample; weights have none
             k = k1 if isinstance(k1, int) else round(self.head.num_features**0.5)

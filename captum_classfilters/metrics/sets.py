@@ -104,9 +104,7 @@ def stability(
         raise OptionError(f"draws must be at least 5, got {draws}")
     static = [name for name in selectors if name in ("weight", "random")]
     if static:
-        raise OptionError(
-            f"selectors {static} do not look at samples, so there is nothing to draw anew; leave them out"
-        )
+        raise OptionError(f"selectors {static} look at no samples, so there is nothing to draw anew; leave them out")
     check_options(selectors, [k1], importance, "target")
     generator = torch.Generator().manual_seed(seed)
     whole: Tables | None = None

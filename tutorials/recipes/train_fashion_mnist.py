@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
+    parser.add_argument("--stop-after", type=int, default=None, help="stop after so many epochs; a later call resumes")
     return parser.parse_args()
 
 
@@ -122,6 +123,8 @@ def train(options: argparse.Namespace, data: Data) -> None:
             beside,
         )  # fmt: skip
         os.replace(beside, resume)
+        if options.stop_after == epoch + 1:
+            return
     meta = {
         "data": data.name,
         "class_names": list(data.class_names),

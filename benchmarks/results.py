@@ -1,0 +1,223 @@
+"""The published tables: `python -m benchmarks.results --runs runs > tables.md`.
+
+Filters come from all 60,000 training images, accuracy from all 10,000 test images. ``--runs`` holds the folders
+that ``tutorials/recipes/train_fashion_mnist.py`` wrote, ``resnet20-s0`` and so on; without it, the three that ship.
+Prints Markdown; pictures go to ``benchmarks/figures``.
+"""
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import captum
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from captum_classfilters import InfluentialFeatures, __version__, metrics, visualize
+from captum_classfilters.assets import SEEDS, load_demo_network, load_network
+from captum_classfilters.influential import SELECTORS
+
+HERE = Path(__file__).parent
+KS = [1, 2, 3, 5, 10]
+GRID = [1, 2, 3, 5, 8, 12, 20, 32]
+DEPTHS = [20, 32, 44, 56]
+NAMED = [name for name in SELECTORS if name != "random"]
+
+sys.path.insert(0, str(HERE.parent / "tutorials" / "recipes"))
+from data import Data, Split, load  # noqa: E402
+
+
+class Loader:
+    """Batches of a split, made anew for every pass; floats in [0, 1]."""
+
+    def __init__(self, split: Split, size: int = 500) -> None:
+        self._split, self._size = split, size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, labels in zip(*(part.split(self._size) for part in self._split), strict=True):
+            yield images.float().div_(255), labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=None)
+    parser.add_argument("--depth-runs", type=Path, default=None, help="the same for the depth study (default: --runs)")
+    parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
+    parser.add_argument("--parts", nargs="+", default=["curves", "grid", "claims", "depth"])
+    options = parser.parse_args()
+    data = load("fashion_mnist")
+    data = data._replace(train=_first(data.train, options.limit), test=_first(data.test, options.limit))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"<!-- {' '.join(['python -m benchmarks.results', *sys.argv[1:]])}; {datetime.date.today()}; "
+        f"{platform.machine()} {device}, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
+        f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
+    )
+    (HERE / "figures").mkdir(exist_ok=True)
+
+    def network(seed: int) -> torch.nn.Module:
+        return _network(20, seed, options.runs).to(device)
+
+    parts = {
+        "curves": lambda: curves({seed: network(seed) for seed in SEEDS}, data),
+        "grid": lambda: grid(network(0), data),
+        "claims": lambda: claims(network(0), data),
+        "depth": lambda: depth(options.depth_runs or options.runs, data, device),
+    }
+    for name in options.parts:
+        started = time.time()
+        parts[name]()
+        print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
+
+
+def curves(networks: dict[int, torch.nn.Module], data: Data) -> None:
+    """A_f, A_d and r_A of every selector, three seeds."""
+    found = []
+    for seed, model in networks.items():
+        tables = InfluentialFeatures(model).attribute(Loader(data.train), selector=NAMED, class_names=data.class_names)
+        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, draws=10, seed=seed)
+        found.append(curve[curve.class_name == "all"].assign(seed=seed))
+        if seed == 0:
+            visualize.class_filters(tables["histogram"], k=5)
+            _save("class_filters")
+            visualize.accuracy_curve(curve)
+            _save("accuracy_curve")
+    seeds = pd.concat(found)
+    dense = seeds[seeds.filters == "dense"]
+    print(f"\n## Accuracy with k channels for each class, ResNet-20, seeds {list(networks)}\n")
+    print("A_f: " + ", ".join(f"{row.accuracy:.4f} [{row.low:.4f}, {row.high:.4f}]" for row in dense.itertuples()))
+    print(f", mean {dense.accuracy.mean():.4f}.\n")
+    _markdown(_table(seeds, "accuracy"), "A_d: mean of the seeds [lowest, highest end of their 95 % intervals]")
+    _markdown(_table(seeds, "relative"), "r_A = A_d / A_f: mean of the seeds [lowest, highest seed]")
+    _markdown(
+        _table(seeds, "agreement"), "Agreement with the dense prediction: mean of the seeds [lowest, highest seed]"
+    )
+
+
+def grid(model: torch.nn.Module, data: Data) -> None:
+    """Figure 1: accuracy over k1 and k2."""
+    tables = InfluentialFeatures(model).attribute(Loader(data.train), k1=GRID, class_names=data.class_names)
+    curve = metrics.accuracy_curve(model, tables, Loader(data.test), GRID)
+    visualize.k_grid(curve)
+    _save("k1_k2")
+    rows = curve[(curve.class_name == "all") & (curve.filters != "dense")]
+    table = rows.pivot(index="filters", columns="k", values="accuracy")
+    print("\n## k1 x k2 (figure 1), ResNet-20, seed 0\n")
+    _markdown(table.loc[[*map(str, GRID), "random"]].map("{:.4f}".format), "A_d; rows k1, columns k2")
+
+
+def claims(model: torch.nn.Module, data: Data) -> None:
+    """Essential, exclusive, stable, on the object? k = 5, ResNet-20, seed 0."""
+    chosen = ["histogram", "mean_activation", "contribution", "margin"]
+    tables = InfluentialFeatures(model).attribute(Loader(data.train), selector=chosen, class_names=data.class_names)
+    print("\n## The paper's other claims at k = 5, ResNet-20, seed 0\n")
+    ablation = metrics.class_ablation(model, tables["histogram"], Loader(data.test), 5, draws=10)
+    whole = ablation[ablation.class_name == "all"]
+    cells = whole.assign(value=[_interval(row.accuracy, row.low, row.high) for row in whole.itertuples()])
+    _markdown(
+        cells.pivot(index="mode", columns="channels", values="value").fillna(""),
+        "Essential? Mean recall when a class's channels are overwritten (columns: which channels)",
+    )
+    pairs = metrics.overlap(tables, 5)
+    summary = pairs.groupby("filters").agg(
+        mean=("jaccard", "mean"), largest=("jaccard", "max"), random=("random", "first"), high=("random_high", "first")
+    )
+    _markdown(
+        summary.map("{:.3f}".format), "Exclusive? Jaccard index of two classes' top 5; random: mean, 97.5 % point"
+    )
+    stable = metrics.stability(model, Loader(data.train), 5, selectors=chosen, draws=20)
+    stable = stable[stable.class_name == "all"].set_index("filters")
+    _markdown(
+        stable[["jaccard", "low", "high", "random"]].map("{:.3f}".format),
+        "Stable? Jaccard index of a bootstrap replicate's top 5 and that of all 60,000 images, 20 replicates",
+    )
+    for weights in ("head", "ones"):
+        frame = metrics.localisation(model, tables, Loader(data.test), 5, channel_weights=weights, draws=10)
+        rows = {
+            row.filters: {
+                "pointing": _interval(row.pointing, row.low, row.high),
+                "IoU": _interval(row.iou, row.iou_low, row.iou_high),
+            }
+            for row in frame.itertuples()
+        }
+        rows["blind guess"] = {"pointing": f"{frame.chance[0]:.3f}", "IoU": f"{frame.chance_iou[0]:.3f}"}
+        _markdown(
+            pd.DataFrame(rows).T, f"On the object? Map of the true class's 5 channels, channel weights: {weights}"
+        )
+
+
+def depth(runs: Path | None, data: Data, device: str) -> None:
+    """Claim 3: does r_A rise with depth?"""
+    rows = []
+    for layers in DEPTHS:
+        if runs is None or not (runs / f"resnet{layers}-s0" / "network.safetensors").is_file():
+            print(f"\nResNet-{layers}: no network in {runs}\n")
+            continue
+        model = _network(layers, 0, runs).to(device)
+        tables = InfluentialFeatures(model).attribute(
+            Loader(data.train), selector=["histogram", "contribution"], class_names=data.class_names
+        )
+        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, draws=10)
+        rows.append(curve[curve.class_name == "all"].assign(depth=layers))
+    if not rows:
+        return
+    found = pd.concat(rows)
+    print("\n## Depth (the paper's claim 3), seed 0\n")
+    dense = found[found.filters == "dense"]
+    print("A_f: " + ", ".join(f"ResNet-{r.depth} {_interval(r.accuracy, r.low, r.high)}" for r in dense.itertuples()))
+    for name in ("histogram", "contribution", "random"):
+        chosen = found[found.filters == name]
+        # the interval of A_d over the fixed A_f
+        chosen = chosen.assign(
+            value=[
+                _interval(r.relative, r.low * r.relative / r.accuracy, r.high * r.relative / r.accuracy)
+                for r in chosen.itertuples()
+            ]
+        )
+        _markdown(chosen.pivot(index="depth", columns="k", values="value"), f"r_A of {name}, by depth and k")
+
+
+def _network(depth: int, seed: int, runs: Path | None) -> torch.nn.Module:
+    if runs is None:
+        return load_demo_network(seed)[0]
+    return load_network(runs / f"resnet{depth}-s{seed}" / "network.safetensors")[0]
+
+
+def _first(split: Split, limit: int | None) -> Split:
+    return Split(*(part[:limit] for part in split))
+
+
+def _table(seeds: pd.DataFrame, value: str) -> pd.DataFrame:
+    low, high = ("low", "high") if value == "accuracy" else (value, value)
+    rows = seeds[seeds.filters != "dense"].groupby(["filters", "k"], sort=False)
+    cells = rows.apply(lambda part: _interval(part[value].mean(), part[low].min(), part[high].max()))
+    return cells.unstack("k").loc[[*NAMED, "random"]]
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _markdown(table: pd.DataFrame, title: str) -> None:
+    print(f"\n{title}\n")
+    head = [str(table.index.name or ""), *(f"{table.columns.name or ''} {column}".strip() for column in table.columns)]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, row in table.iterrows():
+        print("| " + " | ".join([str(name), *map(str, row)]) + " |")
+
+
+def _save(name: str) -> None:
+    plt.gcf().savefig(HERE / "figures" / f"{name}.png", dpi=110, bbox_inches="tight")
+    plt.close("all")
+
+
+if __name__ == "__main__":
+    main()

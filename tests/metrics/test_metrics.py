@@ -1,0 +1,291 @@
+"""Every metric against an answer worked out another way, on the trained network and real images."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from captum_classfilters import InfluentialFeatures, metrics
+from captum_classfilters.assets import load_demo_network, load_images
+from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
+from captum_classfilters.metrics.sets import random_jaccard
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_demo_network()[0]
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    return load_images("test")
+
+
+@pytest.fixture(scope="module")
+def tables(model):
+    sample = load_images("train")
+    return InfluentialFeatures(model).attribute(
+        sample.batches(), selector=["histogram", "margin", "random"], class_names=sample.class_names
+    )
+
+
+@pytest.fixture(scope="module")
+def features(model, test_images):
+    with torch.no_grad():
+        return nn.Sequential(*list(model.children())[:-1], nn.Flatten())(test_images.images.float() / 255)
+
+
+@pytest.fixture(scope="module")
+def curve(model, tables, test_images):
+    return metrics.accuracy_curve(model, tables, test_images.batches(), [5, 1, 64])
+
+
+def row(frame, **wanted):
+    for column, value in wanted.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("successes", "samples"), [(0, 10), (9, 10), (10, 10), (9262, 10000), (1, 3)])
+def test_wilson_is_scipys(successes, samples):
+    expected = stats.binomtest(successes, samples).proportion_ci(method="wilson")
+    np.testing.assert_allclose(metrics.wilson(successes, samples), (expected.low, expected.high), atol=1e-12)
+    assert np.isnan(metrics.wilson(0, 0)[0])
+
+
+def test_mean_interval_is_scipys():
+    draws = np.array([0.2, 0.3, 0.25, 0.4, 0.31])
+    expected = stats.t.interval(0.95, 4, loc=draws.mean(), scale=stats.sem(draws))
+    np.testing.assert_allclose(metrics.mean_interval(draws), (draws.mean(), *expected))
+
+
+# -- accuracy against k ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "k"), [("histogram", 1), ("histogram", 5), ("margin", 5)])
+def test_accuracy_is_that_of_the_head_with_other_weights_zeroed(model, tables, test_images, features, curve, name, k):
+    weight = torch.zeros_like(model.fc.weight)
+    for y, channels in enumerate(tables[name].top(k).tolist()):
+        weight[y, channels] = model.fc.weight.detach()[y, channels]
+    predicted = (features @ weight.T + model.fc.bias.detach()).argmax(1)
+    dense = (features @ model.fc.weight.T + model.fc.bias).argmax(1)
+    right = predicted == test_images.labels
+    found = row(curve, filters=name, k=k, class_name="all")
+    assert found.accuracy == pytest.approx(float(right.float().mean()))
+    assert found.agreement == pytest.approx(float((predicted == dense).float().mean()))
+    assert found.relative == pytest.approx(found.accuracy / row(curve, filters="dense", class_name="all").accuracy)
+    coat = row(curve, filters=name, k=k, class_name="coat")
+    assert coat.accuracy == pytest.approx(float(right[test_images.labels == 4].float().mean()))
+    assert coat.samples == 100
+    np.testing.assert_allclose((coat.low, coat.high), metrics.wilson(right[test_images.labels == 4].sum(), 100))
+
+
+def test_all_channels_are_the_dense_head(curve):
+    dense, whole = (
+        row(curve, filters="dense", class_name="all"),
+        row(curve, filters="histogram", k=64, class_name="all"),
+    )
+    assert dense.k == 64
+    assert whole.accuracy == dense.accuracy
+    assert whole.agreement == 1
+
+
+def test_few_influential_channels_beat_as_many_random_ones_on_real_images(curve):
+    own, chance = (row(curve, filters=name, k=5, class_name="all") for name in ("histogram", "random"))
+    assert own.low > chance.high + 0.2
+
+
+def test_a_control_is_always_there_and_scatters(model, tables, test_images, curve):
+    control = curve[curve.filters == "random"]
+    assert set(control.k) == {1, 5, 64}
+    at_5 = row(control, k=5, class_name="all")
+    assert at_5.low < at_5.accuracy < at_5.high
+    again = metrics.accuracy_curve(model, tables, test_images.batches()[:1], [5], draws=6, seed=1)
+    assert row(again, filters="random", class_name="all").accuracy != at_5.accuracy
+
+
+def test_many_settings_are_counted_in_slices(model, tables, test_images, curve, monkeypatch):
+    monkeypatch.setattr("captum_classfilters.metrics.accuracy._CELLS", 640 * 4)
+    sliced = metrics.accuracy_curve(model, tables, test_images.batches(), [5, 1, 64])
+    np.testing.assert_allclose(sliced.accuracy, curve.accuracy, atol=2e-3)
+
+
+def test_curves_refuse_what_they_cannot_use(model, tables, test_images):
+    loader, own = test_images.batches()[:1], {"histogram": tables["histogram"]}
+    with pytest.raises(OptionError, match=r"k must be an integer in \[1, 64\], the number of channels; got 65"):
+        metrics.accuracy_curve(model, own, loader, [65])
+    with pytest.raises(OptionError, match="draws must be at least 5, got 1"):
+        metrics.accuracy_curve(model, own, loader, [5], draws=1)
+    with pytest.raises(OptionError, match="no table was given"):
+        metrics.accuracy_curve(model, {"random": tables["random"]}, loader, [5])
+    with pytest.raises(OptionError, match="ks is empty"):
+        metrics.accuracy_curve(model, own, loader, [])
+    with pytest.raises(OptionError, match="may not be named 'dense'"):
+        metrics.accuracy_curve(model, {"dense": tables["histogram"]}, loader, [5])
+    short = replace(tables["histogram"], scores=torch.rand(10, 9), mass=torch.rand(10, 9))
+    with pytest.raises(ShapeError, match=r"the table is 10 classes x 9 channels of .* the head 'fc' is 10 x 64"):
+        metrics.accuracy_curve(model, {"short": short}, loader, [5])
+
+
+# -- the "essential" test ----------------------------------------------------------------------------------------------
+
+
+def test_zeroing_is_the_full_head_without_those_features(model, tables, test_images, features):
+    frame = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["zero", "mean"])
+    chosen = tables["histogram"].mask(5)[test_images.labels]
+    means = tables["histogram"].mass.sum(0).float() / 1000
+
+    def recall(values):
+        right = (values @ model.fc.weight.T + model.fc.bias).argmax(1) == test_images.labels
+        return [float(right.float().mean()), float(right[test_images.labels == 6].float().mean())]
+
+    for mode, channels, values in (
+        ("intact", "none", features),
+        ("zero", "influential", features.masked_fill(chosen, 0)),
+        ("zero", "rest", features.masked_fill(~chosen, 0)),
+        ("mean", "influential", torch.where(chosen, means, features)),
+    ):
+        found = [row(frame, mode=mode, channels=channels, class_name=name).accuracy for name in ("all", "shirt")]
+        assert found == pytest.approx(recall(values))
+    intact = row(frame, mode="intact", class_name="all")
+    hit = row(frame, mode="zero", channels="influential", class_name="all")
+    assert hit["drop"] == pytest.approx(intact.accuracy - hit.accuracy)
+
+
+def test_noise_on_its_own_channels_hurts_a_class_more_than_on_random_ones(model, tables, test_images):
+    frame = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["noise"])
+    own, chance = (row(frame, channels=name, class_name="all") for name in ("influential", "random"))
+    assert own.high < chance.low
+    assert set(frame.channels) == {"none", "influential", "random", "rest"}
+
+
+def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
+    loader = test_images.batches()[:1]
+    with pytest.raises(OptionError, match="modes must be some of"):
+        metrics.class_ablation(model, tables["histogram"], loader, 5, modes=["shuffle"])
+    with pytest.raises(OptionError, match="draws must be at least 5"):
+        metrics.class_ablation(model, tables["histogram"], loader, 5, draws=2)
+    torch.manual_seed(0)
+    signed = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
+    with pytest.raises(OptionError, match="features of layer '2' can be negative"):
+        metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["mean"])
+    frame = metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["mean"], means=torch.zeros(64))
+    zero = metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["zero"])
+    np.testing.assert_allclose(frame.accuracy, zero.accuracy)
+
+
+# -- sets --------------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_lists_each_pair_with_what_chance_gives(tables):
+    frame = metrics.overlap({"votes": tables["histogram"], "margin": tables["margin"]}, 5)
+    assert len(frame) == 2 * 45
+    pair = row(frame, filters="votes", class_a="pullover", class_b="coat")
+    a, b = (set(tables["histogram"].top(5)[i].tolist()) for i in (2, 4))
+    assert pair.jaccard == pytest.approx(len(a & b) / len(a | b))
+    assert pair.shared == pytest.approx(len(a & b))
+    assert pair.random == pytest.approx(random_jaccard(5, 64)[0])
+
+
+@pytest.mark.parametrize(("k", "channels"), [(1, 10), (5, 64), (8, 12)])
+def test_random_jaccard_is_what_a_simulation_finds(k, channels):
+    generator = np.random.default_rng(0)
+    draws = []
+    for _ in range(4000):
+        a, b = (set(generator.permutation(channels)[:k].tolist()) for _ in range(2))
+        draws.append(len(a & b) / len(a | b))
+    mean, low, high = random_jaccard(k, channels)
+    assert mean == pytest.approx(np.mean(draws), abs=4 * np.std(draws) / 4000**0.5)
+    assert low <= np.mean(draws) <= high
+    assert np.mean((np.array(draws) >= low) & (np.array(draws) <= high)) >= 0.95
+
+
+def test_stability_is_one_when_nothing_can_change_and_lower_when_samples_are_few(model):
+    sample = load_images("train")
+    few = [(sample.images[:100].float() / 255, sample.labels[:100])]
+    all_channels = metrics.stability(model, few, 64, draws=5)
+    assert row(all_channels, class_name="all").jaccard == 1
+    scarce = metrics.stability(model, few, 5, draws=20, seed=3, class_names=sample.class_names)
+    plenty = metrics.stability(model, sample.batches(), 5, draws=20, seed=3)
+    found = row(scarce, class_name="all")
+    assert found.low < found.jaccard < row(plenty, class_name="all").jaccard < 1
+    assert found.jaccard > found.random
+    assert found.samples == 100
+    assert set(scarce.class_name) == {"all", *sample.class_names}
+
+
+def test_stability_refuses_what_has_no_samples(model):
+    with pytest.raises(OptionError, match=r"selectors \['weight'\] look at no samples"):
+        metrics.stability(model, [], 5, selectors=["weight"])
+    with pytest.raises(OptionError, match="draws must be at least 5"):
+        metrics.stability(model, [], 5, draws=1)
+
+
+# -- localisation ------------------------------------------------------------------------------------------------------
+
+
+class Spot(nn.Module):
+    """Two channels: the picture itself, and its negative; class 0 wants the one, class 1 the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Conv2d(1, 2, 1, bias=False)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.maps.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+            self.fc.weight.copy_(torch.eye(2))
+
+    def forward(self, x):
+        return self.fc(self.pool(self.maps(x)).flatten(1))
+
+
+def test_localisation_of_a_map_that_is_the_object_and_of_one_that_is_not():
+    images = torch.zeros(4, 1, 8, 8)
+    for n in range(4):
+        images[n, 0, n : n + 3, 2:5] = 1.0
+    loader = [(images, torch.tensor([0, 0, 1, 1]))]
+    filters = InfluentialFeatures(Spot()).attribute(loader, selector="weight")
+    for label, expected in ((0, 1.0), (1, 0.0)):
+        of_class = [(images, torch.full((4,), label))]
+        frame = metrics.localisation(Spot(), {"weight": filters}, of_class, 1)
+        found = row(frame, filters="weight")
+        assert (found.pointing, found.iou) == (expected, expected)
+        assert found.chance == pytest.approx(9 / 64)
+        assert found.chance_iou == pytest.approx(9 / 64 / (2 - 9 / 64))
+    # both channels with the same weight cancel out
+    even = metrics.localisation(Spot(), {"weight": filters}, loader, 1, channel_weights="ones")
+    assert row(even, filters="all channels").iou < 0.5
+
+
+def test_localisation_on_real_images_has_its_controls(model, tables, test_images):
+    frame = metrics.localisation(model, tables, test_images.batches()[:2], 5)
+    assert list(frame.filters) == ["histogram", "margin", "all channels", "random"]
+    assert (frame.low <= frame.pointing).all()
+    assert (frame.pointing <= frame.high).all()
+    assert row(frame, filters="margin").pointing > row(frame, filters="margin").chance
+
+
+def test_localisation_refuses_what_does_not_fit(model, tables, test_images):
+    loader = test_images.batches()[:1]
+    with pytest.raises(ShapeError, match="silhouette must give bool of shape"):
+        metrics.localisation(model, tables, loader, 5, silhouette=lambda images: images)
+    with pytest.raises(OptionError, match="channel_weights"):
+        metrics.localisation(model, tables, loader, 5, channel_weights="all")
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
+    with pytest.raises(HeadError, match="no feature map"):
+        metrics.localisation(flat, tables, loader, 5)
+
+
+def test_foreground_is_what_is_not_black():
+    images = torch.zeros(1, 3, 2, 2)
+    images[0, :, 0, 1] = 0.8
+    images[0, :, 1, 0] = 0.05
+    assert metrics.foreground(images).tolist() == [[[False, True], [False, False]]]

@@ -1,0 +1,126 @@
+"""The training recipe and its data sets, up to what would be downloaded."""
+
+import gzip
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captum_classfilters.assets import load_images, load_network
+
+RECIPES = Path(__file__).parents[2] / "tutorials" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def idx_folder(tmp_path_factory):
+    """The shipped images as the four files of an MNIST-like set."""
+    folder = tmp_path_factory.mktemp("idx")
+    for prefix, split in (("train", "train"), ("t10k", "test")):
+        sample = load_images(split)
+        for what, values, header in (("images-idx3", sample.images, 16), ("labels-idx1", sample.labels.byte(), 8)):
+            with gzip.open(folder / f"{prefix}-{what}-ubyte.gz", "wb") as stream:
+                stream.write(bytes(header) + values.numpy().tobytes())
+    return folder
+
+
+@pytest.fixture
+def recipe_data(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    import data
+
+    return data
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_idx_files_are_read_as_they_are(idx_folder, recipe_data):
+    found, sample = recipe_data.load(str(idx_folder)), load_images("test")
+    assert torch.equal(found.test.images, sample.images)
+    assert torch.equal(found.test.labels, sample.labels)
+
+
+def test_folders_of_pictures_are_read_and_resized(tmp_path, recipe_data):
+    for split in ("train", "test"):
+        for name, grey in (("cat", 10), ("dog", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.full((50, 40, 3), grey, np.uint8)).save(tmp_path / split / name / "a.png")
+    found = recipe_data.load(str(tmp_path))
+    assert found.class_names == ("cat", "dog")
+    assert found.train.images.shape == (2, 3, 32, 32)
+    assert [int(image.max()) for image in found.test.images] == [10, 200]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
+def test_cifar_goes_through_torchvision(name, kind, recipe_data, monkeypatch, tmp_path):
+    import torchvision
+
+    with pytest.raises(RuntimeError, match="Dataset not found"):
+        recipe_data.load(name, root=tmp_path, download=False)
+
+    class Downloaded:
+        data, targets, classes = np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1], ["cat", "dog"]
+
+        def __init__(self, root, train, download):
+            assert download
+
+    monkeypatch.setattr(torchvision.datasets, kind, Downloaded)
+    found = recipe_data.load(name, root=tmp_path)
+    assert found.train.images.shape == (4, 3, 32, 32)
+    assert found.class_names == ("cat", "dog")
+
+
+def test_a_wrong_data_set_is_refused_in_words(tmp_path):
+    done = run("train_fashion_mnist.py", "--data", tmp_path, "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "expected fashion_mnist, cifar10, cifar100, or a folder" in done.stderr
+
+
+def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(idx_folder, tmp_path):
+    common = ["--data", idx_folder, "--depth", 8, "--limit", 512, "--threads", 1, "--lr", 0.2, "--device", "cpu"]
+    whole = run("train_fashion_mnist.py", *common, "--epochs", 3, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
+    assert losses[-1] < losses[0]
+    stopped = run("train_fashion_mnist.py", *common, "--epochs", 3, "--stop-after", 1, "--out", tmp_path / "parts")
+    assert stopped.returncode == 0, stopped.stderr
+    assert not (tmp_path / "parts" / "network.safetensors").exists()
+    resumed = run("train_fashion_mnist.py", *common, "--epochs", 3, "--out", tmp_path / "parts")
+    assert "epoch 1/3" not in resumed.stdout
+    first, second = (load_network(tmp_path / name / "network.safetensors")[0] for name in ("whole", "parts"))
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_imagenet_recipe_runs_up_to_the_download(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(2):
+                pixels = generator.integers(0, 255, (64, 64, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.JPEG")
+    done = run(
+        "imagenet.py",
+        tmp_path,
+        "resnet18",
+        "--random-weights",
+        "--k",
+        5,
+        "--limit",
+        3,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"histogram\s+5\s+0\.\d+", done.stdout)
+    assert re.search(r"random\s+5", done.stdout)
