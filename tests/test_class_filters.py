@@ -134,6 +134,13 @@ def test_save_and_load_give_the_same_table(tmp_path):
     assert torch.equal(ClassFilters.merge(filters, loaded).scores, 2 * filters.scores)
 
 
+def test_tables_that_share_memory_are_saved(tmp_path):
+    filters = replace(table(), mass=table().scores)
+    filters = replace(filters, scores=filters.mass)
+    filters.save(tmp_path / "filters.safetensors")
+    assert torch.equal(ClassFilters.load(tmp_path / "filters.safetensors").mass, filters.scores)
+
+
 def test_load_refuses_another_kind_of_file(tmp_path):
     (tmp_path / "notes.txt").write_text("not a table")
     with pytest.raises(FileFormatError, match=r"notes\.txt is not a whole safetensors file"):

@@ -39,7 +39,8 @@ def write(
     """
     target = Path(path)
     header = {_HEADER: json.dumps({"kind": kind, "version": version, "meta": meta})}
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # clones: the format refuses tensors that share memory
+    on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)
     try:

@@ -79,6 +79,8 @@ def batches(
             raise OptionError(f"the model must be an nn.Module or a function, got {type(model).__name__}")
         if not isinstance(layer, nn.Module):
             raise HeadError("a bare function does not show its layers: pass layer= with the nn.Linear that is its head")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise OptionError("a ScriptModule takes no hooks; pass the nn.Module it was made from")
     if not isinstance(loader, Iterable):
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
     known = module if isinstance(module, nn.Module) else None

@@ -38,8 +38,9 @@ class InfluentialFeatures(LayerAttribution):
     Example:
         >>> import torch
         >>> from captum_classfilters import InfluentialFeatures
-        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(),
-        torch.nn.Linear(3, 2)) >>> loader = [(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)]
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> loader = [(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)]
         >>> filters = InfluentialFeatures(model).attribute(loader, class_names=("cat", "dog"))
         >>> filters
         ClassFilters('histogram', 2 classes x 3 channels of '3', 8 samples)

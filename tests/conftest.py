@@ -1,0 +1,127 @@
+"""What the tests share: the devices, a small network with a head, seeds that stay local."""
+
+import os
+
+os.environ["MPLBACKEND"] = "Agg"
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+# The networks here are small: threads would cost more than they bring
+torch.set_num_threads(1)
+
+
+class _FakeCuda(FakeTensorMode):
+    """CUDA tensors without a GPU or values: shapes and devices are computed, and every number asked for is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func is torch.ops.aten.equal.default:
+            return True
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Device(NamedTuple):
+    """Where tensors and models are to be made; ``with device.mode:`` around it all."""
+
+    name: str
+    mode: AbstractContextManager[Any]
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        "fake cuda",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> Device:
+    """CPU, CUDA, and CUDA without a GPU, where a tensor made on the wrong device is an error all the same.
+
+    Make tensors on the CPU with a local generator and move them ``.to(device.name)``; make models there, as `small_cnn`
+    does; compare with `assert_close`.
+    """
+    if request.param == "fake cuda":
+        return Device("cuda", _FakeCuda(allow_non_fake_inputs=True))
+    return Device(request.param, nullcontext())
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """``torch.testing.assert_close``; on a fake device only shape, dtype and device are compared."""
+
+    def check(actual: Tensor, expected: Tensor, **tolerances: Any) -> None:
+        if isinstance(actual, torch._subclasses.FakeTensor):
+            found = (actual.shape, actual.dtype, actual.device.type)
+            assert found == (expected.shape, expected.dtype, expected.device.type)
+        else:
+            torch.testing.assert_close(actual, expected, **tolerances)
+
+    return check
+
+
+class SmallCNN(nn.Module):
+    """Two convolutions, an average over positions, dropout and the head: K = ``channels``, C = ``num_classes``."""
+
+    def __init__(self, num_classes: int = 4, channels: int = 6, bias: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 5, 3)
+        self.bn1 = nn.BatchNorm2d(5)
+        self.conv2 = nn.Conv2d(5, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(channels, num_classes, bias=bias)
+
+    def penultimate(self, images: Tensor) -> Tensor:
+        """The head's input, by hand."""
+        maps = self.relu(self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())))
+        return self.dropout(self.pool(maps).flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.penultimate(images))
+
+
+@pytest.fixture
+def small_cnn() -> Callable[..., SmallCNN]:
+    """Makes a `SmallCNN` in eval mode with weights from a local seed; ``device=`` and the size may be given."""
+
+    def make(seed: int = 0, device: torch.device | str = "cpu", **size: Any) -> SmallCNN:
+        with torch.device(device):
+            model = SmallCNN(**size)
+        return seeded(model, seed).eval()
+
+    return make
+
+
+@pytest.fixture
+def images() -> Callable[..., Tensor]:
+    """Makes ``count`` images of 3 x 8 x 8 from a local seed, on the CPU."""
+
+    def make(count: int = 6, seed: int = 1, size: int = 8) -> Tensor:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+def seeded(model: nn.Module, seed: int) -> nn.Module:
+    """Fill parameters and running statistics from a local seed: none is a neutral 0 or 1 by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
+                values = torch.randn(tensor.shape, generator=generator) * spread
+                tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
+    return model

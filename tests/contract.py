@@ -1,0 +1,106 @@
+"""Everything that borrows the user's model, one row each; `core/test_borrow.py` checks that it is given back.
+
+Adding a method adds a row for each of its calls that runs the model.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters import ClassFilters, InfluentialFeatures
+
+
+class Row(NamedTuple):
+    """A call: ``run(model, loader)`` where it reads a loader, else ``run(model, images, target)``."""
+
+    name: str
+    reads: str  # "loader" or "tensor"
+    run: Callable[..., Any]
+
+
+def any_filters(model: nn.Module) -> ClassFilters:
+    """A table that fits the network of the test: 4 classes, 6 channels."""
+    scores = torch.arange(24, dtype=torch.float64).reshape(4, 6)
+    return ClassFilters(scores, scores.clone(), torch.ones(4, dtype=torch.int64), "histogram", "fc", tuple("abcd"))
+
+
+ROWS = (
+    Row(
+        "InfluentialFeatures.attribute(loader)",
+        "loader",
+        lambda model, loader: InfluentialFeatures(model).attribute(loader),
+    ),
+    Row(
+        "InfluentialFeatures.attribute(tensor)",
+        "tensor",
+        lambda model, images, target: InfluentialFeatures(model).attribute(images, target),
+    ),
+    Row(
+        "InfluentialFeatures.explain",
+        "tensor",
+        lambda model, images, target: InfluentialFeatures(model).explain(images, target, any_filters(model), 2),
+    ),
+)
+
+
+class Snapshot(NamedTuple):
+    """What must be as before: of the model, and of torch."""
+
+    state: list[tuple[str, Tensor]]  # keys, their order, values
+    identities: dict[str, int]
+    classes: dict[str, type]
+    training: dict[str, bool]
+    attributes: dict[str, list[str]]
+    requires_grad: dict[str, bool]
+    grads: dict[str, tuple[int, Tensor | None]]
+    hooks: dict[str, list[int]]
+    torch: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Snapshot":
+        """Take the snapshot; values are copied."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(
+            state=[(key, value.clone()) for key, value in model.state_dict().items()],
+            identities={name: id(tensor) for name, tensor in [*parameters.items(), *model.named_buffers()]},
+            classes={name: type(module) for name, module in modules.items()},
+            training={name: module.training for name, module in modules.items()},
+            attributes={name: sorted(vars(module)) for name, module in modules.items()},
+            requires_grad={name: parameter.requires_grad for name, parameter in parameters.items()},
+            grads={name: (id(p.grad), None if p.grad is None else p.grad.clone()) for name, p in parameters.items()},
+            hooks=dict(_hooks(model)),
+            torch={
+                "grad mode": torch.is_grad_enabled(),
+                "inference mode": torch.is_inference_mode_enabled(),
+                "default dtype": torch.get_default_dtype(),
+                "random state": torch.get_rng_state().tolist(),
+                "global hooks": [len(found) for found in _global_hooks()],
+            },
+        )
+
+    def assert_same(self, before: "Snapshot") -> None:
+        """Fail on the first thing that differs, naming it."""
+        assert [key for key, _ in self.state] == [key for key, _ in before.state]
+        for (key, now), (_, was) in zip(self.state, before.state, strict=True):
+            assert torch.equal(now, was), key
+        for what in ("identities", "classes", "training", "attributes", "requires_grad", "hooks", "torch"):
+            assert getattr(self, what) == getattr(before, what), what
+        for name, (identity, value) in self.grads.items():
+            was_identity, was = before.grads[name]
+            assert identity == was_identity, f"grad of {name}"
+            assert value is None or torch.equal(value, was), f"grad of {name}"
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        for attribute, value in vars(module).items():
+            if "_hooks" in attribute and hasattr(value, "keys"):
+                yield f"{name}.{attribute}", list(value)
+
+
+def _global_hooks() -> list[Any]:
+    everything = vars(torch.nn.modules.module)
+    return [everything[name] for name in sorted(everything) if name.startswith("_global_") and "hooks" in name]

@@ -1,0 +1,54 @@
+"""How these tests read a head: networks whose logits tell images apart, and the first batch of the stream."""
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from captum_classfilters.core.stream import batches
+
+
+def read(model, *inputs, need_maps=False, **options):
+    """The first batch of the stream."""
+    with batches(model, [(inputs, None)], need_labels=False, need_maps=need_maps, **options) as stream:
+        return next(stream)
+
+
+def random_images(count, size, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def built(make, size):
+    """A network with random weights whose logits tell images apart, and two images.
+
+    Heads that begin at zero are filled, and batch norms take their statistics from data: otherwise activations fade to
+    nothing in many networks, and any feature would do.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = make()
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = None
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+        if norms:
+            model.train()(random_images(4, size, seed=1))
+    return model.eval(), random_images(2, size)
+
+
+def assert_linear(batch, logits):
+    """features @ W.T + b is the model's output, and neither the bias alone nor another image's features give it."""
+    again = batch.features @ batch.head.weight.T + batch.head.bias
+    scale = float(logits.abs().max())
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-4 * scale)
+    assert float((logits[0] - logits[1]).abs().max()) > 2e-4 * scale
+
+
+def tv(name, **options):
+    return lambda: torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+
+
+def tm(name, **options):
+    return lambda: timm.create_model(name, pretrained=False, num_classes=10, **options)

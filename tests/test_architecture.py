@@ -1,0 +1,166 @@
+"""The house's plan, read from the imports: floors, rooms, and what the package keeps away from."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import captum_classfilters
+
+PACKAGE = "captum_classfilters"
+ROOT = Path(captum_classfilters.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Rooms by floor; imports point down
+FLOORS = {
+    "core": 0,
+    "class_filters": 1,
+    "assets": 1,
+    "heads": 2,
+    "cam": 2,
+    "influential": 3,
+    "gating": 3,
+    "decoupling": 3,
+    "splitting": 3,
+    "metrics": 4,
+    "visualize": 4,
+    "detection": 4,
+    "_version": 0,
+    "__init__": 5,
+    "__main__": 5,
+}
+# Rooms of these floors know nothing of one another
+APART = (2, 3)
+PRIVATE_CAPTUM = "core/captum_compat.py"
+
+
+def room_of(path):
+    """The room a file is in: its folder under the package, or itself."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(source, package=PACKAGE):
+    """Dotted names imported anywhere in ``source``, relative ones from ``package``; of ``from a import b``: ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def package_of(path):
+    return ".".join([PACKAGE, *path.relative_to(ROOT).parts[:-1]])
+
+
+def breaches(room, names):
+    """What a room imports of its own package against the plan."""
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != PACKAGE or len(parts) == 1:
+            continue
+        other = parts[1] if parts[1] in FLOORS else "__init__"
+        if other == room:
+            continue
+        if FLOORS[other] > FLOORS[room]:
+            yield f"{room} (floor {FLOORS[room]}) imports {name}, which is above it (floor {FLOORS[other]})"
+        elif FLOORS[other] == FLOORS[room] and FLOORS[room] in APART:
+            yield f"{room} imports {name}, a room of its own floor {FLOORS[room]}"
+
+
+def private_captum(names):
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "captum" and (parts[1:2] == ["log"] or any(part.startswith("_") for part in parts)):
+            yield name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file(path):
+    """Each file: its room is on a floor, it imports down, and keeps the rules of the house."""
+    source = path.read_text(encoding="utf-8")
+    names = list(imports(source, package_of(path)))
+    assert room_of(path) in FLOORS, "give the new room a floor"
+    assert not list(breaches(room_of(path), names))
+    if path.relative_to(ROOT).as_posix() != PRIVATE_CAPTUM:
+        assert not list(private_captum(names)), f"import it through {PRIVATE_CAPTUM}"
+    assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "cloudpickle", "dill", "joblib"}
+    lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+    assert not lines, f"assert statements in lines {lines}: raise an error that says what to do"
+    assert len(source.splitlines()) < 400
+
+
+def test_imports_are_read_wherever_they_stand():
+    source = """
+import captum.log
+from captum_classfilters.core import head
+from . import selectors
+from ..metrics.curves import curve
+def f():
+    from captum._utils.common import _select_targets
+if TYPE_CHECKING:
+    import captum_classfilters.visualize as v
+"""
+    assert set(imports(source, f"{PACKAGE}.influential")) == {
+        "captum.log",
+        "captum_classfilters.core.head",
+        "captum_classfilters.influential.selectors",
+        "captum_classfilters.metrics.curves.curve",
+        "captum_classfilters.visualize",
+        "captum._utils.common._select_targets",
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "allowed"),
+    [
+        ("influential", "captum_classfilters.core.head.Head", True),
+        ("influential", "captum_classfilters.heads.decompose", True),
+        ("influential", "captum_classfilters.gating.Gate", False),
+        ("influential", "captum_classfilters.metrics", False),
+        ("influential", "captum_classfilters.InfluentialFeatures", False),
+        ("influential", "captum_classfilters.influential.tables.Tables", True),
+        ("heads", "captum_classfilters.cam.Cam", False),
+        ("core", "captum_classfilters.class_filters.ClassFilters", False),
+        ("metrics", "captum_classfilters.visualize.curve", True),
+        ("core", "captum.attr", True),
+    ],
+)
+def test_the_plan_can_be_breached(room, name, allowed):
+    assert (list(breaches(room, [name])) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "private"),
+    [
+        ("captum.attr.LayerAttribution", False),
+        ("captum.log.log_usage", True),
+        ("captum.log", True),
+        ("captum._utils.common", True),
+        ("captum.attr._core.layer", True),
+        ("captum.attr._select", True),
+        ("torch._dynamo", False),
+    ],
+)
+def test_private_names_of_captum_are_seen(name, private):
+    assert (list(private_captum([name])) == [name]) is private
+
+
+def test_importing_the_package_loads_no_heavy_room():
+    heavy = ("captum", "matplotlib", "pandas", "sklearn", "scipy")
+    code = f"import sys, {PACKAGE}; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_public_name_has_a_home():
+    assert {name for name in dir(captum_classfilters) if not name.startswith("_")} == {
+        name for name in captum_classfilters.__all__ if not name.startswith("_")
+    }
+    for name in captum_classfilters.__all__:
+        assert name == "__version__" or name in captum_classfilters._HOMES
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = captum_classfilters.nothing
