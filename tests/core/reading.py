@@ -52,3 +52,15 @@ def tv(name, **options):
 
 def tm(name, **options):
     return lambda: timm.create_model(name, pretrained=False, num_classes=10, **options)
+
+
+class Tail(nn.Module):
+    """A small network whose logits go through ``tail``."""
+
+    def __init__(self, model, tail):
+        super().__init__()
+        self.model = model
+        self.tail = tail
+
+    def forward(self, images):
+        return self.tail(self.model(images))

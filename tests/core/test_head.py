@@ -2,24 +2,12 @@
 
 import pytest
 import torch
-from reading import assert_linear, read
+from reading import Tail, assert_linear, read
 from torch import nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.errors import HeadError
 from captum_classfilters.core.head import find_layer
-
-
-class Tail(nn.Module):
-    """A small network whose logits go through ``tail``."""
-
-    def __init__(self, model, tail):
-        super().__init__()
-        self.model = model
-        self.tail = tail
-
-    def forward(self, images):
-        return self.tail(self.model(images))
 
 
 class Conv(nn.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reading import read
+from reading import Tail, read
 from torch import nn
 
 from captum_classfilters import InfluentialFeatures
