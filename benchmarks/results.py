@@ -93,8 +93,8 @@ def curves(networks: dict[int, torch.nn.Module], data: Data) -> None:
     seeds = pd.concat(found)
     dense = seeds[seeds.filters == "dense"]
     print(f"\n## Accuracy with k channels for each class, ResNet-20, seeds {list(networks)}\n")
-    print("A_f: " + ", ".join(f"{row.accuracy:.4f} [{row.low:.4f}, {row.high:.4f}]" for row in dense.itertuples()))
-    print(f", mean {dense.accuracy.mean():.4f}.\n")
+    each = ", ".join(f"{row.accuracy:.4f} [{row.low:.4f}, {row.high:.4f}]" for row in dense.itertuples())
+    print(f"A_f: {each}; mean {dense.accuracy.mean():.4f}")
     _markdown(_table(seeds, "accuracy"), "A_d: mean of the seeds [lowest, highest end of their 95 % intervals]")
     _markdown(_table(seeds, "relative"), "r_A = A_d / A_f: mean of the seeds [lowest, highest seed]")
     _markdown(
@@ -109,9 +109,18 @@ def grid(model: torch.nn.Module, data: Data) -> None:
     visualize.k_grid(curve)
     _save("k1_k2")
     rows = curve[(curve.class_name == "all") & (curve.filters != "dense")]
-    table = rows.pivot(index="filters", columns="k", values="accuracy")
+    widest = ((rows.high - rows.low) / 2)[rows.filters != "random"].max()
+    cells = rows.assign(
+        value=[
+            _interval(row.accuracy, row.low, row.high) if row.filters == "random" else f"{row.accuracy:.4f}"
+            for row in rows.itertuples()
+        ]
+    ).pivot(index="filters", columns="k", values="value")
     print("\n## k1 x k2 (figure 1), ResNet-20, seed 0\n")
-    _markdown(table.loc[[*map(str, GRID), "random"]].map("{:.4f}".format), "A_d; rows k1, columns k2")
+    _markdown(
+        cells.loc[[*map(str, GRID), "random"]],
+        f"A_d; rows k1, columns k2; 95 % intervals (Wilson) are at most +- {widest:.4f}, for random as shown",
+    )
 
 
 def claims(model: torch.nn.Module, data: Data) -> None:

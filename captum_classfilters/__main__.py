@@ -76,7 +76,7 @@ def run_demo(out: Path) -> None:
     seen = InfluentialFeatures(model).explain(image.to(device), boot, filters, k=5)
     seen = LayerAttribution.interpolate(seen, (28, 28), "bilinear")[0].cpu().permute(1, 2, 0).numpy()
     figure, _ = captum_visualization.visualize_image_attr(
-        seen, image[0].permute(1, 2, 0).numpy(), "blended_heat_map", "all", show_colorbar=True, use_pyplot=False,
+        seen, image[0].expand(3, -1, -1).permute(1, 2, 0).numpy(), "blended_heat_map", "all", use_pyplot=False,
         title="What the 5 ankle boot channels look at",
     )  # fmt: skip
     figure.savefig(out / "explain.png", dpi=120, bbox_inches="tight")

@@ -5,14 +5,15 @@ method's own room. C classes, K channels.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.errors import MergeError, OptionError, ShapeError
+from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.head import Head
 
@@ -30,8 +31,7 @@ class ClassFilters:
         scores: ``(C, K)`` float64; the bigger, the more this channel works for this class. A sum over samples where the
             method counts or adds (``meta["merge"] == "sum"``): divide by ``counts`` for rates.
         mass: ``(C, K)`` float64, accumulated ``|feature|``; breaks ties.
-        counts: ``(C,)`` int64, samples behind each row. A class without samples has scores 0 and is in no `top` or
-            `mask`.
+        counts: ``(C,)`` int64, samples behind each row. A class without samples is in no `top` or `mask`.
         method: Which method, such as ``"histogram"``.
         layer: Name of the layer whose input channels these are.
         class_names: C names, unique.
@@ -69,9 +69,7 @@ class ClassFilters:
                 f"expected {len(self.scores)} counts and class names, one for each row of scores; got counts of shape "
                 f"{tuple(self.counts.shape)} and {len(self.class_names)} names"
             )
-        if len(set(self.class_names)) != len(self.class_names):
-            twice = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
-            raise OptionError(f"class names must be unique, got {twice} more than once; number them apart")
+        check_names(self.class_names)
 
     def __repr__(self) -> str:
         unseen = int((self.counts == 0).sum())
@@ -104,6 +102,8 @@ class ClassFilters:
 
     def top(self, k: int) -> Tensor:
         """The k strongest channels of each class, ``(C, k)`` int64; -1 throughout for a class without samples.
+
+        Always k of them: where fewer have a score above zero, the next in the ranking fill up.
 
         Raises:
             OptionError: k is not in ``[1, K]``.
@@ -152,8 +152,8 @@ class ClassFilters:
                 shown = ", ".join(self.class_names[:10]) + (", ..." if self.num_classes > 10 else "")
                 raise OptionError(f"no class is named {name!r}; the names are: {shown}")
             return self.class_names.index(name)
-        if not 0 <= name < self.num_classes:
-            raise OptionError(f"class index must lie in [0, {self.num_classes}), got {name}")
+        if isinstance(name, bool) or not isinstance(name, Integral) or not 0 <= int(name) < self.num_classes:
+            raise OptionError(f"a class is a name or an index in [0, {self.num_classes}), got {name!r}")
         return int(name)
 
     @staticmethod
@@ -168,6 +168,9 @@ class ClassFilters:
         """
         if not parts:
             raise MergeError("merge needs at least one table, got none")
+        for part in parts:
+            if not isinstance(part, ClassFilters):
+                raise MergeError(f"merge takes tables one by one, merge(*parts); got {type(part).__name__}")
         first = parts[0]
         for part in parts[1:]:
             for what in ("method", "layer", "class_names"):
@@ -220,8 +223,11 @@ class ClassFilters:
             FileFormatError: Broken, truncated, foreign, or of another schema version.
         """
         tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("scores", "mass", "counts"))
-        names = tuple(about["class_names"])
-        return cls(**tensors, method=about["method"], layer=about["layer"], class_names=names, meta=about["meta"])
+        try:
+            about["class_names"] = tuple(about["class_names"])
+            return cls(**{**tensors, **about})
+        except (KeyError, TypeError, ShapeError, OptionError) as error:
+            raise FileFormatError(f"{path} does not hold a whole table ({error!r}); save it again") from error
 
     def _check_k(self, k: int) -> None:
         check_k(k, self.num_channels, "k")
@@ -229,8 +235,25 @@ class ClassFilters:
 
 def check_k(k: Any, channels: int, name: str) -> None:
     """Refuse a number of channels outside ``[1, K]``."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= channels:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= int(k) <= channels:
         raise OptionError(f"{name} must be an integer in [1, {channels}], the number of channels; got {k!r}")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse repeated class names, and the one that the metrics use themselves."""
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        raise OptionError(f"class names must be unique, got {twice} more than once; number them apart")
+    if "all" in names:
+        raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
+
+
+def one_table(filters: Any) -> ClassFilters:
+    """Refuse what is not a single table, such as the dict of several that `attribute` can return."""
+    if not isinstance(filters, ClassFilters):
+        several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else ""
+        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several}")
+    return filters
 
 
 def check_table(filters: ClassFilters, head: Head) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from captum_classfilters import ClassFilters
 from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError
+from captum_classfilters.core.files import write
 
 NAMES = ("shirt", "coat", "bag", "boot")
 
@@ -116,6 +117,8 @@ def test_merge_refuses_what_does_not_belong_together(change, message):
 def test_merge_refuses_nothing_other_shapes_and_tables_that_do_not_add_up():
     with pytest.raises(MergeError, match="at least one table, got none"):
         ClassFilters.merge()
+    with pytest.raises(MergeError, match=r"merge takes tables one by one, merge\(\*parts\); got list"):
+        ClassFilters.merge([table(0), table(1)])
     with pytest.raises(MergeError, match="shapes differ"):
         ClassFilters.merge(table(0), table(0, channels=8))
     with pytest.raises(MergeError, match="cannot be merged"):
@@ -145,8 +148,20 @@ def test_load_refuses_another_kind_of_file(tmp_path):
     (tmp_path / "notes.txt").write_text("not a table")
     with pytest.raises(FileFormatError, match=r"notes\.txt is not a whole safetensors file"):
         ClassFilters.load(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no file at"):
         ClassFilters.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        ClassFilters.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write f into; create it first"):
+        table().save(tmp_path / "nowhere" / "f")
+
+
+def test_load_refuses_a_table_that_is_not_whole(tmp_path):
+    filters = table()
+    tensors = {"scores": filters.scores, "mass": filters.mass, "counts": filters.counts}
+    write(tmp_path / "f", tensors, kind="ClassFilters", version=1, meta={"method": "histogram", "layer": "fc"})
+    with pytest.raises(FileFormatError, match=r"does not hold a whole table .*class_names"):
+        ClassFilters.load(tmp_path / "f")
 
 
 @pytest.mark.parametrize("k", [0, 10, -1, 2.0, True])
@@ -159,8 +174,10 @@ def test_k_outside_the_channels_is_refused(method, k):
 def test_unknown_classes_are_refused_with_the_known_ones():
     with pytest.raises(OptionError, match="no class is named 'hat'; the names are: shirt, coat, bag, boot"):
         table().contrast("hat", "bag", k=2)
-    with pytest.raises(OptionError, match=r"class index must lie in \[0, 4\), got 4"):
+    with pytest.raises(OptionError, match=r"a class is a name or an index in \[0, 4\), got 4"):
         table().contrast(0, 4, k=2)
+    with pytest.raises(OptionError, match=r"got 1\.7"):
+        table().index(1.7)
     with pytest.raises(OptionError, match="two different classes"):
         table().contrast("bag", 2, k=2)
 

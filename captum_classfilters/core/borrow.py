@@ -53,11 +53,13 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def unwrap(model: Any) -> Any:
-    """The module inside ``torch.compile``, DataParallel and DistributedDataParallel; anything else as it is."""
+    """The module inside ``torch.compile``, DataParallel, DistributedDataParallel, or behind ``model.forward``."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
+        elif getattr(model, "__name__", "") == "forward" and isinstance(getattr(model, "__self__", None), nn.Module):
+            model = model.__self__
         else:
             return model

@@ -38,6 +38,8 @@ def write(
         meta: Anything JSON can hold.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into; create it first")
     header = {_HEADER: json.dumps({"kind": kind, "version": version, "meta": meta})}
     # clones: the format refuses tensors that share memory
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -72,7 +74,7 @@ def read(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
+        raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no file at {path}")
     try:
         with safe_open(path, framework="pt") as opened:
             header = (opened.metadata() or {}).get(_HEADER)

@@ -170,7 +170,7 @@ class HeadSearch:
             raise self._error(f"the head's weight is shared by {', '.join(sharers)}")
         return call
 
-    def _given(self, layer: nn.Module, output: Any) -> _Call:
+    def _given(self, layer: Candidate, output: Any) -> _Call:
         name = self._name(layer)
         if self._times[layer] != 1 or not self._calls:
             raise self._error(
@@ -178,6 +178,10 @@ class HeadSearch:
                 f"{self._times[layer]} times"
             )
         call = self._calls[-1]
+        if _could_be_logits(output) and output.shape[1] != layer.weight.shape[0]:
+            raise self._error(
+                f"layer {name} has {layer.weight.shape[0]} outputs, the model {output.shape[1]}: it is not the last one"
+            )
         if call.output.numel() > _pool(call.output, layer).numel() and not _gives(call, output):
             raise self._error(
                 f"layer {name} gives {tuple(call.output.shape)}, several positions a sample, whose average is not the "

@@ -172,6 +172,10 @@ class _Reader:
     def _found(self, output: Any) -> Any:
         found = self._search.found(output)  # type: ignore[union-attr]
         self._search, self._head = None, found.head
+        if not bool(torch.isfinite(found.head.weight).all() and torch.isfinite(found.head.bias).all()):
+            raise NonFiniteError(
+                f"expected finite weights, got NaN or infinity in layer {found.head.name}; load a whole checkpoint"
+            )
         self._borrow.after(found.head.module, self._keep_call)
         if self._need_maps:
             if found.head.feature_map is None:
@@ -229,7 +233,8 @@ def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...]
     if labels is None and need_labels:
         raise LabelError(
             f"batch {index} has no labels; expected (inputs, labels) or a mapping with one of {list(_LABEL_KEYS)}. "
-            "Without "
+            "If this list "
+            "is itself one batch, write [(inputs, labels)]. Without "
             'labels, the model\'s own predictions can stand in where there is label_source="prediction"'
         )
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), labels

@@ -7,13 +7,15 @@ the table is in `selectors.py`, the sums are in `tables.py`.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Any, overload
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table
+from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table, one_table
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.errors import LabelError, OptionError, UnseenClassWarning
 from captum_classfilters.core.stream import Batch, batches
@@ -24,9 +26,8 @@ class InfluentialFeatures(LayerAttribution):
     """Which features of the classifier head decide each class.
 
     Source: Badola et al. 2022, "Decomposing the Deep: Finding Class Specific Filters in Deep CNNs", Algorithm 1.
-        Differs
-    from the paper: zeros do not vote, ties are settled by accumulated ``|feature|`` and then by lower index, and other
-    selectors stand beside the histogram.
+    Differs from the paper: zeros do not vote, ties are settled by accumulated ``|feature|`` and then by lower index,
+    and other selectors stand beside the histogram.
 
     Args:
         forward_func: The model, an ``nn.Module``; compiled, DataParallel and DDP ones are unwrapped. A function also
@@ -140,11 +141,11 @@ class InfluentialFeatures(LayerAttribution):
             return self._contributions(inputs, target, additional_forward_args)
         if target is not None:
             raise OptionError("target belongs to tensors; over a loader the labels, or label_source, say the class")
-        several_k1 = isinstance(k1, Sequence)
+        several_k1 = isinstance(k1, Iterable)
         several_names = not isinstance(selector, str)
         if several_k1 and several_names:
             raise OptionError("either k1 or selector may be a list, not both; call once for each selector")
-        k1s: list[Any] = list(k1) if isinstance(k1, Sequence) else [k1]
+        k1s: list[Any] = [_plain(k) for k in (k1 if isinstance(k1, Iterable) else [k1])]
         names = [selector] if isinstance(selector, str) else list(selector)
         if not k1s or not names:
             raise OptionError("the list of k1 or selectors is empty; pass at least one")
@@ -154,15 +155,12 @@ class InfluentialFeatures(LayerAttribution):
         with self._stream(
             inputs, additional_forward_args, label_source == "target" or correct_only, False, num_classes, show_progress
         ) as stream:
-            tables = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs))
-            found = tables.run(stream)
-        _warn_unseen(next(iter(found.values())))
-        if several_names:
-            return {name: table for (name, _), table in found.items()}
-        if several_k1:
-            # a selector that does not vote has been refused together with k1
-            return {k: table for (_, k), table in found.items()}
-        return next(iter(found.values()))
+            # with several k1, the one selector votes: another has been refused together with k1
+            key = 0 if several_names else 1 if several_k1 else None
+            run = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs), key)
+            found = run.over(stream)
+        _warn_unseen(found if isinstance(found, ClassFilters) else next(iter(found.values())))
+        return found
 
     def explain(
         self,
@@ -181,7 +179,7 @@ class InfluentialFeatures(LayerAttribution):
 
         Args:
             inputs: Images, ``(N, ...)``, or a tuple of tensors.
-            target: The class, an int or N of them.
+            target: The class, by name or index, or N indices.
             filters: Whose channels.
             k: How many of them, in ``[1, K]``.
             channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
@@ -196,6 +194,9 @@ class InfluentialFeatures(LayerAttribution):
         """
         if channel_weights not in ("head", "ones"):
             raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+        one_table(filters)
+        if isinstance(target, str):
+            target = filters.index(target)
         batch = self._single(inputs, additional_forward_args, need_maps=True)
         check_table(filters, batch.head)
         check_k(k, filters.num_channels, "k")
@@ -267,23 +268,23 @@ class _Pass:
         correct_only: bool,
         seed: int,
         class_names: Sequence[str] | None,
-        known_names: Sequence[str] | None,
+        known_names: Sequence[Any] | None,
+        key: int | None,
     ) -> None:
         self._options = (names, k1s, importance, seed)
         self._by_prediction, self._correct_only = label_source == "prediction", correct_only
         self._meta = {"label_source": label_source, "correct_only": correct_only}
-        self._class_names, self._known_names = class_names, known_names
+        self._class_names, self._known_names, self._key = class_names, known_names, key
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
 
-    def run(self, stream: Iterable[Batch]) -> dict[tuple[str, K1], ClassFilters]:
+    def over(self, stream: Iterable[Batch]) -> Any:
         try:
             for batch in stream:
                 self._add(batch)
         except BaseException as error:
             if self._tables is not None:
-                found = self._result()
-                error.partial_result = next(iter(found.values())) if len(found) == 1 else found  # type: ignore[attr-defined]
+                error.partial_result = self._result()  # type: ignore[attr-defined]
             raise
         return self._result()
 
@@ -298,19 +299,27 @@ class _Pass:
         if self._correct_only:
             right = predicted == batch.labels
             features, logits, classes = features[right], logits[right], classes[right]
-        self._tables.add(features, logits, classes)
+        if len(classes):
+            self._tables.add(features, logits, classes)
 
-    def _result(self) -> dict[tuple[str, K1], ClassFilters]:
-        return self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
+    def _result(self) -> Any:
+        """The only table, or tables by selector (key 0) or k1 (key 1)."""
+        found = self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
+        return next(iter(found.values())) if self._key is None else {key[self._key]: f for key, f in found.items()}
+
+
+def _plain(k1: Any) -> Any:
+    """NumPy's integers as Python's."""
+    return int(k1) if isinstance(k1, Integral) and not isinstance(k1, bool) else k1
 
 
 def _targets(target: Any, batch: Batch) -> Tensor:
     count, classes = batch.logits.shape
-    if isinstance(target, Tensor) and (target.is_floating_point() or target.dtype == torch.bool):
-        raise LabelError(f"target must be integers, got {target.dtype}; pass class indices")
+    if isinstance(target, str):
+        raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
     found = torch.as_tensor(target, device=batch.logits.device)
-    if found.is_floating_point():
-        raise LabelError(f"target must be integers, got {target!r}; pass class indices")
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise LabelError(f"target must be integers, got {found.dtype}; pass class indices")
     if found.dim() == 0 or (found.dim() == 1 and len(found) == 1):
         found = found.reshape(1).expand(count)
     if found.shape != (count,):
@@ -323,19 +332,33 @@ def _targets(target: Any, batch: Batch) -> Tensor:
     return found.long()
 
 
-def _names_of(loader: Any) -> Sequence[str] | None:
-    return getattr(getattr(loader, "dataset", None), "classes", None)
+def _names_of(loader: Any) -> Sequence[Any] | None:
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
 
 
-def _class_names(given: Sequence[str] | None, known: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if given is not None and len(given) != classes:
-        raise OptionError(f"class_names must be {classes}, one for each output of the head; got {len(given)}")
-    names = given if given is not None else known
-    if names is None or len(names) != classes or len(set(map(str, names))) != classes:
-        if given is not None:
-            raise OptionError("class_names must be unique; number repeated ones apart")
+def _class_names(given: Sequence[str] | None, known: Sequence[Any] | None, classes: int) -> tuple[str, ...]:
+    if given is not None:
+        if len(given) != classes:
+            raise OptionError(f"class_names must be {classes}, one for each output of the head; got {len(given)}")
+        names = tuple(map(str, given))
+        check_names(names)
+        return names
+    if known is None:
         return tuple(map(str, range(classes)))
-    return tuple(map(str, names))
+    if len(known) != classes:
+        warnings.warn(
+            f"the data set names {len(known)} classes, the head has {classes} outputs: its labels may not be the "
+            "head's class indices; pass class_names= if they are",
+            UserWarning,
+            stacklevel=6,
+        )
+        return tuple(map(str, range(classes)))
+    # torchvision's ImageNet has tuples of synonyms, and two cranes
+    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in known]
+    return tuple(f"{name} ({index})" if plain.count(name) > 1 else name for index, name in enumerate(plain))
 
 
 def _warn_unseen(filters: ClassFilters) -> None:
@@ -343,7 +366,7 @@ def _warn_unseen(filters: ClassFilters) -> None:
     if unseen:
         shown = ", ".join(unseen[:10]) + (f", ... ({len(unseen)} in all)" if len(unseen) > 10 else "")
         warnings.warn(
-            f"no sample of class {shown}: scores and count are 0, top() gives -1 and mask() nothing for it",
+            f"no sample of class {shown}: its count is 0, top() gives -1 and mask() nothing for it",
             UnseenClassWarning,
-            stacklevel=3,
+            stacklevel=4,  # past Captum's wrapper around `attribute`, to the caller
         )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table
-from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
+from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import mean_interval, wilson
 
@@ -59,10 +59,15 @@ def class_ablation(
         OptionError: k, modes or draws out of range; mean of features that can be negative without ``means``.
         ShapeError: A table of another network.
     """
-    check_k(k, filters.num_channels, "k")
+    check_k(k, one_table(filters).num_channels, "k")
     check_draws(draws)
+    modes = [modes] if isinstance(modes, str) else list(modes)
     if not modes or any(mode not in _MODES for mode in modes):
         raise OptionError(f"modes must be some of {list(_MODES)}, got {list(modes)}")
+    if means is not None and (not isinstance(means, Tensor) or means.shape != (filters.num_channels,)):
+        raise ShapeError(
+            f"means must be a tensor of shape ({filters.num_channels},), one for each channel; got {means!r}"
+        )
     generator = torch.Generator().manual_seed(seed)
     sets = _sets(filters, k, draws, generator)
     right = {(mode, name): np.zeros(filters.num_classes, int) for mode in modes for name in sets}
@@ -70,15 +75,18 @@ def class_ablation(
     with batches(model, loader, layer=layer, show_progress=show_progress, description="class_ablation") as stream:
         for batch in stream:
             check_table(filters, batch.head)
-            labels: Tensor = batch.labels  # type: ignore[assignment]
+            # of a class that the table has not seen nothing can be said
+            known = filters.seen.to(batch.labels.device)[batch.labels]  # type: ignore[union-attr]
+            labels: Tensor = batch.labels[known]  # type: ignore[index]
+            features = batch.features[known].to(batch.head.weight.dtype)
             count = _by_class(labels, filters.num_classes)
             samples += count(torch.ones_like(labels))
-            intact += count(batch.logits.argmax(1) == labels)
+            intact += count(batch.logits[known].argmax(1) == labels)
             for mode in modes:
-                written = _written(mode, batch, filters, means, generator)
+                written = _written(mode, features, batch.head.name, filters, means, generator)
                 for name, chosen in sets.items():
-                    features = torch.where(chosen.to(labels.device)[labels], written, batch.features)
-                    logits = F.linear(features, batch.head.weight, batch.head.bias)
+                    changed = torch.where(chosen.to(labels.device)[labels], written, features)
+                    logits = F.linear(changed, batch.head.weight, batch.head.bias)
                     right[mode, name] += count(logits.argmax(1) == labels)
     return _frame(right, intact, samples, modes, draws, filters.class_names)
 
@@ -93,9 +101,13 @@ def _sets(filters: ClassFilters, k: int, draws: int, generator: torch.Generator)
 
 
 def _written(
-    mode: str, batch: Batch, filters: ClassFilters, means: Tensor | None, generator: torch.Generator
+    mode: str,
+    features: Tensor,
+    layer: str,
+    filters: ClassFilters,
+    means: Tensor | None,
+    generator: torch.Generator,
 ) -> Tensor:
-    features = batch.features
     if mode == "zero":
         return torch.zeros_like(features)
     if mode == "noise":
@@ -103,7 +115,7 @@ def _written(
     if means is None:
         if bool((features < 0).any()):
             raise OptionError(
-                f"features of layer {batch.head.name!r} can be negative, so the table's mass is not their sum; pass "
+                f"features of layer {layer!r} can be negative, so the table's mass is not their sum; pass "
                 "means= "
                 "(the mean of each feature over training images), or leave the mode 'mean' out"
             )

@@ -21,7 +21,7 @@ _CELLS = 2**24
 
 def accuracy_curve(
     model: Any,
-    filters: Mapping[Any, ClassFilters],
+    filters: ClassFilters | Mapping[Any, ClassFilters],
     loader: Iterable[Any],
     ks: Sequence[int],
     *,
@@ -37,7 +37,8 @@ def accuracy_curve(
 
     Args:
         model: The network; borrowed, given back as it was.
-        filters: Tables by name; one of the random selector is left out, for the control stands for it.
+        filters: A table, or tables by name; one of the random selector is left out, for the control stands for it. A
+            class without samples in a table keeps its bias alone.
         loader: Batches ``(inputs, labels)``: images that had no part in making the tables.
         ks: Channels kept for each class, each in ``[1, K]``.
         layer: The head, if it cannot be found.
@@ -48,7 +49,7 @@ def accuracy_curve(
     Returns:
         One row for each table, k and class, and for ``class_name == "all"``. ``filters``: the name, ``"dense"`` for the
         full head (k = K), ``"random"`` for the control. ``accuracy``: share classified right (of a class: its recall);
-        ``low``, ``high``: Wilson 95 % interval, for the control Student-t over its draws; ``relative``: accuracy
+        ``low``, ``high``: Wilson 95 % interval, for the control that of the mean of its draws; ``relative``: accuracy
         over the dense one; ``agreement``: share whose prediction is the dense one; ``samples``.
 
     Raises:
@@ -56,26 +57,26 @@ def accuracy_curve(
         ShapeError: A table of another network.
     """
     check_draws(draws)
-    filters = named_tables(filters, ("dense", "random"))
-    if not ks:
-        raise OptionError("ks is empty; pass at least one number of channels")
-    for table in filters.values():
+    tables = named_tables(filters, ("dense", "random"))
+    if not isinstance(ks, Iterable) or not len(list(ks)):
+        raise OptionError(f"ks must be a list of at least one number of channels, got {ks!r}")
+    for table in tables.values():
         for k in ks:
             check_k(k, table.num_channels, "k")
-    ks = sorted(set(ks))
-    first = next(iter(filters.values()))
+    ks = sorted({int(k) for k in ks})
+    first = next(iter(tables.values()))
     counter: _Counter | None = None
     with batches(model, loader, layer=layer, show_progress=show_progress, description="accuracy_curve") as stream:
         for batch in stream:
             if counter is None:
-                for table in filters.values():
+                for table in tables.values():
                     check_table(table, batch.head)
-                ranks = [_ranks(table) for table in filters.values()]
+                ranks = [_ranks(table) for table in tables.values()]
                 generator = torch.Generator().manual_seed(seed)
                 ranks += [_random_ranks(batch.head, generator) for _ in range(draws)]
                 counter = _Counter(batch.head, ranks, ks)
             counter.add(batch.features, batch.logits, batch.labels)  # type: ignore[arg-type]
-    return _frame(counter.counts(), list(filters), ks, draws, first.class_names, first.num_channels)  # type: ignore[union-attr]
+    return _frame(counter.counts(), list(tables), ks, draws, first.class_names, first.num_channels)  # type: ignore[union-attr]
 
 
 class _Counts(NamedTuple):
@@ -146,7 +147,8 @@ def _frame(
 
     def rows(name: str, k: int, accuracy: Any, low: Any, high: Any, agreement: Any) -> pd.DataFrame:
         with np.errstate(invalid="ignore", divide="ignore"):
-            relative = accuracy / (dense / samples)
+            # NaN, not infinity, where the full head gets nothing right
+            relative = accuracy / np.where(dense > 0, dense / samples, np.nan)
         return pd.DataFrame(
             {
                 "filters": name,
@@ -180,11 +182,19 @@ def check_draws(draws: int) -> None:
         raise OptionError(f"draws must be at least 5, got {draws}; fewer say too little of what chance does")
 
 
-def named_tables(filters: Mapping[Any, ClassFilters], taken: Sequence[str]) -> dict[str, ClassFilters]:
-    """Tables by name as text, without those of the random selector; refuses none at all and names that are taken."""
+def named_tables(filters: Any, taken: Sequence[str]) -> dict[str, ClassFilters]:
+    """Tables by name as text, without those of the random selector; a single table goes by its method."""
+    if isinstance(filters, ClassFilters):
+        filters = {filters.method: filters}
+    if not isinstance(filters, Mapping) or not all(isinstance(table, ClassFilters) for table in filters.values()):
+        raise OptionError(f"filters must be a ClassFilters or {{name: ClassFilters}}, got {type(filters).__name__}")
     found = {str(name): table for name, table in filters.items() if table.method != "random"}
     if not found:
-        raise OptionError("no table was given; pass {name: ClassFilters}")
+        raise OptionError("no table was given but the random selector's, for which the control stands; pass another")
+    if len({str(name) for name in filters}) < len(filters):
+        raise OptionError(f"the names {list(filters)} are not different as text; rename one")
+    if len({table.class_names for table in found.values()}) > 1:
+        raise OptionError("the tables name their classes differently; pass tables of one data set")
     for name in found:
         if name in taken:
             raise OptionError(f"a table may not be named {name!r}: the result uses that name itself; rename it")

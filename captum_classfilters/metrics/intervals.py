@@ -32,11 +32,14 @@ def wilson(successes: ArrayLike, samples: ArrayLike, level: float = 0.95) -> tup
     z = stats.norm.ppf(0.5 + level / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
+    # what rounding leaves outside by 1e-17
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
 def mean_interval(draws: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]:
-    """Mean over the first axis with its Student-t interval: how far the draws of a control scatter.
+    """Mean share over the first axis, the draws of a control, with the Student-t interval of that mean.
+
+    It says how well the draws fix the mean, not how far single draws scatter. Cut to [0, 1].
 
     Returns:
         ``(mean, low, high)``.
@@ -44,4 +47,4 @@ def mean_interval(draws: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]
     values = np.asarray(draws, float)
     mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
     half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
-    return mean, mean - half, mean + half
+    return mean, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)

@@ -10,7 +10,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table
-from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws, named_tables
 from captum_classfilters.metrics.intervals import mean_interval, wilson
@@ -19,20 +19,30 @@ from captum_classfilters.metrics.intervals import mean_interval, wilson
 def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
     """The silhouette of an object on black: pixels brighter than a share of the image's brightest.
 
+    For images in [0, 1] or bytes; normalised ones have no black.
+
     Args:
         images: ``(N, colours, H, W)``.
         threshold: Share of each image's maximum.
 
     Returns:
         ``(N, H, W)`` bool.
+
+    Raises:
+        OptionError: A pixel is negative.
     """
+    if bool((images < 0).any()):
+        raise OptionError(
+            "foreground is for objects on black, but pixels are negative (normalised images); pass silhouette=, a "
+            "function from such images to (N, H, W) bool"
+        )
     grey = images.float().mean(1)
     return grey > threshold * grey.amax((1, 2), keepdim=True)
 
 
 def localisation(
     model: Any,
-    filters: Mapping[Any, ClassFilters],
+    filters: ClassFilters | Mapping[Any, ClassFilters],
     loader: Iterable[Any],
     k: int,
     *,
@@ -50,7 +60,7 @@ def localisation(
 
     Args:
         model: The network; borrowed.
-        filters: Tables by name; one of the random selector is left out, for the control stands for it.
+        filters: A table, or tables by name; one of the random selector is left out, for the control stands for it.
         loader: Batches ``(images, labels)``.
         k: Channels of each class, in ``[1, K]``.
         silhouette: Images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
@@ -71,13 +81,13 @@ def localisation(
         OptionError, ShapeError: k, draws, a table or a silhouette that does not fit.
     """
     check_draws(draws)
-    filters = named_tables(filters, ("random", "all channels"))
+    tables = named_tables(filters, ("random", "all channels"))
     if channel_weights not in ("head", "ones"):
         raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
-    for table in filters.values():
+    for table in tables.values():
         check_k(k, table.num_channels, "k")
     generator = torch.Generator().manual_seed(seed)
-    masks = {name: table.mask(k) for name, table in filters.items()}
+    masks = {name: table.mask(k) for name, table in tables.items()}
     shape = next(iter(masks.values())).shape
     for draw in range(draws):
         chosen = torch.rand(shape, generator=generator).argsort(1)[:, :k]
@@ -89,8 +99,11 @@ def localisation(
         model, loader, layer=layer, need_maps=True, show_progress=show_progress, description="localisation"
     ) as stream:
         for batch in stream:
-            for table in filters.values():
+            for table in tables.values():
                 check_table(table, batch.head)
+            if batch.maps[0, 0].numel() == 1:  # type: ignore[index]
+                raise HeadError(f"the map behind the head {batch.head.name} is a single position: it looks at no place")
+            _check_seen(tables, batch.labels)  # type: ignore[arg-type]
             objects = _objects(silhouette, batch.inputs[0])
             # an image without object, or nothing but object, tells nothing
             usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
@@ -104,9 +117,20 @@ def localisation(
                 seen = torch.einsum("nkhw,nk->nhw", maps, kept).unsqueeze(1).float()
                 seen = LayerAttribution.interpolate(seen, tuple(objects.shape[1:]), "bilinear").squeeze(1)
                 scores[name].append(_score(seen, objects).cpu().numpy())
+    if not sum(map(len, areas)):
+        raise OptionError("no image has an object and a background by this silhouette; pass another silhouette=")
     return _frame(
-        {name: np.concatenate(found) for name, found in scores.items()}, np.concatenate(areas), list(filters), draws
+        {name: np.concatenate(found) for name, found in scores.items()}, np.concatenate(areas), list(tables), draws
     )
+
+
+def _check_seen(filters: Mapping[str, ClassFilters], labels: Tensor) -> None:
+    for name, table in filters.items():
+        missing = [table.class_names[y] for y in torch.unique(labels).tolist() if not table.seen[y]]
+        if missing:
+            raise OptionError(
+                f"table {name!r} has no samples of {missing}, so no channels to show; leave these images out"
+            )
 
 
 def _objects(silhouette: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -123,7 +147,9 @@ def _score(maps: Tensor, objects: Tensor) -> Tensor:
     """``(N, 2)``: was the largest value inside the object; IoU of equally large areas."""
     flat, inside = maps.flatten(1), objects.flatten(1)
     order = flat.sort(dim=1, descending=True, stable=True).indices
-    pointed = inside.gather(1, order[:, :1]).squeeze(1)
+    # equal maxima, as of a map that is flat: the share of them inside is what pointing at one by chance would give
+    highest = flat == flat.amax(1, keepdim=True)
+    pointed = (highest & inside).sum(1) / highest.sum(1)
     size = inside.sum(1)
     first = torch.arange(flat.shape[1], device=flat.device) < size[:, None]
     shared = (inside.gather(1, order) & first).sum(1)

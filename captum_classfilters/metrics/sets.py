@@ -34,7 +34,7 @@ def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.Da
     Raises:
         OptionError: k out of range.
     """
-    tables = {filters.method: filters} if isinstance(filters, ClassFilters) else dict(filters)
+    tables = {filters.method: filters} if isinstance(filters, ClassFilters) else {str(n): t for n, t in filters.items()}
     frames = []
     for name, table in tables.items():
         jaccard = table.overlap(k).numpy()
@@ -102,6 +102,7 @@ def stability(
     """
     if draws < 5:
         raise OptionError(f"draws must be at least 5, got {draws}")
+    selectors = [selectors] if isinstance(selectors, str) else list(selectors)
     static = [name for name in selectors if name in ("weight", "random")]
     if static:
         raise OptionError(f"selectors {static} look at no samples, so there is nothing to draw anew; leave them out")

@@ -146,7 +146,7 @@ def test_no_folder_is_no_file(tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file at .*none"):
         load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no file at"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         load(tmp_path)
 
 

@@ -162,6 +162,70 @@ def test_class_names_come_from_the_data_set(model, sample):
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
+def test_names_that_do_not_fit_the_head_are_not_taken_and_said(model, sample):
+    class Four(torch.utils.data.TensorDataset):
+        classes = ("a", "b", "c", "d")
+
+    data = torch.utils.data.Subset(Four(sample.images.float() / 255, sample.labels), range(200))
+    with pytest.warns(UserWarning, match="the data set names 4 classes, the head has 10 outputs"):
+        filters = InfluentialFeatures(model).attribute(torch.utils.data.DataLoader(data, batch_size=100))
+    assert filters.class_names == tuple("0123456789")
+
+
+def test_synonyms_and_repeated_names_become_text_of_their_own(model, sample):
+    class ImageNetLike(torch.utils.data.TensorDataset):
+        classes = (("tench", "Tinca tinca"), "crane", "crane", *"defghij")
+
+    data = torch.utils.data.Subset(ImageNetLike(sample.images.float() / 255, sample.labels), range(200))
+    filters = InfluentialFeatures(model).attribute(torch.utils.data.DataLoader(data, batch_size=100))
+    assert filters.class_names[:4] == ("tench, Tinca tinca", "crane (1)", "crane (2)", "d")
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_batch_without_a_correct_sample_adds_nothing(model, sample, features, selector):
+    right = (features @ model.fc.weight.T + model.fc.bias).argmax(1) == sample.labels
+    wrong = (~right).nonzero().flatten()[:1]
+    loader = sample.batches()
+    with_wrong = [loader[0], (sample.images[wrong].float() / 255, sample.labels[wrong]), *loader[1:]]
+    found = InfluentialFeatures(model).attribute(with_wrong, selector=selector, correct_only=True)
+    assert found.counts.sum() == right.sum()
+
+
+def test_integers_of_numpy_are_integers(model, sample):
+    found = attribute(model, sample, k1=np.arange(1, 3))
+    assert list(found) == [1, 2]
+    assert torch.equal(found[2].top(np.int64(3)), found[2].top(3))
+
+
+def test_the_models_own_forward_is_the_model(model, sample):
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    filters = InfluentialFeatures(model.forward).attribute(sample.batches())
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(filters.scores, InfluentialFeatures(model).attribute(sample.batches()).scores)
+    model.eval()
+
+
+@pytest.mark.parametrize(("options", "keys"), [({"k1": [1, 2]}, [1, 2]), ({"selector": ["margin"]}, ["margin"])])
+def test_a_partial_result_has_the_shape_of_the_whole(model, options, keys):
+    def loader():
+        yield torch.rand(10, 1, 28, 28), torch.arange(10)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        InfluentialFeatures(model).attribute(loader(), **options)
+    assert list(caught.value.partial_result) == keys
+
+
+def test_weights_that_are_not_finite_are_refused(sample):
+    broken = load_demo_network()[0]
+    with torch.no_grad():
+        broken.fc.weight[3, 5] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinity in layer fc; load a whole checkpoint"):
+        InfluentialFeatures(broken).attribute(sample.batches())
+
+
 def test_contributions_and_bias_sum_to_the_logit(model, sample):
     images = sample.images[:32].float() / 255
     targets = torch.arange(32) % 10
@@ -222,6 +286,8 @@ def test_explain_averages_to_what_the_k_channels_add_to_the_logit(model, sample)
     assert LayerAttribution.interpolate(maps, (28, 28), "bilinear").shape == (6, 1, 28, 28)
     ones = InfluentialFeatures(model).explain(images, targets, filters, k=5, channel_weights="ones")
     assert not torch.allclose(ones, maps)
+    by_name = InfluentialFeatures(model).explain(images, "coat", filters, k=5)
+    assert torch.equal(by_name, InfluentialFeatures(model).explain(images, 4, filters, k=5))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -243,7 +309,8 @@ def test_explain_averages_to_what_the_k_channels_add_to_the_logit(model, sample)
         ({"label_source": "guess"}, OptionError, 'label_source must be "target" or "prediction"'),
         ({"num_classes": 9}, OptionError, "num_classes=9, but the head fc has 10 outputs"),
         ({"class_names": ["a", "b"]}, OptionError, "class_names must be 10, one for each output of the head; got 2"),
-        ({"class_names": ["a"] * 10}, OptionError, "class_names must be unique"),
+        ({"class_names": ["a"] * 10}, OptionError, r"class names must be unique, got \['a'\] more than once"),
+        ({"class_names": [*"abcdefghi", "all"]}, OptionError, "no class may be named 'all'"),
         ({"target": 3}, OptionError, "target belongs to tensors"),
         ({"attribute_to_layer_input": False}, OptionError, "attribute_to_layer_input must be True"),
     ],
@@ -283,6 +350,7 @@ def test_a_class_never_seen_is_named_once(model):
     with pytest.warns(UnseenClassWarning, match="no sample of class bag") as caught:
         filters = InfluentialFeatures(model).attribute(loader, class_names=[*"abcdefghi", "bag"])
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # not Captum's wrapper
     assert filters.counts[9] == 0
     assert filters.scores[9].abs().sum() == 0
     assert filters.top(3)[9].tolist() == [-1] * 3
@@ -313,6 +381,8 @@ def test_no_head_and_wrong_device_are_refused(sample):
         (10, LabelError, r"target must lie in \[0, 10\), got 10"),
         (-1, LabelError, "got -1"),
         (1.5, LabelError, "target must be integers"),
+        (True, LabelError, "target must be integers"),
+        ("coat", LabelError, "got the name 'coat'"),
         (torch.tensor([1, 2, 3]), LabelError, "target must be an int or 2 of them"),
     ],
 )
@@ -330,6 +400,8 @@ def test_explain_refuses_foreign_tables_and_wrong_k(model, sample):
         InfluentialFeatures(model).explain(images, 0, foreign, k=3)
     with pytest.raises(OptionError, match=r"k must be an integer in \[1, 64\]"):
         InfluentialFeatures(model).explain(images, 0, filters, k=65)
+    with pytest.raises(OptionError, match=r"must be a ClassFilters, got dict; of \['votes'\] pass one"):
+        InfluentialFeatures(model).explain(images, 0, {"votes": filters}, k=5)
     with pytest.raises(OptionError, match="channel_weights must be"):
         InfluentialFeatures(model).explain(images, 0, filters, k=5, channel_weights="all")
     with pytest.raises(HeadError, match="no feature map of 784 channels behind the head"):

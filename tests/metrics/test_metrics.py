@@ -111,6 +111,23 @@ def test_a_control_is_always_there_and_scatters(model, tables, test_images, curv
     assert row(again, filters="random", class_name="all").accuracy != at_5.accuracy
 
 
+def test_a_single_table_goes_by_its_method(model, tables, test_images):
+    frame = metrics.accuracy_curve(model, tables["margin"], test_images.batches()[:1], np.arange(1, 3))
+    assert set(frame.filters) == {"dense", "margin", "random"}
+    assert frame[["low", "high"]].stack().between(0, 1).all()
+
+
+def test_relative_accuracy_to_nothing_is_nan(model, tables, test_images):
+    bags = test_images.labels == 8
+    never = [
+        (torch.zeros(3, 1, 28, 28), torch.full((3,), 4)),
+        (test_images.images[bags] / 255.0, torch.full((100,), 8)),
+    ]
+    frame = metrics.accuracy_curve(model, tables["histogram"], never, [1])
+    assert row(frame, filters="dense", class_name="coat").accuracy == 0
+    assert np.isnan(row(frame, filters="histogram", class_name="coat").relative)
+
+
 def test_many_settings_are_counted_in_slices(model, tables, test_images, curve, monkeypatch):
     monkeypatch.setattr("captum_classfilters.metrics.accuracy._CELLS", 640 * 4)
     sliced = metrics.accuracy_curve(model, tables, test_images.batches(), [5, 1, 64])
@@ -123,9 +140,18 @@ def test_curves_refuse_what_they_cannot_use(model, tables, test_images):
         metrics.accuracy_curve(model, own, loader, [65])
     with pytest.raises(OptionError, match="draws must be at least 5, got 1"):
         metrics.accuracy_curve(model, own, loader, [5], draws=1)
+    with pytest.raises(OptionError, match="ks must be a list of at least one number of channels, got 5"):
+        metrics.accuracy_curve(model, own, loader, 5)
+    with pytest.raises(OptionError, match="got list"):
+        metrics.accuracy_curve(model, [tables["histogram"]], loader, [5])
+    with pytest.raises(OptionError, match="not different as text"):
+        metrics.accuracy_curve(model, {1: tables["histogram"], "1": tables["margin"]}, loader, [5])
+    renamed = replace(tables["margin"], class_names=tuple("abcdefghij"))
+    with pytest.raises(OptionError, match="name their classes differently"):
+        metrics.accuracy_curve(model, {**own, "margin": renamed}, loader, [5])
     with pytest.raises(OptionError, match="no table was given"):
         metrics.accuracy_curve(model, {"random": tables["random"]}, loader, [5])
-    with pytest.raises(OptionError, match="ks is empty"):
+    with pytest.raises(OptionError, match="ks must be a list"):
         metrics.accuracy_curve(model, own, loader, [])
     with pytest.raises(OptionError, match="may not be named 'dense'"):
         metrics.accuracy_curve(model, {"dense": tables["histogram"]}, loader, [5])
@@ -166,12 +192,43 @@ def test_noise_on_its_own_channels_hurts_a_class_more_than_on_random_ones(model,
     assert set(frame.channels) == {"none", "influential", "random", "rest"}
 
 
+def test_a_class_the_table_has_not_seen_is_left_out_of_the_test(model, tables, test_images):
+    counts = tables["histogram"].counts.clone()
+    counts[4] = 0
+    partial = replace(tables["histogram"], counts=counts)
+    frame = metrics.class_ablation(model, partial, test_images.batches(), 5, modes="zero")
+    whole = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["zero"])
+    assert np.isnan(row(frame, class_name="coat", channels="influential").accuracy)
+    assert row(frame, class_name="all", channels="influential").samples == 900
+    same = {"class_name": "shirt", "channels": "influential"}
+    assert row(frame, **same).accuracy == row(whole, **same).accuracy
+
+
+def test_ablation_takes_a_model_with_autocast_inside(model, tables, test_images):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.model(x)
+
+    frame = metrics.class_ablation(Inside(), tables["histogram"], test_images.batches()[:1], 5, modes=["zero"])
+    plain = metrics.class_ablation(model, tables["histogram"], test_images.batches()[:1], 5, modes=["zero"])
+    np.testing.assert_allclose(frame.accuracy, plain.accuracy, atol=0.2)
+
+
 def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
     loader = test_images.batches()[:1]
     with pytest.raises(OptionError, match="modes must be some of"):
         metrics.class_ablation(model, tables["histogram"], loader, 5, modes=["shuffle"])
     with pytest.raises(OptionError, match="draws must be at least 5"):
         metrics.class_ablation(model, tables["histogram"], loader, 5, draws=2)
+    with pytest.raises(OptionError, match=r"of \['votes'\] pass one"):
+        metrics.class_ablation(model, {"votes": tables["histogram"]}, loader, 5)
+    with pytest.raises(ShapeError, match=r"means must be a tensor of shape \(64,\)"):
+        metrics.class_ablation(model, tables["histogram"], loader, 5, means=torch.zeros(3))
     torch.manual_seed(0)
     signed = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
     with pytest.raises(OptionError, match="features of layer '2' can be negative"):
@@ -265,6 +322,18 @@ def test_localisation_of_a_map_that_is_the_object_and_of_one_that_is_not():
     assert row(even, filters="all channels").iou < 0.5
 
 
+def test_a_flat_map_scores_what_pointing_by_chance_would():
+    images = torch.zeros(2, 1, 8, 8)
+    images[:, 0, :4] = 1.0  # the upper half: where a sort of equal values would point
+    loader = [(images, torch.tensor([0, 0]))]
+    filters = InfluentialFeatures(Spot()).attribute([(images, torch.tensor([0, 1]))], selector="weight")
+    dead = Spot()
+    with torch.no_grad():
+        dead.maps.weight.zero_()
+    found = row(metrics.localisation(dead, filters, loader, 1), filters="weight")
+    assert found.pointing == pytest.approx(0.5)
+
+
 def test_localisation_on_real_images_has_its_controls(model, tables, test_images):
     frame = metrics.localisation(model, tables, test_images.batches()[:2], 5)
     assert list(frame.filters) == ["histogram", "margin", "all channels", "random"]
@@ -279,6 +348,16 @@ def test_localisation_refuses_what_does_not_fit(model, tables, test_images):
         metrics.localisation(model, tables, loader, 5, silhouette=lambda images: images)
     with pytest.raises(OptionError, match="channel_weights"):
         metrics.localisation(model, tables, loader, 5, channel_weights="all")
+    counts = tables["histogram"].counts.clone()
+    counts[4] = 0
+    with pytest.raises(OptionError, match=r"table 'histogram' has no samples of \['coat'\]"):
+        metrics.localisation(model, replace(tables["histogram"], counts=counts), loader, 5)
+    with pytest.raises(HeadError, match="is a single position"):
+        metrics.localisation(model, tables, [(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))], 5)
+    with pytest.raises(OptionError, match="no image has an object and a background"):
+        metrics.localisation(model, tables, [(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]))], 5)
+    with pytest.raises(OptionError, match="pixels are negative"):
+        metrics.localisation(model, tables, [(torch.randn(2, 1, 28, 28), torch.tensor([0, 1]))], 5)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
     with pytest.raises(HeadError, match="no feature map"):
         metrics.localisation(flat, tables, loader, 5)
