@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=None)
     parser.add_argument("--depth-runs", type=Path, default=None, help="the same for the depth study (default: --runs)")
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="of the depth study")
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     parser.add_argument("--parts", nargs="+", default=["curves", "grid", "claims", "depth"])
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         "curves": lambda: curves({seed: network(seed) for seed in SEEDS}, data),
         "grid": lambda: grid(network(0), data),
         "claims": lambda: claims(network(0), data),
-        "depth": lambda: depth(options.depth_runs or options.runs, data, device),
+        "depth": lambda: depth(options.depth_runs or options.runs, options.depths, data, device),
     }
     for name in options.parts:
         started = time.time()
@@ -163,10 +164,10 @@ def claims(model: torch.nn.Module, data: Data) -> None:
         )
 
 
-def depth(runs: Path | None, data: Data, device: str) -> None:
+def depth(runs: Path | None, depths: list[int], data: Data, device: str) -> None:
     """Claim 3: does r_A rise with depth?"""
     rows = []
-    for layers in DEPTHS:
+    for layers in depths:
         if runs is None or not (runs / f"resnet{layers}-s0" / "network.safetensors").is_file():
             print(f"\nResNet-{layers}: no network in {runs}\n")
             continue

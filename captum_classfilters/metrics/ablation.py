@@ -13,7 +13,8 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
+from captum_classfilters.metrics.sets import random_masks
 
 _MODES = ("noise", "zero", "mean")
 
@@ -94,10 +95,7 @@ def class_ablation(
 def _sets(filters: ClassFilters, k: int, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
     own = filters.mask(k)
     sets = {"influential": own, "rest": ~own}
-    for draw in range(draws):
-        chosen = torch.rand(own.shape, generator=generator).argsort(1)[:, :k]
-        sets[f"random {draw}"] = torch.zeros_like(own).scatter_(1, chosen, True)
-    return sets
+    return sets | random_masks(own.shape, k, draws, generator)
 
 
 def _written(
@@ -133,9 +131,6 @@ def _by_class(labels: Tensor, classes: int) -> Callable[[Tensor], Any]:
 def _frame(
     right: dict[tuple[str, str], Any], intact: Any, samples: Any, modes: Sequence[str], draws: int, names: Sequence[str]
 ) -> pd.DataFrame:
-    def with_all(table: Any) -> Any:
-        return np.concatenate([table.sum(-1, keepdims=True), table], axis=-1)
-
     samples, intact = with_all(samples), with_all(intact)
     with np.errstate(invalid="ignore", divide="ignore"):
         whole = intact / samples

@@ -13,7 +13,7 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
-from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
 
 # The heads of many settings are multiplied at once, up to this many weights
 _CELLS = 2**24
@@ -138,10 +138,6 @@ def _frame(
     counts: _Counts, names: list[str], ks: Sequence[int], draws: int, class_names: Sequence[str], channels: int
 ) -> pd.DataFrame:
     """A row for all classes together and one for each."""
-
-    def with_all(table: Any) -> Any:
-        return np.concatenate([table.sum(-1, keepdims=True), table], axis=-1)
-
     samples, dense, right, agreed = map(with_all, counts)
     groups = ["all", *class_names]
 

@@ -36,6 +36,11 @@ def wilson(successes: ArrayLike, samples: ArrayLike, level: float = 0.95) -> tup
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
+def with_all(counts: Any) -> Any:
+    """Counts of each class, ``(..., C)``, with those of all classes together put in front: ``(..., 1 + C)``."""
+    return np.concatenate([counts.sum(-1, keepdims=True), counts], axis=-1)
+
+
 def mean_interval(draws: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]:
     """Mean share over the first axis, the draws of a control, with the Student-t interval of that mean.
 

@@ -14,6 +14,7 @@ from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws, named_tables
 from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.metrics.sets import random_masks
 
 
 def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
@@ -89,9 +90,7 @@ def localisation(
     generator = torch.Generator().manual_seed(seed)
     masks = {name: table.mask(k) for name, table in tables.items()}
     shape = next(iter(masks.values())).shape
-    for draw in range(draws):
-        chosen = torch.rand(shape, generator=generator).argsort(1)[:, :k]
-        masks[f"random {draw}"] = torch.zeros(shape, dtype=torch.bool).scatter_(1, chosen, True)
+    masks |= random_masks(shape, k, draws, generator)
     masks["all channels"] = torch.ones(shape, dtype=torch.bool)
     scores: dict[str, list[Any]] = {name: [] for name in masks}
     areas: list[Any] = []

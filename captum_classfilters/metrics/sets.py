@@ -165,3 +165,12 @@ def random_jaccard(k: int, channels: int) -> tuple[float, float, float]:
     mean = float((law.pmf(sizes) * sizes / (2 * k - sizes)).sum())
     low, high = (float(size / (2 * k - size)) for size in law.ppf([0.025, 0.975]))
     return mean, low, high
+
+
+def random_masks(shape: Sequence[int], k: int, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The control: k random channels of each class, ``(C, K)`` bool, as ``"random 0"``, ``"random 1"`` and so on."""
+    masks = {}
+    for draw in range(draws):
+        chosen = torch.rand(tuple(shape), generator=generator).argsort(1)[:, :k]
+        masks[f"random {draw}"] = torch.zeros(tuple(shape), dtype=torch.bool).scatter_(1, chosen, True)
+    return masks
