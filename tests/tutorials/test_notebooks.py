@@ -17,7 +17,9 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # what the notebook's own server warns of is not ours
 @pytest.mark.filterwarnings("default")
-def test_notebook_runs(path):
+def test_notebook_runs(path, monkeypatch):
+    # pictures go into the notebook, as they do for its reader
+    monkeypatch.delenv("MPLBACKEND")
     notebook = nbformat.read(path, as_version=4)
     # raises CellExecutionError, with the cell and its traceback, if one fails
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}).execute()

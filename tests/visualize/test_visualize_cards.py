@@ -236,7 +236,7 @@ def test_the_model_is_given_back(table):
     ("class_name", "arguments", "message"),
     [
         ("horse", {}, "no class is named 'horse'; the names are: cat, dog"),
-        (7, {}, r"class index must lie in \[0, 3\), got 7"),
+        (7, {}, r"a class is a name or an index in \[0, 3\), got 7"),
         ("cat", {}, "class 'cat' has no samples in the table"),
         ("dog", {"k": 0}, r"k must be an integer in \[1, 4\]"),
         ("dog", {"k": 5}, r"k must be an integer in \[1, 4\]"),
