@@ -106,7 +106,9 @@ def test_the_same_features_in_any_batches_and_shards_give_the_same_bits(sample, 
     # the head alone: its input is the same to the bit however it is cut, which a convolution's output is not
     torch.manual_seed(0)
     head = nn.Linear(64, 10)
-    names = ["histogram", "mean_activation", "weight_and_activation", "weight", "random"]
+    # eight orders of magnitude: off the grid, their sums in float64 would depend on the order
+    features = features * 10 ** (8 * torch.rand(features.shape, generator=torch.Generator().manual_seed(0)) - 5)
+    names = ["histogram", "mean_activation", "contribution", "weight_and_activation", "weight", "random"]
 
     def table(rows, size):
         loader = [(features[part], sample.labels[part]) for part in rows.split(size)]
@@ -135,6 +137,10 @@ def test_importance_matters_where_features_are_negative():
     signed = InfluentialFeatures(model).attribute(loader, k1=2, importance="signed")
     assert not torch.equal(absolute.scores, signed.scores)
     assert torch.equal(absolute.mass, signed.mass)
+    with torch.no_grad():
+        hidden = model[0](loader[0][0])
+    assert (hidden < 0).any()
+    torch.testing.assert_close(absolute.mass[1], hidden[1::3].abs().double().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_label_source_and_correct_only_choose_the_samples(model, sample, features):
