@@ -14,13 +14,22 @@ from captum_classfilters._version import __version__
 if TYPE_CHECKING:
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
+    from captum_classfilters.heads import DecomposedLinear as DecomposedLinear
+    from captum_classfilters.heads import HeadMoments as HeadMoments
+    from captum_classfilters.heads import decompose as decompose
+    from captum_classfilters.heads import recover as recover
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
 
 _HOMES = {
     "ClassFilters": "class_filters",
     "ClassFiltersError": "core.errors",
+    "DecomposedLinear": "heads",
+    "HeadMoments": "heads",
     "InfluentialFeatures": "influential",
+    "decompose": "heads",
+    "heads": "heads",
     "metrics": "metrics",
+    "recover": "heads",
     "visualize": "visualize",
 }
 __all__ = [*_HOMES, "__version__"]

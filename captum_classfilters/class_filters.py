@@ -16,6 +16,7 @@ from torch import Tensor
 from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.head import Head
+from captum_classfilters.core.ranks import sum_over
 
 _KIND, _VERSION = "ClassFilters", 1
 
@@ -233,6 +234,37 @@ class ClassFilters:
         check_k(k, self.num_channels, "k")
 
 
+def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any, ClassFilters]:
+    """`ClassFilters.merge` over the ranks of a process group, by all-reduce: every rank gets the tables of all.
+
+    Args:
+        group: The process group.
+        mine: This rank's tables; None where its shard was empty.
+
+    Raises:
+        MergeError: The tables do not belong together, or a rank did not come; ``error.partial_result`` is ``mine``.
+        EmptyLoaderError: All shards were empty.
+    """
+    tensors: dict[str, Tensor] = {}
+    about = []
+    for index, (key, table) in enumerate((mine or {}).items()):
+        fixed = table.meta.get("merge") == "same"
+        tensors |= {f"{index} {what}": getattr(table, what) for what in ("scores", "mass", "counts")}
+        # what does not add up is compared instead
+        check = float(table.scores.sum()) if fixed else None
+        about.append((key, table.method, table.layer, table.class_names, dict(table.meta), check))
+    same = [f"{index} scores" for index, entry in enumerate(about) if entry[-1] is not None]
+    try:
+        sums, about = sum_over(group, None if mine is None else tensors, about, same=same)
+    except MergeError as error:
+        error.partial_result = mine  # type: ignore[attr-defined]
+        raise
+    return {
+        key: ClassFilters(sums[f"{i} scores"], sums[f"{i} mass"], sums[f"{i} counts"], method, layer, class_names, meta)
+        for i, (key, method, layer, class_names, meta, _) in enumerate(about)
+    }
+
+
 def check_k(k: Any, channels: int, name: str) -> None:
     """Refuse a number of channels outside ``[1, K]``."""
     if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= int(k) <= channels:
@@ -258,10 +290,11 @@ def one_table(filters: Any) -> ClassFilters:
 
 def check_table(filters: ClassFilters, head: Head) -> None:
     """Refuse a table of another network."""
-    if filters.scores.shape != head.weight.shape:
+    if filters.scores.shape != head.weight.shape or filters.layer != head.name:
         raise ShapeError(
             f"the table is {filters.num_classes} classes x {filters.num_channels} channels of layer {filters.layer!r}, "
-            f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model"
+            f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model "
+            "(where only the name differs: dataclasses.replace(filters, layer=...))"
         )
 
 

@@ -47,3 +47,7 @@ class DeviceError(ClassFiltersError, ValueError):
 
 class UnseenClassWarning(UserWarning):
     """A class had no sample in the loader."""
+
+
+class SingularMomentsWarning(UserWarning):
+    """Features that follow from one another over the samples seen."""

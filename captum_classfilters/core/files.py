@@ -7,7 +7,8 @@ What the tensors of a kind mean is known where that kind is saved.
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,40 @@ def write(
         version: Schema version of that kind.
         meta: Anything JSON can hold.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into; create it first")
     header = {_HEADER: json.dumps({"kind": kind, "version": version, "meta": meta})}
     # clones: the format refuses tensors that share memory
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(path) as beside:
         save_file(on_cpu, beside, metadata=header)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside ``path`` to write into; it takes the place of ``path`` if all goes well, and is gone if not.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    target = Path(path)
+    check_folder(target)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
         # mkstemp makes the file private; a saved table is as readable as any other file of the user's
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
+        beside.chmod(0o666 & ~umask)
         os.replace(beside, target)
     finally:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
+
+
+def check_folder(target: Path) -> None:
+    """Refuse a file in a folder that is not there, before any work is done for it."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into; create it first")
 
 
 def read(

@@ -26,6 +26,8 @@ Candidate: TypeAlias = nn.Linear | nn.Conv2d
 _PROBE = 2
 # The head is called last or nearly so; of earlier candidates only the names are kept
 _RECENT = 4
+# The name of a model that is its own head
+_ITSELF = "the model itself"
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class HeadSearch:
             return []
         names = self._names[module][:]
         for other, parameter in self._model.named_parameters(remove_duplicate=False):
-            owner = other.rpartition(".")[0] or "the model itself"
+            owner = other.rpartition(".")[0] or _ITSELF
             if parameter is module.weight and owner not in names:
                 names.append(owner)
         return names if len(names) > 1 else []
@@ -251,13 +253,19 @@ class HeadSearch:
         return normalised or small
 
 
+def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
+    """The head that ``layer`` names, without a forward pass; nothing is known of the map behind it."""
+    module = find_layer(model, layer)
+    return Head(_names(model)[module][0], module, None)
+
+
 def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
     """The module that ``layer`` names, checked to be one that can be a head."""
     module: nn.Module
     if isinstance(layer, str):
         if model is None:
             raise HeadError(f"layer={layer!r} is a name, but the model is a bare function: pass the module itself")
-        known = dict(model.named_modules())
+        known = {_ITSELF: model, **dict(model.named_modules())}
         if layer not in known:
             near = difflib.get_close_matches(layer, known, n=3, cutoff=0.5) or [
                 n for n, m in known.items() if _is_candidate(m)
@@ -270,6 +278,8 @@ def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
             raise HeadError(
                 f"layer {type(module).__name__} is not a module of this model; pass one that is, or its name"
             )
+    if "quantized" in type(module).__module__:
+        raise HeadError(f"layer {layer} is quantised, its weights cannot be read; use the network before quantisation")
     if not _is_candidate(module):
         raise HeadError(
             f"layer must be an nn.Linear or a 1x1 convolution without groups, got {type(module).__name__}; "
@@ -285,7 +295,7 @@ def _has_matrix(module: nn.Module) -> bool:
 def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False) if model is not None else ():
-        names.setdefault(module, []).append(name or "the model itself")
+        names.setdefault(module, []).append(name or _ITSELF)
     return names
 
 

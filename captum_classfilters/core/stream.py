@@ -99,7 +99,7 @@ def _pass(reader: "_Reader", loader: Iterable[Any], need_labels: bool, num_class
         if size == 0:
             continue
         if labels is not None:
-            labels = _check_labels(labels, size, index)
+            labels = check_labels(labels, size, index)
         batch = reader.read(inputs, labels, index)
         classes = batch.head.num_classes
         if empty and num_classes is not None and num_classes != classes:
@@ -109,7 +109,7 @@ def _pass(reader: "_Reader", loader: Iterable[Any], need_labels: bool, num_class
                 f"{classes}"
             )
         if labels is not None:
-            _check_range(labels, classes, index)
+            check_range(labels, classes, index)
         empty = False
         yield batch
     if empty:
@@ -240,7 +240,8 @@ def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...]
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), labels
 
 
-def _check_labels(given: Any, size: int, index: int) -> Tensor:
+def check_labels(given: Any, size: int, index: int) -> Tensor:
+    """Labels as ``(N,)`` int64, or a `LabelError` that says what they look like."""
     try:
         labels: Tensor = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -265,7 +266,8 @@ def _check_labels(given: Any, size: int, index: int) -> Tensor:
     return labels.long()
 
 
-def _check_range(labels: Tensor, classes: int, index: int) -> None:
+def check_range(labels: Tensor, classes: int, index: int) -> None:
+    """Refuse labels outside ``[0, C)``."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high

@@ -15,9 +15,10 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table, one_table
+from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table, merge_ranks, one_table
 from captum_classfilters.core.captum_compat import log_usage
-from captum_classfilters.core.errors import LabelError, OptionError, UnseenClassWarning
+from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, UnseenClassWarning
+from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.stream import Batch, batches
 from captum_classfilters.influential.tables import K1, Tables, check_options
 
@@ -91,6 +92,7 @@ class InfluentialFeatures(LayerAttribution):
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
+        distributed: Ranks = None,
         show_progress: bool = False,
     ) -> Any:
         """Attribute a tensor's logits to features, or find each class's features over a loader.
@@ -116,6 +118,9 @@ class InfluentialFeatures(LayerAttribution):
             num_classes: Checked against the head.
             class_names: C names; otherwise those of ``loader.dataset.classes``, otherwise numbers.
             seed: Of the ``"random"`` selector.
+            distributed: Loader form: None: where torch.distributed runs, all ranks pass over their shards, each calls
+                this, and each gets the table of all (`ClassFilters.merge`, by all-reduce; a shard may be empty). A
+                process group: its ranks alone. False: this process alone.
             show_progress: A tqdm bar.
 
         Returns:
@@ -127,6 +132,7 @@ class InfluentialFeatures(LayerAttribution):
             LabelError: Labels missing, out of range, float or one-hot.
             OptionError, ShapeError, DeviceError, EmptyLoaderError: As their messages say.
             NonFiniteError: NaN or infinity among the features; names layer and batch.
+            MergeError: Another rank failed; at the latest after the process group's timeout.
 
         Whatever ends the pass early, KeyboardInterrupt included, carries the table of the batches before it as
         ``error.partial_result``; `ClassFilters.merge` adds the rest.
@@ -150,6 +156,7 @@ class InfluentialFeatures(LayerAttribution):
         if not k1s or not names:
             raise OptionError("the list of k1 or selectors is empty; pass at least one")
         check_options(names, k1s, importance, label_source)
+        group = group_of(distributed)
         # each once, in the order given
         k1s, names = list(dict.fromkeys(k1s)), list(dict.fromkeys(names))
         with self._stream(
@@ -158,7 +165,7 @@ class InfluentialFeatures(LayerAttribution):
             # with several k1, the one selector votes: another has been refused together with k1
             key = 0 if several_names else 1 if several_k1 else None
             run = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs), key)
-            found = run.over(stream)
+            found = run.over(stream, group)
         _warn_unseen(found if isinstance(found, ClassFilters) else next(iter(found.values())))
         return found
 
@@ -278,15 +285,20 @@ class _Pass:
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
 
-    def over(self, stream: Iterable[Batch]) -> Any:
+    def over(self, stream: Iterable[Batch], group: Any) -> Any:
         try:
             for batch in stream:
                 self._add(batch)
+            found = self._found() if group is None else merge_ranks(group, self._found())
+        except EmptyLoaderError:
+            if group is None:
+                raise
+            found = merge_ranks(group, None)
         except BaseException as error:
             if self._tables is not None:
-                error.partial_result = self._result()  # type: ignore[attr-defined]
+                error.partial_result = self._named(self._found())  # type: ignore[attr-defined]
             raise
-        return self._result()
+        return self._named(found)
 
     def _add(self, batch: Batch) -> None:
         if self._tables is None:
@@ -302,9 +314,11 @@ class _Pass:
         if len(classes):
             self._tables.add(features, logits, classes)
 
-    def _result(self) -> Any:
+    def _found(self) -> dict[Any, ClassFilters]:
+        return self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
+
+    def _named(self, found: dict[Any, ClassFilters]) -> Any:
         """The only table, or tables by selector (key 0) or k1 (key 1)."""
-        found = self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
         return next(iter(found.values())) if self._key is None else {key[self._key]: f for key, f in found.items()}
 
 

@@ -1,0 +1,10 @@
+"""Heads that are really cheaper: fewer features for each class, closed-form refits, retraining."""
+
+from captum_classfilters.heads.decompose import decompose
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear
+from captum_classfilters.heads.export import export_onnx
+from captum_classfilters.heads.moments import HeadMoments
+from captum_classfilters.heads.recover import recover
+from captum_classfilters.heads.refits import Refit, least_squares, omp
+
+__all__ = ["DecomposedLinear", "HeadMoments", "Refit", "decompose", "export_onnx", "least_squares", "omp", "recover"]

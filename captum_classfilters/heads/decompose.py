@@ -1,0 +1,207 @@
+"""`decompose`: the same network, each class reading only a few of the head's features.
+
+A copy; only its head differs. What the head becomes is in `decomposed_linear.py`, new weights come from `refits.py`.
+"""
+
+import copy
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
+from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.errors import HeadError, OptionError, SingularMomentsWarning
+from captum_classfilters.core.head import Head, find_head
+from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear
+from captum_classfilters.heads.moments import HeadMoments, check_moments
+from captum_classfilters.heads.refits import Refit, least_squares, omp
+
+REFITS = (None, "least_squares", "omp")
+
+# Measured on one CPU thread (`benchmarks/head_speed.py`): a sparse head wins at every batch size when the dense one has
+# at least so many weights ...
+_LARGE = 2**17
+# ... of which at most this share is kept
+_SHARE = 1 / 8
+
+
+def decompose(
+    model: nn.Module,
+    filters: ClassFilters | None,
+    k: int,
+    *,
+    refit: str | None = None,
+    moments: HeadMoments | None = None,
+    backend: str = "auto",
+    unseen: str = "refuse",
+    layer: nn.Module | str | None = None,
+) -> nn.Module:
+    """A copy of the network whose head reads only k features for each class.
+
+    Source: Badola et al. 2022, section 3.2: ``z_y = sum of W_yj f_j over the class's k features + b_y``. Beyond the
+    paper: heads that are really cheaper, and refits without SGD.
+
+    The head is a minute share of a network's work: this makes a head that is small and can be read, not a fast network.
+
+    Args:
+        model: The network; not changed.
+        filters: Which features; any method's table. None with ``refit="omp"``, which chooses its own.
+        k: Features for each class, in ``[1, K]``.
+        refit: None keeps the weights as they are. ``"least_squares"`` gives the kept features the weights that come
+            nearest to the full head's logits; ``"omp"`` chooses the features, too (`refits.py`). Both need ``moments``
+            and add a bias where the head has none.
+        moments: `HeadMoments` of this network, collected on training images.
+        backend: Of `DecomposedLinear`; or ``"dense"``, a plain ``nn.Linear`` with zeros. ``"auto"``: a sparse form
+            where it won at every batch size (CPU, float32 or float64, at least 2^17 weights of which at most an
+            eighth is kept), else dense.
+        unseen: Classes without samples in the table: ``"refuse"``, or ``"dense"``, which keeps all their weights.
+        layer: The head, where it bears another name than in the table.
+
+    Returns:
+        The copy, in the same mode and on the same device.
+
+    Raises:
+        OptionError: k out of range, classes without samples, too few samples for a refit, options that do not fit.
+        ShapeError: Table or moments of another network; names both.
+        HeadError: The layer is not in the model, or is not a plain ``nn.Linear`` or 1x1 convolution.
+
+    Warns:
+        SingularMomentsWarning: Some classes' features follow from one another; a ridge decided.
+    """
+    _check_options(refit, backend, unseen, filters, moments)
+    module = unwrap(model)
+    head = find_head(module, layer if layer is not None else (filters or moments).layer)  # type: ignore[union-attr]
+    if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
+        raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
+    check_k(k, head.num_features, "k")
+    if refit == "omp":
+        dense = _pursued(head, k, moments)
+    elif refit == "least_squares":
+        dense = _refitted(head, _chosen(filters, head, k, unseen), k, moments)
+    else:
+        bias = None if head.module.bias is None else head.bias
+        dense = _Dense(head.weight, bias, _chosen(filters, head, k, unseen))
+    return _replaced(module, head, _small_head(head, dense, _backend(backend, dense)))
+
+
+class _Dense(NamedTuple):
+    """A head as it is to become, with all its weights."""
+
+    weight: Tensor  # (C, K)
+    bias: Tensor | None  # (C,)
+    mask: Tensor  # (C, K) bool: which weights are kept
+
+
+def _check_options(refit: Any, backend: Any, unseen: Any, filters: Any, moments: Any) -> None:
+    for name, given, known in (
+        ("refit", refit, REFITS),
+        ("backend", backend, (*BACKENDS, "dense")),
+        ("unseen", unseen, ("refuse", "dense")),
+    ):
+        if given not in known:
+            raise OptionError(f"{name} must be one of {list(known)}, got {given!r}")
+    if refit is None and moments is not None:
+        raise OptionError('moments without a refit; pass refit="least_squares" or refit="omp", or leave them out')
+    if refit is not None and moments is None:
+        raise OptionError(f"refit={refit!r} needs moments=HeadMoments.collect(model, loader), got None")
+    if refit == "omp" and filters is not None:
+        raise OptionError('refit="omp" chooses the features itself; pass filters=None, or refit="least_squares"')
+    if refit != "omp":
+        one_table(filters)
+
+
+def _chosen(filters: Any, head: Head, k: int, unseen: str) -> Tensor:
+    """The features of each class as a ``(C, K)`` mask; all of them in a class that is kept dense."""
+    check_table(filters, head)
+    missing = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
+    if missing and unseen == "refuse":
+        shown = ", ".join(missing[:10]) + (f", ... ({len(missing)} in all)" if len(missing) > 10 else "")
+        raise OptionError(
+            f"no sample of class {shown}: nothing is known of its features; show some, or keep all weights of such "
+            'classes with unseen="dense"'
+        )
+    mask: Tensor = filters.mask(k) | ~filters.seen[:, None]
+    return mask.to(head.weight.device)
+
+
+def _refitted(head: Head, mask: Tensor, k: int, moments: Any) -> _Dense:
+    """Least squares in every class that keeps k features; one that is kept dense stays as it is."""
+    check_moments(moments, head.name, head.num_features)
+    rows = (mask.sum(1) == k).nonzero().flatten()
+    indices = mask[rows].nonzero()[:, 1].view(len(rows), k)
+    found = least_squares(moments, head.weight[rows], head.bias[rows], indices)
+    weight, bias = head.weight.clone(), head.bias.clone()
+    weight[rows], bias[rows] = _spread(found, weight), found.bias.to(bias.dtype)
+    _warn_singular(found, moments)
+    return _Dense(weight, bias, mask)
+
+
+def _pursued(head: Head, k: int, moments: Any) -> _Dense:
+    check_moments(moments, head.name, head.num_features)
+    found = omp(moments, head.weight, head.bias, k)
+    _warn_singular(found, moments)
+    mask = torch.zeros_like(head.weight, dtype=torch.bool).scatter_(1, found.indices, True)
+    return _Dense(_spread(found, head.weight), found.bias.to(head.weight.dtype), mask)
+
+
+def _spread(found: Refit, like: Tensor) -> Tensor:
+    weight = like.new_zeros(len(found.indices), like.shape[1])
+    return weight.scatter_(1, found.indices, found.weight.to(like.dtype))
+
+
+def _warn_singular(found: Refit, moments: HeadMoments) -> None:
+    singular = int((found.ridge > 0).sum())
+    if singular:
+        warnings.warn(
+            f"for {singular} of {len(found.ridge)} classes the kept features follow from one another over the "
+            f"{moments.count} samples; a ridge of {float(found.ridge.max()):.0e} shared their weight out. More samples "
+            "or a smaller k avoid it",
+            SingularMomentsWarning,
+            stacklevel=4,
+        )
+
+
+def _backend(asked: str, dense: _Dense) -> str:
+    """The measured rule behind ``"auto"``."""
+    if asked != "auto":
+        return asked
+    weight = dense.weight
+    measured = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    wins = measured and weight.numel() >= _LARGE and int(dense.mask.sum()) <= _SHARE * weight.numel()
+    return "auto" if wins else "dense"
+
+
+def _small_head(head: Head, dense: _Dense, backend: str) -> nn.Module:
+    weight, bias, mask = dense
+    linear = nn.Linear(head.num_features, head.num_classes, bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight.masked_fill(~mask, 0.0))
+        if bias is not None:
+            linear.bias.copy_(bias)
+    linear.requires_grad_(head.module.weight.requires_grad)
+    small: nn.Module = linear if backend == "dense" else DecomposedLinear.from_linear(linear, mask, backend)
+    if isinstance(head.module, nn.Conv2d):
+        small = Pointwise(small)
+    return small.train(head.module.training)
+
+
+def _replaced(model: nn.Module, head: Head, small: nn.Module) -> nn.Module:
+    if model is head.module:
+        return small
+    # the old head is not copied, the new one stands in for it
+    return copy.deepcopy(model, {id(head.module): small})
+
+
+class Pointwise(nn.Module):
+    """A linear layer in the place of a 1x1 convolution: ``(N, K, h, w)`` to ``(N, C, h, w)``."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The linear layer at each position."""
+        out: Tensor = self.linear(maps.movedim(1, -1)).movedim(-1, 1)
+        return out

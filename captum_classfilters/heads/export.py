@@ -1,0 +1,74 @@
+"""`export_onnx`: a network to an ONNX file that takes batches of any size."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.files import check_folder, replacing
+
+# The exporter has its operators from here on; asked for less, it says so in a log and writes this
+_LOWEST = 18
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, opset: int = _LOWEST) -> None:
+    """Write the network as ONNX, with a dynamic batch axis; a `DecomposedLinear` becomes Gather, Mul and ReduceSum.
+
+    Args:
+        model: The network; exported in eval mode, given back as it was.
+        example: Inputs ``(N, ...)`` on its device.
+        path: The file to write; whole or not at all.
+        opset: ONNX operator set, 18 or newer.
+
+    Raises:
+        OptionError: An operator set that the exporter cannot write.
+        ImportError: onnx or onnxscript is missing.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}; install the extra: pip install 'captum-classfilters[export]'") from error
+    newest = onnx.defs.onnx_opset_version()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not _LOWEST <= opset <= newest:
+        raise OptionError(
+            f"opset must be an integer in [{_LOWEST}, {newest}], what the exporter can write; got {opset!r}"
+        )
+    check_folder(Path(path))
+    module = unwrap(model)
+    # one sample would be taken for a fixed size
+    example = torch.cat([example, example]) if len(example) == 1 else example
+    with borrowed(module), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            module, (example,), dynamo=True, opset_version=opset, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), input_names=["inputs"], output_names=["logits"],
+        )  # fmt: skip
+    model_proto = program.model_proto  # type: ignore[union-attr]
+    written = next(entry.version for entry in model_proto.opset_import if entry.domain == "")
+    if written != opset:
+        raise OptionError(f"the exporter wrote operator set {written} where {opset} was asked for; ask for {written}")
+    with replacing(path) as beside:
+        onnx.save(model_proto, beside)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """The exporter's loggers, silent for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

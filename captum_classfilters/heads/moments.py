@@ -1,0 +1,204 @@
+"""`HeadMoments`: mean and second moments of the head's input, all that a closed-form refit needs of the data.
+
+K features. State is O(K^2), whatever the number of samples.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, MergeError, OptionError, ShapeError
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.ranks import Ranks, group_of, sum_over
+from captum_classfilters.core.stream import batches
+
+_KIND, _VERSION = "HeadMoments", 1
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMoments:
+    """Sums of the head's input features and of their products.
+
+    Attributes:
+        total: ``(K,)`` float64, sum of ``f``.
+        second: ``(K, K)`` float64, sum of ``f f^T``.
+        count: Samples behind them.
+        layer: Name of the head.
+
+    Raises:
+        ShapeError: The shapes do not agree.
+
+    Example:
+        >>> features = torch.rand(100, 3, dtype=torch.float64)
+        >>> moments = HeadMoments(features.sum(0), features.T @ features, 100, "fc")
+        >>> torch.allclose(moments.covariance, features.T.cov(correction=0))
+        True
+    """
+
+    total: Tensor
+    second: Tensor
+    count: int
+    layer: str
+
+    def __post_init__(self) -> None:
+        channels = len(self.total) if self.total.dim() == 1 else -1
+        if self.second.shape != (channels, channels):
+            raise ShapeError(
+                f"total must have shape (K,) and second (K, K), got {tuple(self.total.shape)} and "
+                f"{tuple(self.second.shape)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"HeadMoments({self.num_features} features of {self.layer!r}, {self.count} samples)"
+
+    @property
+    def num_features(self) -> int:
+        """K."""
+        return len(self.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(K,)`` float64."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """``(K, K)`` float64, divided by the number of samples."""
+        return self.second / self.count - torch.outer(self.mean, self.mean)
+
+    @classmethod
+    def collect(
+        cls,
+        model: Any,
+        loader: Iterable[Any],
+        *,
+        layer: nn.Module | str | None = None,
+        additional_forward_args: Any = None,
+        distributed: Ranks = None,
+        show_progress: bool = False,
+    ) -> "HeadMoments":
+        """One pass over a loader; labels are not needed and not looked at.
+
+        Args:
+            model: The network; borrowed, given back as it was.
+            loader: Batches of inputs, or ``(inputs, labels)``: images on which the smaller head will not be judged.
+            layer: The head, if it cannot be found.
+            additional_forward_args: Passed on to every forward pass.
+            distributed: As for `InfluentialFeatures.attribute`.
+            show_progress: A tqdm bar.
+
+        Raises:
+            HeadError, ShapeError, EmptyLoaderError, NonFiniteError, MergeError: As their messages say. What ends the
+                pass early carries the sums of the batches before it as ``error.partial_result``.
+        """
+        group = group_of(distributed)
+        sums = _Sums()
+        try:
+            with batches(
+                model,
+                loader,
+                layer=layer,
+                need_labels=False,
+                forward_args=additional_forward_args,
+                show_progress=show_progress,
+                description="HeadMoments",
+            ) as stream:
+                for batch in stream:
+                    sums.add(batch.features, batch.head.name)
+        except EmptyLoaderError:
+            if group is None:
+                raise
+        except BaseException as error:
+            error.partial_result = sums.moments()  # type: ignore[attr-defined]
+            raise
+        mine = sums.moments()
+        return mine if group is None else _all_ranks(mine, group)  # type: ignore[return-value]
+
+    @staticmethod
+    def merge(*parts: "HeadMoments") -> "HeadMoments":
+        """Put moments of disjoint shards together: those of one pass over all of them, but for rounding (1e-12).
+
+        Raises:
+            MergeError: No parts, or parts of different layers or numbers of features.
+        """
+        if not parts or not all(isinstance(part, HeadMoments) for part in parts):
+            raise MergeError(
+                f"merge takes moments one by one, merge(*parts); got {[type(p).__name__ for p in parts] or 'none'}"
+            )
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.layer, part.num_features) != (first.layer, first.num_features):
+                raise MergeError(f"{first} and {part} are of different networks; merge moments of one")
+        total, second = sum(p.total for p in parts), sum(p.second for p in parts)
+        return HeadMoments(total, second, sum(p.count for p in parts), first.layer)  # type: ignore[arg-type]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file; whole or not at all."""
+        tensors = {"total": self.total, "second": self.second}
+        write(path, tensors, kind=_KIND, version=_VERSION, meta={"count": self.count, "layer": self.layer})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "HeadMoments":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: No such file.
+            FileFormatError: Broken, truncated, foreign, or of another schema version.
+        """
+        tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("total", "second"))
+        try:
+            return cls(**{**tensors, **about})
+        except (TypeError, ShapeError) as error:
+            raise FileFormatError(f"{path} does not hold whole moments ({error!r}); save them again") from error
+
+
+class _Sums:
+    """The running sums of one pass, on the model's device."""
+
+    def __init__(self) -> None:
+        self._state: tuple[Tensor, Tensor, int] | None = None
+        self._layer = ""
+
+    def add(self, features: Tensor, layer: str) -> None:
+        self._layer = layer
+        features = features.double()
+        total, second, count = features.sum(0), features.T @ features, len(features)
+        if self._state is not None:
+            # in place: K x K is large, and an interrupted addition is made good by assigning all three at once
+            total, second, count = self._state[0] + total, second.add_(self._state[1]), self._state[2] + count
+        self._state = (total, second, count)
+
+    def moments(self) -> HeadMoments | None:
+        if self._state is None:
+            return None
+        total, second, count = self._state
+        return HeadMoments(total.cpu(), second.cpu(), count, self._layer)
+
+
+def _all_ranks(mine: HeadMoments | None, group: Any) -> HeadMoments:
+    tensors = about = None
+    if mine is not None:
+        tensors = {"total": mine.total, "second": mine.second, "count": torch.tensor(mine.count)}
+        about = mine.layer
+    try:
+        sums, layer = sum_over(group, tensors, about)
+    except MergeError as error:
+        error.partial_result = mine  # type: ignore[attr-defined]
+        raise
+    return HeadMoments(sums["total"], sums["second"], int(sums["count"]), layer)
+
+
+def check_moments(moments: Any, layer: str, channels: int) -> HeadMoments:
+    """Refuse what is not the moments of this head."""
+    if not isinstance(moments, HeadMoments):
+        raise OptionError(f"a refit needs moments=HeadMoments.collect(model, loader), got {type(moments).__name__}")
+    if (moments.layer, moments.num_features) != (layer, channels):
+        raise ShapeError(
+            f"the moments are of {moments.num_features} features of layer {moments.layer!r}, the head {layer!r} has "
+            f"{channels}; collect them with this model"
+        )
+    return moments

@@ -1,0 +1,147 @@
+"""Closed-form refits of a head that keeps few features: no SGD, no labels, only the second moments of its input.
+
+Each class's new weights are those whose logit comes nearest to the full head's, in the mean square over the data.
+C classes, K features, k of them kept for each class.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_classfilters.class_filters import check_k
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.heads.moments import HeadMoments
+
+# A channel whose variance, given the others, is a smaller share than this of its own cannot be told from them
+_SINGULAR = 1e-10
+# What is then added to the diagonal of their correlation matrix
+_RIDGE = 1e-8
+# Less than this share of the mean square, or of what was lacking at first, is rounding
+_ROUNDING = 1e-12
+# Classes are solved together, up to this many matrix cells
+_CELLS = 2**24
+
+
+class Refit(NamedTuple):
+    """New weights for the kept features."""
+
+    indices: Tensor  # (C, k) int64, which features
+    weight: Tensor  # (C, k) float64
+    bias: Tensor  # (C,) float64
+    explained: Tensor  # (C,) float64: share of the full logit's variance
+    ridge: Tensor  # (C,) float64: what was added to the diagonal of the correlation matrix; 0 where nothing was
+
+
+def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: Tensor) -> Refit:
+    """Weights on given features that come nearest to the full head's logits.
+
+    For each class the ``w``, ``b`` that minimise ``E (sum over j in J of w_j f_j + b - W f - b_full)^2``: the normal
+    equations ``Cov[J, J] w = Cov[J, :] W``, in float64 and scaled to unit variance. Not in the papers, which
+    retrain with SGD.
+
+    Args:
+        moments: Of the head's input.
+        weight: ``(C, K)``, the full head's.
+        bias: ``(C,)``.
+        indices: ``(C, k)``, the features kept for each class, different in each row.
+
+    Returns:
+        The `Refit`. A feature that is constant over these samples gets weight 0. Where features follow from one
+        another, a ridge of 1e-8 on their correlation matrix shares the weight out, and ``ridge`` says for which
+        classes.
+
+    Raises:
+        OptionError: Fewer samples than unknowns.
+    """
+    _check_count(moments, indices.shape[1])
+    weight, bias, indices = weight.double(), bias.double(), indices.to(weight.device)
+    covariance, mean = moments.covariance.to(weight.device), moments.mean.to(weight.device)
+    cross = weight @ covariance  # (C, K): covariance of each full logit with each feature
+    scale = _scale(moments).to(weight.device)
+    step = max(1, _CELLS // indices.shape[1] ** 2)
+    solved = [
+        _solve(covariance, cross[part], scale, indices[part]) for part in torch.split(torch.arange(len(indices)), step)
+    ]
+    fitted, ridge = (torch.cat(found) for found in zip(*solved, strict=True))
+    kept = torch.zeros_like(weight).scatter_(1, indices, fitted)
+    lost = ((weight - kept) @ covariance * (weight - kept)).sum(1)
+    variance = (cross * weight).sum(1)
+    explained = 1 - lost / variance.clamp(min=torch.finfo(torch.float64).tiny)
+    return Refit(indices, fitted, bias + (weight - kept) @ mean, explained, ridge)
+
+
+def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
+    """Selection and refit together: orthogonal matching pursuit of each class's full logit.
+
+    Step by step each class takes the feature that correlates most with what its refitted logit still lacks. Source:
+    Pati, Rezaiifar, Krishnaprasad 1993; computed from second moments as in Rubinstein, Zibulevsky, Elad 2008. Features
+    are scaled to unit variance for the choice.
+
+    Args:
+        moments: Of the head's input.
+        weight: ``(C, K)``, the full head's.
+        bias: ``(C,)``.
+        k: Features for each class, in ``[1, K]``.
+
+    Returns:
+        The `Refit`; ``indices`` in the order chosen. Features that no longer help, because nothing is lacking or they
+        are constant, are taken last.
+
+    Raises:
+        OptionError: k out of range, or fewer samples than unknowns.
+    """
+    check_k(k, moments.num_features, "k")
+    _check_count(moments, k)
+    full, device = weight.double(), weight.device
+    scale = _scale(moments).to(device)
+    usable = scale > 0
+    correlation = moments.covariance.to(device) / torch.outer(scale, scale)
+    correlation = correlation.masked_fill(~(usable[:, None] & usable), 0).fill_diagonal_(1)
+    goal = (full * scale) @ correlation  # (C, K): of each full logit with each scaled feature
+    chosen = torch.empty(len(full), 0, dtype=torch.int64, device=device)
+    lacking, enough = goal, _ROUNDING * goal.abs().amax(1, keepdim=True)
+    for _ in range(k):
+        strength = lacking.abs()
+        strength = strength.masked_fill(~usable | (strength <= enough), 0.0).scatter(1, chosen, -1.0)
+        chosen = torch.cat([chosen, strength.argmax(1, keepdim=True)], 1)
+        fitted, _ = _solve(correlation, goal, torch.ones_like(scale), chosen)
+        # each class's weighted sum of its rows of the correlation matrix, without gathering them
+        lacking = goal - F.embedding_bag(chosen, correlation, per_sample_weights=fitted, mode="sum")
+    return least_squares(moments, weight, bias, chosen)
+
+
+def _solve(covariance: Tensor, cross: Tensor, scale: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal equations on each row's features: weights ``(C, k)`` and the ridge each row needed ``(C,)``."""
+    own = scale[indices]
+    constant = own == 0
+    own = own.masked_fill(constant, 1.0)
+    gram = covariance[indices[:, :, None], indices[:, None, :]] / (own[:, :, None] * own[:, None, :])
+    gram = gram.masked_fill(constant[:, :, None] | constant[:, None, :], 0.0)
+    gram.diagonal(dim1=1, dim2=2).fill_(1.0)
+    goal = (cross.gather(1, indices) / own).masked_fill(constant, 0.0).unsqueeze(2)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    # squares on the diagonal: what of a feature's variance the ones before it leave
+    left = factor.diagonal(dim1=1, dim2=2).square().amin(1)
+    singular = (failed > 0) | ~(left > _SINGULAR)
+    ridge = torch.where(singular, _RIDGE, 0.0).double()
+    if bool(singular.any()):
+        gram[singular] += _RIDGE * torch.eye(indices.shape[1], dtype=gram.dtype, device=gram.device)
+        factor[singular] = torch.linalg.cholesky(gram[singular])
+    fitted = torch.cholesky_solve(goal, factor).squeeze(2) / own
+    return fitted.masked_fill(constant, 0.0), ridge
+
+
+def _scale(moments: HeadMoments) -> Tensor:
+    """Deviation of each feature; 0 where all that varies is rounding."""
+    variance = moments.covariance.diagonal()
+    return variance.where(variance > _ROUNDING * moments.second.diagonal() / moments.count, 0.0).sqrt()
+
+
+def _check_count(moments: HeadMoments, k: int) -> None:
+    if moments.count <= k:
+        raise OptionError(
+            f"a refit of {k} weights and a bias for each class needs at least {k + 1} samples, better ten times as "
+            f"many; the moments hold {moments.count}: collect more"
+        )
