@@ -1,11 +1,25 @@
-"""What ships: three trained networks and real images, and that they are what they say."""
+"""What ships: trained networks and real images, and that they are what they say."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from captum_classfilters.assets import SEEDS, load_demo_network, load_images, load_network, save_network
+from captum_classfilters import assets
+from captum_classfilters.assets import (
+    SEEDS,
+    load_demo_network,
+    load_images,
+    load_kanji_images,
+    load_kanji_network,
+    load_network,
+    save_network,
+)
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.core.errors import FileFormatError, OptionError
+from captum_classfilters.core.files import read, write
+
+SHIPPED = Path(assets.__file__).parent
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -28,6 +42,62 @@ def test_images_are_stratified_and_the_splits_differ():
         assert sample.labels.bincount().tolist() == [100] * 10
         assert len(sample.class_names) == 10
     assert not set(map(bytes, train.images.numpy())) & set(map(bytes, test.images.numpy()))
+
+
+def test_the_kanji_network_reads_typefaces_of_foundries_it_never_saw():
+    model, meta = load_kanji_network()
+    assert (model.fc.out_features, model.fc.in_features) == (len(meta["class_names"]), 192) == (1000, 192)
+    assert 0.9 < meta["test_accuracy"] < 0.98
+    assert meta["test_images"] == meta["test_faces"] * 1000
+    sample = load_kanji_images("test")
+    assert sample.class_names == tuple(meta["class_names"])
+    with torch.inference_mode():
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in sample.batches())
+    # 250 of the test images: three standard errors around the accuracy on all
+    error = (meta["test_accuracy"] * (1 - meta["test_accuracy"]) / 250) ** 0.5
+    assert right / 250 == pytest.approx(meta["test_accuracy"], abs=3 * error)
+
+
+def test_both_samples_of_kanji_hold_the_same_fifty_classes():
+    train, test = load_kanji_images("train"), load_kanji_images("test")
+    for sample in (train, test):
+        assert sample.images.shape == (250, 1, 32, 32)
+        assert sample.images.dtype == torch.uint8
+        assert sorted(sample.labels.bincount(minlength=1000).tolist(), reverse=True) == [5] * 50 + [0] * 950
+        assert all(len(name) == 1 and "\u4e00" <= name <= "\u9fff" for name in sample.class_names)
+    assert set(train.labels.tolist()) == set(test.labels.tolist())
+    assert train.class_names == test.class_names
+    assert len(set(test.class_names)) == 1000
+
+
+def test_what_ships_for_kanji_stays_small():
+    assert (SHIPPED / "kanji_resnet14.safetensors").stat().st_size <= 8e6
+    assert (SHIPPED / "kanji_sample.safetensors").stat().st_size < 0.7e6
+
+
+def test_a_network_saved_before_widths_existed_still_loads(tmp_path):
+    old, new = SHIPPED / "resnet20_s0.safetensors", tmp_path / "old.safetensors"
+    tensors, meta = read(old, kind="SmallResNet", version=1)
+    assert set(meta["config"]) == {"depth", "num_classes", "mean", "std"}
+    assert set(SmallResNet().state_dict()) == set(tensors)
+    write(new, tensors, kind="SmallResNet", version=1, meta=meta)
+    assert (load_network(new)[0].widths, load_network(new)[0].stem_stride) == ((16, 32, 64), 1)
+
+
+def test_widths_and_stem_stride_change_what_they_name(tmp_path):
+    torch.manual_seed(0)
+    model = SmallResNet(8, 5, widths=(4, 8, 24), stem_stride=2).eval()
+    shapes = {}
+    for name in ("conv1", "layer1", "layer2", "layer3"):
+        getattr(model, name).register_forward_hook(
+            lambda m, i, out, name=name: shapes.update({name: (*out.shape[1:],)})
+        )
+    images = torch.rand(2, 1, 32, 32)
+    expected = model(images)
+    assert shapes == {"conv1": (4, 16, 16), "layer1": (4, 16, 16), "layer2": (8, 8, 8), "layer3": (24, 4, 4)}
+    assert model.fc.in_features == 24
+    save_network(model, tmp_path / "network.safetensors", {})
+    torch.testing.assert_close(load_network(tmp_path / "network.safetensors")[0](images), expected, rtol=0, atol=0)
 
 
 def test_a_network_is_saved_with_all_it_takes_to_build_it(tmp_path):
@@ -53,8 +123,12 @@ def test_what_does_not_ship_is_refused(tmp_path):
         load_demo_network(7)
     with pytest.raises(OptionError, match='split must be "train" or "test"'):
         load_images("validation")
+    with pytest.raises(OptionError, match='split must be "train" or "test"'):
+        load_kanji_images("validation")
     with pytest.raises(ValueError, match="depth must be 6 n"):
         SmallResNet(21)
+    with pytest.raises(ValueError, match="widths must be three numbers"):
+        SmallResNet(20, widths=(16, 32))
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(FileFormatError):
         load_network(tmp_path / "x.safetensors")

@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 class ImageSample(NamedTuple):
     """Images as bytes and their labels."""
 
-    images: Tensor  # (N, 1, 28, 28) uint8
+    images: Tensor  # (N, 1, H, W) uint8: 28x28 for Fashion-MNIST, 32x32 for kanji
     labels: Tensor  # (N,) int64
     class_names: tuple[str, ...]
 
@@ -62,14 +62,43 @@ def load_images(split: str = "test") -> ImageSample:
         >>> load_images("test").images.shape
         torch.Size([1000, 1, 28, 28])
     """
+    return _read_images("fashion_mnist_sample.safetensors", split)
+
+
+def load_kanji_network() -> tuple[SmallResNet, dict[str, Any]]:
+    """A ResNet-14 that reads 1,000 kanji in typefaces it never saw, K = 192: ``(model, meta)``; eval mode, on the CPU.
+
+    Example:
+        >>> model, meta = load_kanji_network()
+        >>> model.fc
+        Linear(in_features=192, out_features=1000, bias=True)
+    """
+    return load_network(_HERE / "kanji_resnet14.safetensors")
+
+
+def load_kanji_images(split: str = "test") -> ImageSample:
+    """250 degraded images of printed kanji: five of each of 50 of the network's 1,000 classes.
+
+    Args:
+        split: ``"train"``: of typefaces that the network was trained on; ``"test"``: of foundries that it never saw.
+            Both hold the same classes.
+
+    Example:
+        >>> load_kanji_images("test").images.shape
+        torch.Size([250, 1, 32, 32])
+    """
+    return _read_images("kanji_sample.safetensors", split)
+
+
+def _read_images(name: str, split: str) -> ImageSample:
     if split not in ("train", "test"):
         raise OptionError(f'split must be "train" or "test", got {split!r}')
-    tensors, meta = read(_HERE / "fashion_mnist_sample.safetensors", kind=_IMAGES, version=_IMAGES_VERSION)
+    tensors, meta = read(_HERE / name, kind=_IMAGES, version=_IMAGES_VERSION)
     return ImageSample(tensors[f"{split}_images"], tensors[f"{split}_labels"], tuple(meta["class_names"]))
 
 
 def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSample) -> None:
-    """Save what `load_images` reads."""
+    """Save what `load_images` and `load_kanji_images` read."""
     tensors = {
         f"{split}_{what}": getattr(sample, what)
         for split, sample in (("train", train), ("test", test))
@@ -85,6 +114,8 @@ def save_network(model: SmallResNet, path: str | os.PathLike[str], meta: dict[st
         "num_classes": model.fc.out_features,
         "mean": model.normalise.mean.flatten().tolist(),
         "std": model.normalise.std.flatten().tolist(),
+        "widths": list(model.widths),
+        "stem_stride": model.stem_stride,
     }
     write(path, model.state_dict(), kind=_NETWORK, version=_NETWORK_VERSION, meta={**meta, "config": config})
 

@@ -1,7 +1,7 @@
 """The small residual networks of CIFAR fame, for the demo, the tests and the recipes.
 
 Images go in as they are, in [0, 1]; the network normalises them itself, so that an attack, a plot and
-a loader all speak of the same numbers. N images, K = 64 features before the head.
+a loader all speak of the same numbers. N images, K features before the head: 64, or as many as the last stage is wide.
 """
 
 from collections.abc import Sequence
@@ -59,6 +59,8 @@ class SmallResNet(nn.Module):
         num_classes: C.
         mean: Mean of each colour channel of images in [0, 1]; its length is the number of colours.
         std: Deviation of each colour channel.
+        widths: Channels of the three stages; the last is K.
+        stem_stride: Stride of the first convolution: 2 makes everything after it four times cheaper.
     """
 
     def __init__(
@@ -67,21 +69,26 @@ class SmallResNet(nn.Module):
         num_classes: int = 10,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
+        *,
+        widths: Sequence[int] = WIDTHS,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6 n + 2, such as 20, 32, 44 or 56; got {depth}")
-        self.depth = depth
+        if len(widths) != 3:
+            raise ValueError(f"widths must be three numbers of channels, one for each stage; got {tuple(widths)}")
+        self.depth, self.widths, self.stem_stride = depth, tuple(widths), stem_stride
         self.normalise = Normalise(mean, std)
-        self.conv1 = nn.Conv2d(len(mean), WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.conv1 = nn.Conv2d(len(mean), widths[0], 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
         blocks = (depth - 2) // 6
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.layer1 = _stage(widths[0], widths[0], blocks, stride=1)
+        self.layer2 = _stage(widths[0], widths[1], blocks, stride=2)
+        self.layer3 = _stage(widths[1], widths[2], blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+        self.fc = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

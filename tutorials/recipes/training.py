@@ -1,0 +1,150 @@
+"""One training loop for the recipes: stops and resumes without loss.
+
+What differs between recipes goes in as data, a network and a function that augments a batch.
+``OUT/network.safetensors`` is what `captum_classfilters.assets.load_network` reads; ``OUT/resume.pt`` is written after
+every epoch. The network is the one of the last epoch; test images are looked at once, at the end.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Data
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_classfilters.assets import save_network
+from captum_classfilters.assets.networks import SmallResNet
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0.1) -> None:
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=lr, help="peak of the one-cycle schedule")
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
+    parser.add_argument("--stop-after", type=int, default=None, help="stop after so many epochs; a later call resumes")
+
+
+def as_input(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    model.eval()
+    right = sum(
+        int((model(as_input(x, device)).argmax(1).cpu() == y).sum())
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    model.train()
+    return right / len(labels)
+
+
+def optimiser(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=options.lr, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+
+
+def train(
+    options: argparse.Namespace,
+    data: Data,
+    network: Callable[[int, list[float], list[float]], SmallResNet],
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    *,
+    images_per_epoch: int | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Train, from where ``options.out`` stands.
+
+    Args:
+        options: What `add_arguments` adds.
+        data: Images as bytes; those for testing as they are to be judged.
+        network: Takes C, and mean and deviation of each colour of images in [0, 1].
+        augment: Takes a batch of bytes and the generator of its randomness.
+        images_per_epoch: A random so many of the training images each epoch; None: all.
+        meta: What else the file is to say.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    images, labels = (part[: options.limit] for part in data.train)
+    pixels = images.float().div_(255)
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    del pixels
+    model = network(len(data.class_names), mean, std).to(device).to(memory_format=torch.channels_last)
+    optimizer = optimiser(model, options)
+    count = min(len(images), images_per_epoch or len(images))
+    steps = -(-count // options.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=steps * options.epochs, pct_start=0.2
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    resume, first = options.out / "resume.pt", 0
+    if resume.is_file():
+        state = torch.load(resume, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"].cpu())
+        first = state["epoch"]
+    for epoch in range(first, options.epochs):
+        started, loss_sum, right = time.time(), 0.0, 0
+        order = torch.randperm(len(images), generator=generator)[:count]
+        for batch in order.split(options.batch_size):
+            inputs = as_input(augment(images[batch], generator), device)
+            targets = labels[batch].to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float(), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.detach() * len(batch)
+            right += (logits.detach().argmax(1) == targets).sum()
+        print(
+            f"epoch {epoch + 1}/{options.epochs}  loss {float(loss_sum) / count:.4f}"
+            f"  training accuracy {int(right) / count:.4f}  {time.time() - started:.0f} s",
+            flush=True,
+        )
+        beside = resume.with_suffix(".part")
+        torch.save(
+            {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
+            },
+            beside,
+        )  # fmt: skip
+        os.replace(beside, resume)
+        if options.stop_after == epoch + 1:
+            return
+    told = {
+        "data": data.name,
+        "class_names": list(data.class_names),
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        "torch": torch.__version__,
+        "test_accuracy": accuracy(model, *(part[: options.limit] for part in data.test), device),
+        **(meta or {}),
+    }
+    save_network(model.cpu(), options.out / "network.safetensors", told)
+    print(json.dumps(told, ensure_ascii=False))
