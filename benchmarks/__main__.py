@@ -8,7 +8,9 @@ import torch
 from benchmarks.report import machine
 from benchmarks.workload import Settings
 
-NAMES = ("attribute_speed", "memory", "grid", "import_time", "determinism")
+NAMES = (
+    "attribute_speed", "memory", "grid", "import_time", "determinism", "head_speed", "refit_speed", "ranks_speed",
+)  # fmt: skip
 
 
 def main() -> None:

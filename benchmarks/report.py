@@ -16,19 +16,22 @@ import captum_classfilters
 
 @dataclass(frozen=True)
 class Row:
-    """One figure; ``value`` is compared with ``target`` where both are numbers: no more than it is what is asked."""
+    """One figure; ``value`` is compared with ``target`` where both are numbers: no more is asked, or no less."""
 
     what: str
     shown: str
     value: float | None = None
     target: float | None = None
+    at_least: bool = False
 
     @property
     def met(self) -> bool | None:
-        return None if self.value is None or self.target is None else self.value <= self.target
+        if self.value is None or self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
     def cells(self) -> tuple[str, str, str, str]:
-        target = "" if self.target is None else f"<= {self.target:g}"
+        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g}"
         return self.what, self.shown, target, {None: "", True: "yes", False: "NO"}[self.met]
 
 
@@ -38,8 +41,10 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, what: str, shown: str, value: float | None = None, target: float | None = None) -> None:
-        self.rows.append(Row(what, shown, value, target))
+    def add(
+        self, what: str, shown: str, value: float | None = None, target: float | None = None, at_least: bool = False
+    ) -> None:
+        self.rows.append(Row(what, shown, value, target, at_least))
 
     def __str__(self) -> str:
         return "\n".join(

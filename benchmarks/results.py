@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["curves", "grid", "claims", "depth"])
     options = parser.parse_args()
     data = load("fashion_mnist")
-    data = data._replace(train=_first(data.train, options.limit), test=_first(data.test, options.limit))
+    data = data._replace(train=first(data.train, options.limit), test=first(data.test, options.limit))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"<!-- {' '.join(['python -m benchmarks.results', *sys.argv[1:]])}; {datetime.date.today()}; "
@@ -65,7 +65,7 @@ def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
 
     def network(seed: int) -> torch.nn.Module:
-        return _network(20, seed, options.runs).to(device)
+        return trained(20, seed, options.runs).to(device)
 
     parts = {
         "curves": lambda: curves({seed: network(seed) for seed in SEEDS}, data),
@@ -96,10 +96,10 @@ def curves(networks: dict[int, torch.nn.Module], data: Data) -> None:
     print(f"\n## Accuracy with k channels for each class, ResNet-20, seeds {list(networks)}\n")
     each = ", ".join(f"{row.accuracy:.4f} [{row.low:.4f}, {row.high:.4f}]" for row in dense.itertuples())
     print(f"A_f: {each}; mean {dense.accuracy.mean():.4f}")
-    _markdown(_table(seeds, "accuracy"), "A_d: mean of the seeds [lowest, highest end of their 95 % intervals]")
-    _markdown(_table(seeds, "relative"), "r_A = A_d / A_f: mean of the seeds [lowest, highest seed]")
-    _markdown(
-        _table(seeds, "agreement"), "Agreement with the dense prediction: mean of the seeds [lowest, highest seed]"
+    markdown(mean_table(seeds, "accuracy"), "A_d: mean of the seeds [lowest, highest end of their 95 % intervals]")
+    markdown(mean_table(seeds, "relative"), "r_A = A_d / A_f: mean of the seeds [lowest, highest seed]")
+    markdown(
+        mean_table(seeds, "agreement"), "Agreement with the dense prediction: mean of the seeds [lowest, highest seed]"
     )
 
 
@@ -113,12 +113,12 @@ def grid(model: torch.nn.Module, data: Data) -> None:
     widest = ((rows.high - rows.low) / 2)[rows.filters != "random"].max()
     cells = rows.assign(
         value=[
-            _interval(row.accuracy, row.low, row.high) if row.filters == "random" else f"{row.accuracy:.4f}"
+            interval(row.accuracy, row.low, row.high) if row.filters == "random" else f"{row.accuracy:.4f}"
             for row in rows.itertuples()
         ]
     ).pivot(index="filters", columns="k", values="value")
     print("\n## k1 x k2 (figure 1), ResNet-20, seed 0\n")
-    _markdown(
+    markdown(
         cells.loc[[*map(str, GRID), "random"]],
         f"A_d; rows k1, columns k2; 95 % intervals (Wilson) are at most +- {widest:.4f}, for random as shown",
     )
@@ -131,8 +131,8 @@ def claims(model: torch.nn.Module, data: Data) -> None:
     print("\n## The paper's other claims at k = 5, ResNet-20, seed 0\n")
     ablation = metrics.class_ablation(model, tables["histogram"], Loader(data.test), 5, draws=10)
     whole = ablation[ablation.class_name == "all"]
-    cells = whole.assign(value=[_interval(row.accuracy, row.low, row.high) for row in whole.itertuples()])
-    _markdown(
+    cells = whole.assign(value=[interval(row.accuracy, row.low, row.high) for row in whole.itertuples()])
+    markdown(
         cells.pivot(index="mode", columns="channels", values="value").fillna(""),
         "Essential? Mean recall when a class's channels are overwritten (columns: which channels)",
     )
@@ -140,12 +140,10 @@ def claims(model: torch.nn.Module, data: Data) -> None:
     summary = pairs.groupby("filters").agg(
         mean=("jaccard", "mean"), largest=("jaccard", "max"), random=("random", "first"), high=("random_high", "first")
     )
-    _markdown(
-        summary.map("{:.3f}".format), "Exclusive? Jaccard index of two classes' top 5; random: mean, 97.5 % point"
-    )
+    markdown(summary.map("{:.3f}".format), "Exclusive? Jaccard index of two classes' top 5; random: mean, 97.5 % point")
     stable = metrics.stability(model, Loader(data.train), 5, selectors=chosen, draws=20)
     stable = stable[stable.class_name == "all"].set_index("filters")
-    _markdown(
+    markdown(
         stable[["jaccard", "low", "high", "random"]].map("{:.3f}".format),
         "Stable? Jaccard index of a bootstrap replicate's top 5 and that of all 60,000 images, 20 replicates",
     )
@@ -153,15 +151,13 @@ def claims(model: torch.nn.Module, data: Data) -> None:
         frame = metrics.localisation(model, tables, Loader(data.test), 5, channel_weights=weights, draws=10)
         rows = {
             row.filters: {
-                "pointing": _interval(row.pointing, row.low, row.high),
-                "IoU": _interval(row.iou, row.iou_low, row.iou_high),
+                "pointing": interval(row.pointing, row.low, row.high),
+                "IoU": interval(row.iou, row.iou_low, row.iou_high),
             }
             for row in frame.itertuples()
         }
         rows["blind guess"] = {"pointing": f"{frame.chance[0]:.3f}", "IoU": f"{frame.chance_iou[0]:.3f}"}
-        _markdown(
-            pd.DataFrame(rows).T, f"On the object? Map of the true class's 5 channels, channel weights: {weights}"
-        )
+        markdown(pd.DataFrame(rows).T, f"On the object? Map of the true class's 5 channels, channel weights: {weights}")
 
 
 def depth(runs: Path | None, depths: list[int], data: Data, device: str) -> None:
@@ -171,7 +167,7 @@ def depth(runs: Path | None, depths: list[int], data: Data, device: str) -> None
         if runs is None or not (runs / f"resnet{layers}-s0" / "network.safetensors").is_file():
             print(f"\nResNet-{layers}: no network in {runs}\n")
             continue
-        model = _network(layers, 0, runs).to(device)
+        model = trained(layers, 0, runs).to(device)
         tables = InfluentialFeatures(model).attribute(
             Loader(data.train), selector=["histogram", "contribution"], class_names=data.class_names
         )
@@ -182,41 +178,41 @@ def depth(runs: Path | None, depths: list[int], data: Data, device: str) -> None
     found = pd.concat(rows)
     print("\n## Depth (the paper's claim 3), seed 0\n")
     dense = found[found.filters == "dense"]
-    print("A_f: " + ", ".join(f"ResNet-{r.depth} {_interval(r.accuracy, r.low, r.high)}" for r in dense.itertuples()))
+    print("A_f: " + ", ".join(f"ResNet-{r.depth} {interval(r.accuracy, r.low, r.high)}" for r in dense.itertuples()))
     for name in ("histogram", "contribution", "random"):
         chosen = found[found.filters == name]
         # the interval of A_d over the fixed A_f
         chosen = chosen.assign(
             value=[
-                _interval(r.relative, r.low * r.relative / r.accuracy, r.high * r.relative / r.accuracy)
+                interval(r.relative, r.low * r.relative / r.accuracy, r.high * r.relative / r.accuracy)
                 for r in chosen.itertuples()
             ]
         )
-        _markdown(chosen.pivot(index="depth", columns="k", values="value"), f"r_A of {name}, by depth and k")
+        markdown(chosen.pivot(index="depth", columns="k", values="value"), f"r_A of {name}, by depth and k")
 
 
-def _network(depth: int, seed: int, runs: Path | None) -> torch.nn.Module:
+def trained(depth: int, seed: int, runs: Path | None) -> torch.nn.Module:
     if runs is None:
         return load_demo_network(seed)[0]
     return load_network(runs / f"resnet{depth}-s{seed}" / "network.safetensors")[0]
 
 
-def _first(split: Split, limit: int | None) -> Split:
+def first(split: Split, limit: int | None) -> Split:
     return Split(*(part[:limit] for part in split))
 
 
-def _table(seeds: pd.DataFrame, value: str) -> pd.DataFrame:
+def mean_table(seeds: pd.DataFrame, value: str) -> pd.DataFrame:
     low, high = ("low", "high") if value == "accuracy" else (value, value)
     rows = seeds[seeds.filters != "dense"].groupby(["filters", "k"], sort=False)
-    cells = rows.apply(lambda part: _interval(part[value].mean(), part[low].min(), part[high].max()))
+    cells = rows.apply(lambda part: interval(part[value].mean(), part[low].min(), part[high].max()))
     return cells.unstack("k").loc[[*NAMED, "random"]]
 
 
-def _interval(value: float, low: float, high: float) -> str:
+def interval(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _markdown(table: pd.DataFrame, title: str) -> None:
+def markdown(table: pd.DataFrame, title: str) -> None:
     print(f"\n{title}\n")
     head = [str(table.index.name or ""), *(f"{table.columns.name or ''} {column}".strip() for column in table.columns)]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))

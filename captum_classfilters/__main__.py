@@ -34,11 +34,12 @@ def run_demo(out: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    import pandas as pd
     import torch
     from captum.attr import LayerAttribution
     from captum.attr import visualization as captum_visualization
 
-    from captum_classfilters import InfluentialFeatures, metrics, visualize
+    from captum_classfilters import HeadMoments, InfluentialFeatures, decompose, metrics, visualize
     from captum_classfilters.assets import load_demo_network, load_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,6 +61,21 @@ def run_demo(out: Path) -> None:
     print("\nAccuracy on 1,000 test images with only k channels for each class (all 64: dense)")
     everything = curve[curve.class_name == "all"]
     print(everything.pivot(index="filters", columns="k", values="accuracy").round(3).to_string(na_rep=""))
+
+    moments = HeadMoments.collect(model, train.batches())
+    refitted = metrics.accuracy_curve(
+        model, {"histogram": filters}, test.batches(), [1, 2, 3, 5, 10], refit="least_squares", moments=moments
+    )
+    pursued = metrics.accuracy_curve(model, None, test.batches(), [1, 2, 3, 5, 10], refit="omp", moments=moments)
+    everything = pd.concat([refitted, pursued[pursued.filters == "omp"]])
+    everything = everything[(everything.class_name == "all") & (everything.filters != "dense")]
+    print("\nThe same with new weights for those channels, from one more pass, no SGD (omp: with channels of its own)")
+    print(everything.pivot(index="filters", columns="k", values="accuracy").round(3).to_string())
+    small = decompose(model, None, 5, refit="omp", moments=moments)
+    kept, total = int((small.fc.weight != 0).sum()), small.fc.weight.numel()  # type: ignore[union-attr,operator]
+    print(
+        f"decompose(model, None, k=5, refit='omp', moments=...): the same network, {kept} of the head's {total} weights"
+    )
 
     pictures: dict[str, Callable[[], object]] = {
         "class_filters": lambda: visualize.class_filters(filters, k=5),

@@ -14,7 +14,7 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.errors import HeadError, OptionError, SingularMomentsWarning
 from captum_classfilters.core.head import Head, find_head
-from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear
+from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refit, least_squares, omp
 
@@ -70,7 +70,12 @@ def decompose(
     Warns:
         SingularMomentsWarning: Some classes' features follow from one another; a ridge decided.
     """
-    _check_options(refit, backend, unseen, filters, moments)
+    for name, given, known in (("backend", backend, (*BACKENDS, "dense")), ("unseen", unseen, ("refuse", "dense"))):
+        if given not in known:
+            raise OptionError(f"{name} must be one of {list(known)}, got {given!r}")
+    check_refit(refit, filters, moments)
+    if refit != "omp":
+        one_table(filters)
     module = unwrap(model)
     head = find_head(module, layer if layer is not None else (filters or moments).layer)  # type: ignore[union-attr]
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
@@ -79,7 +84,7 @@ def decompose(
     if refit == "omp":
         dense = _pursued(head, k, moments)
     elif refit == "least_squares":
-        dense = _refitted(head, _chosen(filters, head, k, unseen), k, moments)
+        dense = _refitted(head, _chosen(filters, head, k, unseen), filters.seen, k, moments)  # type: ignore[union-attr]
     else:
         bias = None if head.module.bias is None else head.bias
         dense = _Dense(head.weight, bias, _chosen(filters, head, k, unseen))
@@ -94,22 +99,17 @@ class _Dense(NamedTuple):
     mask: Tensor  # (C, K) bool: which weights are kept
 
 
-def _check_options(refit: Any, backend: Any, unseen: Any, filters: Any, moments: Any) -> None:
-    for name, given, known in (
-        ("refit", refit, REFITS),
-        ("backend", backend, (*BACKENDS, "dense")),
-        ("unseen", unseen, ("refuse", "dense")),
-    ):
-        if given not in known:
-            raise OptionError(f"{name} must be one of {list(known)}, got {given!r}")
+def check_refit(refit: Any, filters: Any, moments: Any) -> None:
+    """Refuse a refit that is unknown, or lacks what it needs, or has what it does not."""
+    if refit not in REFITS:
+        raise OptionError(f"refit must be one of {list(REFITS)}, got {refit!r}")
     if refit is None and moments is not None:
         raise OptionError('moments without a refit; pass refit="least_squares" or refit="omp", or leave them out')
-    if refit is not None and moments is None:
-        raise OptionError(f"refit={refit!r} needs moments=HeadMoments.collect(model, loader), got None")
+    if refit is not None and not isinstance(moments, HeadMoments):
+        got = "None" if moments is None else type(moments).__name__
+        raise OptionError(f"refit={refit!r} needs moments=HeadMoments.collect(model, loader), got {got}")
     if refit == "omp" and filters is not None:
         raise OptionError('refit="omp" chooses the features itself; pass filters=None, or refit="least_squares"')
-    if refit != "omp":
-        one_table(filters)
 
 
 def _chosen(filters: Any, head: Head, k: int, unseen: str) -> Tensor:
@@ -126,10 +126,10 @@ def _chosen(filters: Any, head: Head, k: int, unseen: str) -> Tensor:
     return mask.to(head.weight.device)
 
 
-def _refitted(head: Head, mask: Tensor, k: int, moments: Any) -> _Dense:
-    """Least squares in every class that keeps k features; one that is kept dense stays as it is."""
+def _refitted(head: Head, mask: Tensor, seen: Tensor, k: int, moments: Any) -> _Dense:
+    """Least squares in every class that was seen; one that is kept dense stays as it is."""
     check_moments(moments, head.name, head.num_features)
-    rows = (mask.sum(1) == k).nonzero().flatten()
+    rows = seen.nonzero().flatten().to(mask.device)
     indices = mask[rows].nonzero()[:, 1].view(len(rows), k)
     found = least_squares(moments, head.weight[rows], head.bias[rows], indices)
     weight, bias = head.weight.clone(), head.bias.clone()
@@ -175,12 +175,14 @@ def _backend(asked: str, dense: _Dense) -> str:
 
 def _small_head(head: Head, dense: _Dense, backend: str) -> nn.Module:
     weight, bias, mask = dense
-    linear = nn.Linear(head.num_features, head.num_classes, bias is not None, device=weight.device, dtype=weight.dtype)
+    linear = blank_linear(head.num_features, head.num_classes, bias is not None, weight)
     with torch.no_grad():
         linear.weight.copy_(weight.masked_fill(~mask, 0.0))
         if bias is not None:
             linear.bias.copy_(bias)
     linear.requires_grad_(head.module.weight.requires_grad)
+    if bias is not None and head.module.bias is not None:
+        linear.bias.requires_grad_(head.module.bias.requires_grad)
     small: nn.Module = linear if backend == "dense" else DecomposedLinear.from_linear(linear, mask, backend)
     if isinstance(head.module, nn.Conv2d):
         small = Pointwise(small)

@@ -4,6 +4,7 @@ One function for each form; the module holds the weights and picks. K inputs, C 
 """
 
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class DecomposedLinear(nn.Module):
         self.register_buffer("offsets", F.pad(mask.sum(1).cumsum(0), (1, 0)).to(device, torch.int32))
         self.register_buffer("rows", rows.to(device), persistent=False)
         count = len(columns)
-        self._even = bool((mask.sum(1) * out_features == count).all())
+        self._even = count > 0 and bool((mask.sum(1) * out_features == count).all())
         self.weight = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         nn.init.normal_(self.weight, std=(out_features / max(count, 1)) ** 0.5)
@@ -104,7 +105,8 @@ class DecomposedLinear(nn.Module):
             raise OptionError(f"expected an nn.Linear, got {type(linear).__name__}; pass the layer itself")
         weight, bias = linear.weight, linear.bias
         size = (linear.in_features, linear.out_features)
-        small = cls(*size, indices, bias is not None, backend, weight.device, weight.dtype)
+        with _no_draws(weight.device):
+            small = cls(*size, indices, bias is not None, backend, weight.device, weight.dtype)
         with torch.no_grad():
             small.weight.copy_(weight.flatten()[small._positions()])
             if small.bias is not None:
@@ -116,8 +118,7 @@ class DecomposedLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear:
         """A plain ``nn.Linear`` with zeros where weights were left out; same outputs."""
-        size = (self.in_features, self.out_features, self.bias is not None)
-        linear = nn.Linear(*size, device=self.weight.device, dtype=self.weight.dtype)
+        linear = blank_linear(self.in_features, self.out_features, self.bias is not None, self.weight)
         with torch.no_grad():
             linear.weight.copy_(self._spread())
             if self.bias is not None:
@@ -128,19 +129,21 @@ class DecomposedLinear(nn.Module):
         """``(..., K)`` to ``(..., C)``."""
         if inputs.shape[-1] != self.in_features:
             raise ShapeError(f"expected inputs of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
-        kind = inputs.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if inputs.dtype != self.weight.dtype and autocast is None:
-            raise ShapeError(f"expected inputs of {self.weight.dtype}, got {inputs.dtype}; convert one of the two")
-        if torch.is_grad_enabled() and (inputs.requires_grad or self.weight.requires_grad) and not _exporting():
+        kind, weight = inputs.device.type, self.weight
+        # float64 is not cast, as in nn.Linear
+        casts = weight.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        autocast = torch.get_autocast_dtype(kind) if casts else None
+        if inputs.dtype != weight.dtype and autocast is None:
+            raise ShapeError(f"expected inputs of {weight.dtype}, got {inputs.dtype}; convert one of the two")
+        if torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad) and not _exporting():
             return F.linear(inputs, self._spread(), self.bias)
-        flat = inputs.reshape(-1, self.in_features)
+        flat = inputs if inputs.dim() == 2 else inputs.reshape(-1, self.in_features)
         if autocast is not None:
             with torch.autocast(kind, enabled=False):
-                out = self._sparse(flat.to(self.weight.dtype)).to(autocast)
+                out = self._sparse(flat.to(weight.dtype), weight).to(autocast)
         else:
-            out = self._sparse(flat)
-        return out.reshape(*inputs.shape[:-1], self.out_features)
+            out = self._sparse(flat, weight)
+        return out if inputs.dim() == 2 else out.reshape(*inputs.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -149,13 +152,16 @@ class DecomposedLinear(nn.Module):
             f"bias={self.bias is not None}, backend={self.backend!r}"
         )
 
-    def _sparse(self, inputs: Tensor) -> Tensor:
-        form = self._form(inputs)
-        if form == "gather":
-            out = gather(inputs, self.weight, self.indices, self.rows, self.out_features, self._even)
+    def _sparse(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        # what a module's attributes cost shows at this size: each is read once
+        form, bias = self._form(inputs), self.bias
+        if form == "csr":
+            return csr(inputs, weight, self.indices, self.offsets, bias)
+        if form == "bag":
+            out = bag(inputs, weight, self.indices, self.offsets)
         else:
-            out = (csr if form == "csr" else bag)(inputs, self.weight, self.indices, self.offsets)
-        return out if self.bias is None else out.add_(self.bias)
+            out = gather(inputs, weight, self.indices, self.rows, self.out_features, self._even)
+        return out if bias is None else out.add_(bias)
 
     def _form(self, inputs: Tensor) -> str:
         if _exporting():
@@ -178,10 +184,10 @@ class DecomposedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         indices, offsets = state_dict.get(f"{prefix}indices"), state_dict.get(f"{prefix}offsets")
         # the sparse product trusts its indices: a wrong one would read beyond the batch
-        if indices is not None and bool(((indices < 0) | (indices >= self.in_features)).any()):
+        if indices is not None and not bool(((indices >= 0) & (indices < self.in_features)).all()):
             raise FileFormatError(
-                f"{prefix}indices must lie in [0, {self.in_features}), got {int(indices.min())} to "
-                f"{int(indices.max())}; the file is broken or another network's"
+                f"{prefix}indices must lie in [0, {self.in_features}), got {indices.min().item()} to "
+                f"{indices.max().item()}; the file is broken or another network's"
             )
         if offsets is not None and not torch.equal(offsets.cpu(), self.offsets.cpu()):
             raise FileFormatError(
@@ -191,18 +197,21 @@ class DecomposedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# -- the forms: (N, K) inputs, (n,) weights and indices, (C + 1,) offsets; (N, C) out ----------------------------------
+# -- the forms: (N, K) inputs, (n,) weights and indices, (C + 1,) offsets; (N, C) out ---------------------------------
 
 
-def csr(inputs: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+def csr(inputs: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """Sparse matrix product."""
     if inputs.dtype not in _CSR_DTYPES and inputs.device.type == "cpu":
         raise OptionError(f'backend "csr" computes in float32 and float64, got {inputs.dtype}; choose "bag" or "auto"')
     shape = (len(offsets) - 1, inputs.shape[1])
     matrix = torch.sparse_csr_tensor(offsets, indices, weight, shape, check_invariants=False)
     if inputs.shape[0] == 1:
-        return torch.mv(matrix, inputs[0]).unsqueeze(0)
-    return torch.mm(matrix, transposed(inputs)).T
+        # in one call: at this size calls are what costs
+        product = torch.mv(matrix, inputs[0]) if bias is None else torch.addmv(bias, matrix, inputs[0])
+        return product.unsqueeze(0)
+    table = transposed(inputs)
+    return (torch.mm(matrix, table) if bias is None else torch.addmm(bias[:, None], matrix, table)).T
 
 
 def bag(inputs: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -255,6 +264,17 @@ def as_mask(indices: Tensor, classes: int, features: int) -> Tensor:
             f"{sorted(indices[repeated[0]].tolist())[:10]}"
         )
     return mask
+
+
+def blank_linear(features: int, classes: int, bias: bool, like: Tensor) -> nn.Linear:
+    """An ``nn.Linear`` to be filled, on the device and in the dtype of ``like``."""
+    with _no_draws(like.device):
+        return nn.Linear(features, classes, bias, device=like.device, dtype=like.dtype)
+
+
+def _no_draws(device: torch.device) -> AbstractContextManager[None]:
+    """First values that are overwritten at once shall not move torch's random state."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _exporting() -> bool:

@@ -81,7 +81,7 @@ class HeadMoments:
         distributed: Ranks = None,
         show_progress: bool = False,
     ) -> "HeadMoments":
-        """One pass over a loader; labels are not needed and not looked at.
+        """One pass over a loader; labels are not needed.
 
         Args:
             model: The network; borrowed, given back as it was.
@@ -113,7 +113,8 @@ class HeadMoments:
             if group is None:
                 raise
         except BaseException as error:
-            error.partial_result = sums.moments()  # type: ignore[attr-defined]
+            if (found := sums.moments()) is not None:
+                error.partial_result = found  # type: ignore[attr-defined]
             raise
         mine = sums.moments()
         return mine if group is None else _all_ranks(mine, group)  # type: ignore[return-value]

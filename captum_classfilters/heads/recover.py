@@ -78,12 +78,14 @@ def recover(
     run = _Run(model, lr, None if checkpoint is None else Path(checkpoint), seed, show_progress)
     with _own_randomness(run.device):
         try:
-            if not run.resumed() and validation is not None:
-                run.judge(validation)
-            while run.epoch < epochs:
-                run.one_epoch(loader, checkpoint_every, f"epoch {run.epoch + 1}/{epochs}")
-                if validation is not None:
+            run.resume()
+            while True:
+                if validation is not None and run.step == 0 and run.judged < run.epoch:
                     run.judge(validation)
+                    run.save()
+                if run.epoch >= epochs:
+                    break
+                run.one_epoch(loader, checkpoint_every, f"epoch {run.epoch + 1}/{epochs}")
                 run.save()
         except FileFormatError:
             raise
@@ -116,9 +118,12 @@ class _Run:
         self.kept = dict(_partly_zero(self.network))
         self.epoch, self.step = 0, 0
         self.best: dict[str, Tensor] | None = None
-        self.score = -1
-        self._checkpoint, self._seed, self._show = checkpoint, seed, show_progress
-        self._random: Tensor | None = None
+        self.score, self.judged = -1, -1
+        self._checkpoint, self._seed, self._lr, self._show = checkpoint, seed, lr, show_progress
+        # torch's random state after the last whole step; None between epochs, each begins with its own seed
+        self._random: list[Tensor] | None = None
+        # False while a step changes the weights: what is then interrupted is no state to go on from
+        self._whole = True
         if checkpoint is not None:
             check_folder(checkpoint)
 
@@ -131,11 +136,11 @@ class _Run:
             for index, raw in enumerate(bar):
                 empty = False
                 if index < taken:
+                    if index == taken - 1:
+                        # before the next batch is made: its augmentation may draw, too
+                        self._set_random()
                     continue
-                if index == taken and self._random is not None:
-                    torch.set_rng_state(self._random)
                 self._train_on(raw, index)
-                self.step = index + 1
                 if self.step % every == 0:
                     self.save()
         if empty:
@@ -147,20 +152,30 @@ class _Run:
 
     def _train_on(self, raw: Any, index: int) -> None:
         inputs, labels = self._batch(raw, index)
-        logits = self.network(*inputs)
-        check_range(labels, logits.shape[1], index)
-        loss = F.cross_entropy(logits.float(), labels.to(logits.device))
-        if not bool(torch.isfinite(loss.detach())):
-            raise NonFiniteError(
-                f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}, step {index + 1}; this step was not "
-                "taken: lower lr, or look at that batch"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        try:
+            logits = self.network(*inputs)
+            check_range(labels, logits.shape[1], index)
+            loss = F.cross_entropy(logits.float(), labels.to(logits.device))
+            if not bool(torch.isfinite(loss.detach())):
+                raise NonFiniteError(
+                    f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}, step {index + 1}; this step was "
+                    "not taken: lower lr, or look at that batch"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            # a step that is not taken leaves no trace in running statistics either
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            raise
         for weight, kept in self.kept.items():
             if weight.grad is not None:
                 weight.grad.mul_(kept)
+        self._whole = False
         self.optimizer.step()
+        self.step, self._random = index + 1, self._get_random()
+        self._whole = True
 
     @torch.no_grad()
     def judge(self, loader: Iterable[Any]) -> None:
@@ -179,6 +194,7 @@ class _Run:
         if right > self.score:
             self.score = right
             self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.judged = self.epoch
 
     def _batch(self, raw: Any, index: int) -> tuple[tuple[Any, ...], Tensor]:
         inputs, labels = unpack(raw, True, index)
@@ -201,40 +217,50 @@ class _Run:
         found.zero_grad()
         return found
 
+    def _get_random(self) -> list[Tensor]:
+        on_cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_cuda]
+
+    def _set_random(self) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random[0])
+            for state in self._random[1:] if self.device.type == "cuda" else []:
+                torch.cuda.set_rng_state(state, self.device)
+
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write all that `resumed` needs; an older file stays whole until the new one is."""
-        if self._checkpoint is None:
+        """Write all that `resume` needs; an older file stays whole until the new one is."""
+        if self._checkpoint is None or not self._whole:
             return
         state = {
             "kind": _KIND, "version": _VERSION, "epoch": self.epoch, "step": self.step, "score": self.score,
             "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best,
-            "random": torch.get_rng_state(), "seed": self._seed,
+            "judged": self.judged, "random": self._random, "seed": self._seed,
         }  # fmt: skip
         with replacing(self._checkpoint) as beside:
             torch.save(state, beside)
 
-    def resumed(self) -> bool:
+    def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
         if self._checkpoint is None or not self._checkpoint.is_file():
-            return False
+            return
         try:
             state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
             if (state["kind"], state["version"], state["seed"]) != (_KIND, _VERSION, self._seed):
                 raise ValueError(f"kind, version and seed are {state['kind']}, {state['version']}, {state['seed']}")
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._lr
             self.epoch, self.step, self.score = state["epoch"], state["step"], state["score"]
-            self.best = state["best"]
-            # between epochs there is nothing to go on from: each begins with its own seed
-            self._random = state["random"].cpu() if self.step else None
+            self.best, self.judged = state["best"], state["judged"]
+            self._random = None if state["random"] is None else [found.cpu() for found in state["random"]]
         except Exception as error:  # torch.load tells a broken file by many kinds of error
             raise FileFormatError(
                 f"{self._checkpoint} is not a whole checkpoint of this training ({error}); delete it to start anew, or "
                 "pass the model and seed it was made with"
             ) from error
-        return True
 
 
 def _partly_zero(network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

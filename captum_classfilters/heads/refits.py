@@ -68,7 +68,10 @@ def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: T
     kept = torch.zeros_like(weight).scatter_(1, indices, fitted)
     lost = ((weight - kept) @ covariance * (weight - kept)).sum(1)
     variance = (cross * weight).sum(1)
-    explained = 1 - lost / variance.clamp(min=torch.finfo(torch.float64).tiny)
+    # a logit that never varies lacks nothing
+    size = (moments.second.diagonal() / moments.count).sqrt().to(weight.device)
+    varies = variance > _ROUNDING * (weight.abs() @ size).square()
+    explained = torch.where(varies, 1 - lost / variance, 1.0)
     return Refit(indices, fitted, bias + (weight - kept) @ mean, explained, ridge)
 
 

@@ -13,6 +13,9 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
+from captum_classfilters.heads.decompose import check_refit
+from captum_classfilters.heads.moments import HeadMoments, check_moments
+from captum_classfilters.heads.refits import least_squares, omp
 from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
 
 # The heads of many settings are multiplied at once, up to this many weights
@@ -21,11 +24,14 @@ _CELLS = 2**24
 
 def accuracy_curve(
     model: Any,
-    filters: ClassFilters | Mapping[Any, ClassFilters],
+    filters: ClassFilters | Mapping[Any, ClassFilters] | None,
     loader: Iterable[Any],
     ks: Sequence[int],
     *,
+    refit: str | None = None,
+    moments: HeadMoments | None = None,
     layer: nn.Module | str | None = None,
+    additional_forward_args: Any = None,
     draws: int = 5,
     seed: int = 0,
     show_progress: bool = False,
@@ -33,50 +39,98 @@ def accuracy_curve(
     """Accuracy when class y's logit is ``sum of W_yj f_j over its top-k channels + b_y``, against k.
 
     Source: Badola et al. 2022, section 4.2 and figure 1 (``A_d``, ``A_f`` and ``r_A = A_d / A_f``). Differs from the
-    paper: all k and all tables in one pass, intervals, and a random control.
+    paper: all k and all tables in one pass, intervals, and a random control; refits.
 
     Args:
         model: The network; borrowed, given back as it was.
         filters: A table, or tables by name; one of the random selector is left out, for the control stands for it. A
-            class without samples in a table keeps its bias alone.
-        loader: Batches ``(inputs, labels)``: images that had no part in making the tables.
+            class without samples in a table keeps its bias alone, in the control as well. None with ``refit="omp"``.
+        loader: Batches ``(inputs, labels)``: images that had no part in making the tables or moments.
         ks: Channels kept for each class, each in ``[1, K]``.
+        refit: As for `heads.decompose`: ``"least_squares"`` refits every table's weights, those of the control, too;
+            ``"omp"`` chooses its own channels, and the control is refitted by least squares.
+        moments: `HeadMoments`, for the refits.
         layer: The head, if it cannot be found.
+        additional_forward_args: Passed on to every forward pass.
         draws: Random tables for the control, at least 5.
         seed: Of the control.
         show_progress: A tqdm bar.
 
     Returns:
         One row for each table, k and class, and for ``class_name == "all"``. ``filters``: the name, ``"dense"`` for the
-        full head (k = K), ``"random"`` for the control. ``accuracy``: share classified right (of a class: its recall);
-        ``low``, ``high``: Wilson 95 % interval, for the control that of the mean of its draws; ``relative``: accuracy
-        over the dense one; ``agreement``: share whose prediction is the dense one; ``samples``.
+        full head (k = K), ``"random"`` for the control, ``"omp"``. ``accuracy``: share classified right (of a class:
+        its recall); ``low``, ``high``: Wilson 95 % interval, of the mean of its draws for the control; ``relative``:
+        accuracy over the dense one; ``agreement``: share whose prediction is the dense one; ``samples``.
 
     Raises:
-        OptionError: k out of range, fewer than 5 draws, no table, a name that is taken.
-        ShapeError: A table of another network.
+        OptionError: k out of range, fewer than 5 draws, no table, a name that is taken, too few samples for a refit.
+        ShapeError: A table or moments of another network.
     """
     check_draws(draws)
-    tables = named_tables(filters, ("dense", "random"))
+    check_refit(refit, filters, moments)
+    tables = {} if refit == "omp" else named_tables(filters, ("dense", "random", "omp"))
     if not isinstance(ks, Iterable) or not len(list(ks)):
         raise OptionError(f"ks must be a list of at least one number of channels, got {ks!r}")
-    for table in tables.values():
-        for k in ks:
-            check_k(k, table.num_channels, "k")
+    channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
+    for k in ks:
+        check_k(k, channels, "k")
     ks = sorted({int(k) for k in ks})
-    first = next(iter(tables.values()))
     counter: _Counter | None = None
-    with batches(model, loader, layer=layer, show_progress=show_progress, description="accuracy_curve") as stream:
+    with batches(
+        model,
+        loader,
+        layer=layer,
+        forward_args=additional_forward_args,
+        show_progress=show_progress,
+        description="accuracy_curve",
+    ) as stream:
         for batch in stream:
             if counter is None:
-                for table in tables.values():
-                    check_table(table, batch.head)
-                ranks = [_ranks(table) for table in tables.values()]
-                generator = torch.Generator().manual_seed(seed)
-                ranks += [_random_ranks(batch.head, generator) for _ in range(draws)]
-                counter = _Counter(batch.head, ranks, ks)
+                rankings = _rankings(batch.head, tables, refit, moments, max(ks), draws, seed)
+                heads = [_small(batch.head, ranking, k, refit, moments) for ranking in rankings for k in ks]
+                counter = _Counter(batch.head, heads, (len(rankings), len(ks)))
             counter.add(batch.features, batch.logits, batch.labels)  # type: ignore[arg-type]
-    return _frame(counter.counts(), list(tables), ks, draws, first.class_names, first.num_channels)  # type: ignore[union-attr]
+    counts = counter.counts()  # type: ignore[union-attr]
+    names = list(tables) or ["omp"]
+    first = next(iter(tables.values()), None)
+    classes = first.class_names if first is not None else tuple(map(str, range(len(counts.samples))))
+    return _frame(counts, names, ks, draws, classes, channels)
+
+
+class _Small(NamedTuple):
+    """A head that reads k features for each class."""
+
+    indices: Tensor  # (C, k)
+    weight: Tensor  # (C, k)
+    bias: Tensor  # (C,)
+
+
+def _rankings(
+    head: Head, tables: Mapping[str, ClassFilters], refit: str | None, moments: Any, most: int, draws: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Channels of each class, best first, ``(C, K)``, of every table and every draw; and which classes have any."""
+    if refit is not None:
+        check_moments(moments, head.name, head.num_features)
+    for table in tables.values():
+        check_table(table, head)
+    everyone = torch.ones(head.num_classes, dtype=torch.bool)
+    found = [(table.ranking(), table.seen) for table in tables.values()]
+    if refit == "omp":
+        found.append((omp(moments, head.weight, head.bias, most).indices, everyone))
+    seen = torch.stack([seen for _, seen in found]).any(0)
+    generator = torch.Generator().manual_seed(seed)
+    size = (head.num_classes, head.num_features)
+    found += [(torch.rand(size, generator=generator).argsort(1), seen) for _ in range(draws)]
+    return [(ranking.to(head.weight.device), seen.to(head.weight.device)) for ranking, seen in found]
+
+
+def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refit: str | None, moments: Any) -> _Small:
+    indices, seen = ranking[0][:, :k], ranking[1]
+    weight, bias = head.weight.gather(1, indices), head.bias
+    if refit is not None:
+        fitted = least_squares(moments, head.weight, bias, indices)
+        weight, bias = fitted.weight.to(weight.dtype), torch.where(seen, fitted.bias.to(bias.dtype), bias)
+    return _Small(indices, weight * seen[:, None], bias)
 
 
 class _Counts(NamedTuple):
@@ -87,51 +141,43 @@ class _Counts(NamedTuple):
 
 
 class _Counter:
-    """Right and agreeing predictions of each ranking at each k, by class."""
+    """Right and agreeing predictions of each head, by class."""
 
-    def __init__(self, head: Head, ranks: list[Tensor], ks: Sequence[int]) -> None:
-        self._weight, self._bias = head.weight, head.bias
-        device, classes = self._weight.device, head.num_classes
-        self._ranks = torch.stack(ranks).to(device)
-        self._settings = [(rank, k) for rank in range(len(ranks)) for k in ks]
-        self._shape = (len(ranks), len(ks), classes)
-        self._step = max(1, _CELLS // self._weight.numel())
-        self._right = torch.zeros(len(self._settings), classes, dtype=torch.int64, device=device)
+    def __init__(self, head: Head, heads: list[_Small], shape: tuple[int, ...]) -> None:
+        self._size, self._like, self._heads = (head.num_classes, head.num_features), head.weight, heads
+        device, classes = self._like.device, head.num_classes
+        self._shape = (*shape, classes)
+        self._step = max(1, _CELLS // self._like.numel())
+        self._right = torch.zeros(len(heads), classes, dtype=torch.int64, device=device)
         self._agreed = torch.zeros_like(self._right)
         self._dense = torch.zeros(classes, dtype=torch.int64, device=device)
         self._samples = torch.zeros_like(self._dense)
+        # few heads stay as they are, many are spread out anew for every batch
+        self._together = self._spread(heads) if len(heads) <= self._step else None
 
     def add(self, features: Tensor, logits: Tensor, labels: Tensor) -> None:
         dense = logits.argmax(1)
         self._samples.index_add_(0, labels, torch.ones_like(labels))
         self._dense.index_add_(0, labels, (dense == labels).long())
-        features = features.to(self._weight.dtype)
-        for start in range(0, len(self._settings), self._step):
-            settings = self._settings[start : start + self._step]
-            rank = torch.tensor([r for r, _ in settings], device=self._weight.device)
-            k = torch.tensor([k for _, k in settings], device=self._weight.device)
-            kept = self._weight * (self._ranks[rank] < k[:, None, None])
-            small = F.linear(features, kept.flatten(0, 1)).view(len(features), len(settings), -1) + self._bias
-            predicted = small.argmax(2)  # (N, settings)
-            part = slice(start, start + len(settings))
+        features = features.to(self._like.dtype)
+        for start in range(0, len(self._heads), self._step):
+            heads = self._heads[start : start + self._step]
+            weight, bias = self._together or self._spread(heads)
+            predicted = F.linear(features, weight, bias).view(len(features), len(heads), -1).argmax(2)
+            part = slice(start, start + len(heads))
             self._right[part].T.index_add_(0, labels, (predicted == labels[:, None]).long())
             self._agreed[part].T.index_add_(0, labels, (predicted == dense[:, None]).long())
+
+    def _spread(self, heads: list[_Small]) -> tuple[Tensor, Tensor]:
+        """Dense weights and biases of several heads, one after another."""
+        weight = self._like.new_zeros(len(heads), *self._size)
+        for dense, small in zip(weight, heads, strict=True):
+            dense.scatter_(1, small.indices, small.weight)
+        return weight.flatten(0, 1), torch.cat([small.bias for small in heads])
 
     def counts(self) -> _Counts:
         right, agreed = (table.view(self._shape).cpu().numpy() for table in (self._right, self._agreed))
         return _Counts(self._samples.cpu().numpy(), self._dense.cpu().numpy(), right, agreed)
-
-
-def _ranks(filters: ClassFilters) -> Tensor:
-    """Each channel's place in its class's ranking, ``(C, K)``; in an unseen class none is ever among the first k."""
-    ranking = filters.ranking()
-    places = torch.arange(filters.num_channels).expand_as(ranking)
-    ranks = torch.empty_like(ranking).scatter_(1, ranking, places)
-    return ranks.masked_fill(~filters.seen[:, None], filters.num_channels).int()
-
-
-def _random_ranks(head: Head, generator: torch.Generator) -> Tensor:
-    return torch.rand(head.num_classes, head.num_features, generator=generator).argsort(1).int()
 
 
 def _frame(

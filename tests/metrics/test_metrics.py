@@ -214,7 +214,8 @@ def test_ablation_takes_a_model_with_autocast_inside(model, tables, test_images)
             with torch.autocast("cpu", torch.bfloat16):
                 return self.model(x)
 
-    frame = metrics.class_ablation(Inside(), tables["histogram"], test_images.batches()[:1], 5, modes=["zero"])
+    renamed = replace(tables["histogram"], layer="model.fc")
+    frame = metrics.class_ablation(Inside(), renamed, test_images.batches()[:1], 5, modes=["zero"])
     plain = metrics.class_ablation(model, tables["histogram"], test_images.batches()[:1], 5, modes=["zero"])
     np.testing.assert_allclose(frame.accuracy, plain.accuracy, atol=0.2)
 
@@ -231,10 +232,13 @@ def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
         metrics.class_ablation(model, tables["histogram"], loader, 5, means=torch.zeros(3))
     torch.manual_seed(0)
     signed = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
+    with pytest.raises(ShapeError, match="64 channels of layer 'fc', the head '2' is 10 x 64"):
+        metrics.class_ablation(signed, tables["histogram"], loader, 5)
+    renamed = replace(tables["histogram"], layer="2")
     with pytest.raises(OptionError, match="features of layer '2' can be negative"):
-        metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["mean"])
-    frame = metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["mean"], means=torch.zeros(64))
-    zero = metrics.class_ablation(signed, tables["histogram"], loader, 5, modes=["zero"])
+        metrics.class_ablation(signed, renamed, loader, 5, modes=["mean"])
+    frame = metrics.class_ablation(signed, renamed, loader, 5, modes=["mean"], means=torch.zeros(64))
+    zero = metrics.class_ablation(signed, renamed, loader, 5, modes=["zero"])
     np.testing.assert_allclose(frame.accuracy, zero.accuracy)
 
 
