@@ -14,6 +14,8 @@ from captum_classfilters._version import __version__
 if TYPE_CHECKING:
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
+    from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
+    from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
     from captum_classfilters.heads import DecomposedLinear as DecomposedLinear
     from captum_classfilters.heads import HeadMoments as HeadMoments
     from captum_classfilters.heads import decompose as decompose
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "ClassFilters": "class_filters",
     "ClassFiltersError": "core.errors",
+    "SingularMomentsWarning": "core.errors",
+    "UnseenClassWarning": "core.errors",
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
     "InfluentialFeatures": "influential",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import ClassFilters, InfluentialFeatures
+from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures
 
 
 class Row(NamedTuple):
@@ -42,6 +42,7 @@ ROWS = (
         "tensor",
         lambda model, images, target: InfluentialFeatures(model).explain(images, target, any_filters(model), 2),
     ),
+    Row("HeadMoments.collect", "loader", lambda model, loader: HeadMoments.collect(model, loader)),
 )
 
 

@@ -86,7 +86,8 @@ def batches(
     known = module if isinstance(module, nn.Module) else None
     _check_device(known if known is not None else layer, device)
     with borrowed(known) as borrow:
-        bar = tqdm(loader, desc=description, disable=not show_progress, total=_length(loader))
+        # iter: of a loader tqdm.auto makes two iterators, each with its workers
+        bar = tqdm(iter(loader), desc=description, disable=not show_progress, total=_length(loader))
         with bar:
             yield _pass(_Reader(module, known, layer, borrow, need_maps, forward_args), bar, need_labels, num_classes)
 

@@ -5,6 +5,7 @@ A copy; only its head differs. What the head becomes is in `decomposed_linear.py
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +53,13 @@ def decompose(
         refit: None keeps the weights as they are. ``"least_squares"`` gives the kept features the weights that come
             nearest to the full head's logits; ``"omp"`` chooses the features, too (`refits.py`). Both need ``moments``
             and add a bias where the head has none.
-        moments: `HeadMoments` of this network, collected on training images.
+        moments: `HeadMoments` of this network, collected on many *different* training images; crops of a few fit those
+            few. Judge a refit on other images (`metrics.accuracy_curve`).
         backend: Of `DecomposedLinear`; or ``"dense"``, a plain ``nn.Linear`` with zeros. ``"auto"``: a sparse form
             where it won at every batch size (CPU, float32 or float64, at least 2^17 weights of which at most an
             eighth is kept), else dense.
         unseen: Classes without samples in the table: ``"refuse"``, or ``"dense"``, which keeps all their weights.
-        layer: The head, where it bears another name than in the table.
+        layer: The head, where it bears another name than in the table and moments.
 
     Returns:
         The copy, in the same mode and on the same device.
@@ -80,6 +82,9 @@ def decompose(
     head = find_head(module, layer if layer is not None else (filters or moments).layer)  # type: ignore[union-attr]
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
         raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
+    if layer is not None:
+        filters = replace(filters, layer=head.name) if isinstance(filters, ClassFilters) else filters
+        moments = replace(moments, layer=head.name) if isinstance(moments, HeadMoments) else moments
     check_k(k, head.num_features, "k")
     if refit == "omp":
         dense = _pursued(head, k, moments)

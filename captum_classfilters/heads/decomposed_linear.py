@@ -135,7 +135,7 @@ class DecomposedLinear(nn.Module):
         autocast = torch.get_autocast_dtype(kind) if casts else None
         if inputs.dtype != weight.dtype and autocast is None:
             raise ShapeError(f"expected inputs of {weight.dtype}, got {inputs.dtype}; convert one of the two")
-        if torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad) and not _exporting():
+        if torch.is_grad_enabled() and self._wants_gradients(inputs) and not _exporting():
             return F.linear(inputs, self._spread(), self.bias)
         flat = inputs if inputs.dim() == 2 else inputs.reshape(-1, self.in_features)
         if autocast is not None:
@@ -151,6 +151,9 @@ class DecomposedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, kept={self.weight.numel()}, "
             f"bias={self.bias is not None}, backend={self.backend!r}"
         )
+
+    def _wants_gradients(self, inputs: Tensor) -> bool:
+        return inputs.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _sparse(self, inputs: Tensor, weight: Tensor) -> Tensor:
         # what a module's attributes cost shows at this size: each is read once
@@ -268,8 +271,11 @@ def as_mask(indices: Tensor, classes: int, features: int) -> Tensor:
 
 def blank_linear(features: int, classes: int, bias: bool, like: Tensor) -> nn.Linear:
     """An ``nn.Linear`` to be filled, on the device and in the dtype of ``like``."""
-    with _no_draws(like.device):
-        return nn.Linear(features, classes, bias, device=like.device, dtype=like.dtype)
+    # on meta: first values would move torch's random state
+    linear = nn.Linear(features, classes, bias, device="meta", dtype=like.dtype)
+    for name, parameter in list(linear.named_parameters()):
+        setattr(linear, name, nn.Parameter(torch.empty_like(parameter, device=like.device)))
+    return linear
 
 
 def _no_draws(device: torch.device) -> AbstractContextManager[None]:

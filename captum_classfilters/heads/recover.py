@@ -5,8 +5,10 @@ Stops and resumes without loss. N samples, C classes.
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def recover(
 
     Args:
         model: The network, on its device; not changed. Its parameters with ``requires_grad=False`` are not trained.
+            Given in eval mode, all of it goes into train mode; given in train mode, batch norms frozen by hand stay so.
         loader: Batches ``(inputs, labels)``, read once for each epoch; the paper's hold 64.
         epochs: How many.
         lr: Adam's learning rate.
@@ -91,7 +94,11 @@ def recover(
             raise
         except BaseException as error:
             error.partial_result = run.result()  # type: ignore[attr-defined]
-            run.save()
+            try:
+                run.save()
+            except OSError as other:
+                # what ended the training is what its owner must hear of
+                warnings.warn(f"the checkpoint could not be written: {other}", stacklevel=2)
             raise
     return run.result()
 
@@ -103,7 +110,10 @@ class _Run:
         self._given = unwrap(model)
         if not isinstance(self._given, nn.Module):
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
-        self.network: nn.Module = copy.deepcopy(self._given).train()
+        self.network: nn.Module = copy.deepcopy(self._given)
+        if not self._given.training:
+            self.network.train()
+        self._modes = [module.training for module in self.network.modules()]
         trained = [p for p in self.network.parameters() if p.requires_grad]
         if not trained:
             raise OptionError("no parameter of the model requires gradients, so there is nothing to train")
@@ -132,7 +142,8 @@ class _Run:
         # the order of the loader is drawn at its start, so that a resumed epoch sees the same
         torch.manual_seed(self._seed + self.epoch)
         taken, empty = self.step, True
-        with tqdm(loader, desc=description, disable=not self._show) as bar:
+        # iter: of a loader tqdm.auto makes two iterators, each with its workers
+        with tqdm(iter(loader), desc=description, disable=not self._show, total=length_hint(loader) or None) as bar:
             for index, raw in enumerate(bar):
                 empty = False
                 if index < taken:
@@ -174,6 +185,8 @@ class _Run:
                 weight.grad.mul_(kept)
         self._whole = False
         self.optimizer.step()
+        # autocast keeps its low-precision copies of the weights until its outermost block ends, after all steps here
+        torch.clear_autocast_cache()
         self.step, self._random = index + 1, self._get_random()
         self._whole = True
 
@@ -186,7 +199,8 @@ class _Run:
             inputs, labels = self._batch(raw, index)
             right += int((self.network(*inputs).argmax(1) == labels.to(self.device)).sum())
             empty = False
-        self.network.train()
+        for module, mode in zip(self.network.modules(), self._modes, strict=True):
+            module.training = mode
         if empty:
             raise EmptyLoaderError(
                 "the validation loader gave no batch; expected at least one: pass the DataLoader itself"

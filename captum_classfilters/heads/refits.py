@@ -101,7 +101,7 @@ def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
     scale = _scale(moments).to(device)
     usable = scale > 0
     correlation = moments.covariance.to(device) / torch.outer(scale, scale)
-    correlation = correlation.masked_fill(~(usable[:, None] & usable), 0).fill_diagonal_(1)
+    correlation = correlation.masked_fill(~(usable[:, None] & usable), 0)
     goal = (full * scale) @ correlation  # (C, K): of each full logit with each scaled feature
     chosen = torch.empty(len(full), 0, dtype=torch.int64, device=device)
     lacking, enough = goal, _ROUNDING * goal.abs().amax(1, keepdim=True)

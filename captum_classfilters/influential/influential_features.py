@@ -230,7 +230,8 @@ class InfluentialFeatures(LayerAttribution):
         if target is None:
             raise OptionError(
                 "tensors need target=, the class whose logit is explained: an int, or one for each sample; for one "
-                "batch of images and labels pass a loader, [(images, labels)]"
+                "batch of images and labels pass a loader, [(images, labels)]. A tuple of tensors is one pass's "
+                "arguments: for several batches pass a list"
             )
         batch = self._single(inputs, forward_args, need_maps=False)
         return batch.head.weight[_targets(target, batch)] * batch.features

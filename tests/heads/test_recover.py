@@ -1,0 +1,436 @@
+"""recover: a retrained copy; the network given stays as it was, and an interruption costs nothing."""
+
+import copy
+import itertools
+import sys
+
+import pytest
+import torch
+from contract import Snapshot
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from captum_classfilters import ClassFilters
+from captum_classfilters.core.errors import (
+    EmptyLoaderError,
+    FileFormatError,
+    LabelError,
+    NonFiniteError,
+    OptionError,
+)
+from captum_classfilters.heads import DecomposedLinear, decompose, recover
+
+recover_module = sys.modules["captum_classfilters.heads.recover"]
+
+COUNT, BATCH = 40, 8  # five steps an epoch
+
+
+class Noisy(Dataset):
+    """Images whose class is told by their brightness in three channels; each reading draws its own noise."""
+
+    def __init__(self, count=COUNT, noise=0.3):
+        self.count, self.noise = count, noise
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        label = index % 4
+        image = torch.zeros(3, 8, 8)
+        image[: label % 4] = 1.5
+        return image + self.noise * torch.randn(3, 8, 8), label
+
+
+def batches(count=COUNT, noise=0.3):
+    return DataLoader(Noisy(count, noise), batch_size=BATCH, shuffle=True)
+
+
+def still(count=COUNT):
+    """The same images each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return list(DataLoader(Noisy(count), batch_size=BATCH))
+
+
+def loss(model, loader):
+    with torch.no_grad():
+        return sum(float(F.cross_entropy(model(inputs), labels)) for inputs, labels in loader)
+
+
+def table(k_seed=0):
+    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(k_seed)).double()
+    return ClassFilters(scores, scores.abs(), torch.ones(4, dtype=torch.int64), "histogram", "fc", tuple("abcd"))
+
+
+def assert_same(actual, expected):
+    """Bit for bit."""
+    assert actual.state_dict().keys() == expected.state_dict().keys()
+    for name, value in actual.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+def differ(a, b):
+    return [name for name, value in a.state_dict().items() if not torch.equal(value, b.state_dict()[name])]
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_given_network_stays(small_cnn):
+    model = small_cnn().train()
+    model.bn1.eval()
+    (model(still()[0][0]).sum()).backward()
+    before = Snapshot.of(model)
+    better = recover(model, batches(), 8, lr=3e-2)
+    Snapshot.of(model).assert_same(before)
+    assert loss(better.eval(), still()) < 0.7 * loss(copy.deepcopy(model).eval(), still())
+    assert all(parameter.grad is None for parameter in better.parameters())
+
+
+def test_it_is_adam_on_the_cross_entropy(small_cnn):
+    model, data = small_cnn(), still()
+    model.dropout.p = 0.0
+    found = recover(model, data, 2, lr=1e-3)
+    expected = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(expected.parameters(), lr=1e-3)
+    for inputs, labels in data * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(expected(inputs), labels).backward()
+        optimizer.step()
+    assert_same(found, expected.eval())
+
+
+def test_modes_are_those_of_the_network_given(small_cnn):
+    model = small_cnn().train()
+    model.bn1.eval()
+    model.fc.eval()
+    trained = recover(model, batches(), validation=still())
+    assert {n: m.training for n, m in trained.named_modules()} == {n: m.training for n, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_the_draws_are_the_seeds_and_torchs_own_state_is_left(grad, small_cnn):
+    model = small_cnn()
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(grad):
+        first = recover(model, batches())
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        assert_same(recover(model, batches()), first)
+        assert torch.is_grad_enabled() is grad
+    assert differ(recover(model, batches(), seed=1), first)
+
+
+def test_zeros_of_a_plain_head_stay_zero(small_cnn):
+    small = decompose(small_cnn(), table(), 2, backend="dense")
+    trained = recover(small, batches(), 2, lr=1e-2)
+    assert torch.equal(trained.fc.weight != 0, table().mask(2))
+    assert (trained.fc.weight != small.fc.weight).any(1).all()
+
+
+def test_weights_that_all_begin_at_zero_are_trained(small_cnn):
+    model = small_cnn()
+    nn.init.zeros_(model.fc.weight)
+    assert bool(recover(model, batches()).fc.weight.any(1).all())
+
+
+@pytest.mark.parametrize("backend", ["csr", "bag"])
+def test_a_decomposed_head_is_trained_as_the_dense_one_is(backend, small_cnn):
+    model = small_cnn()
+    small, dense = (decompose(model, table(), 2, backend=form) for form in (backend, "dense"))
+    trained, expected = (recover(network, batches(), 2, lr=1e-3) for network in (small, dense))
+    assert isinstance(trained.fc, DecomposedLinear)
+    assert torch.equal(trained.fc.indices, small.fc.indices)
+    torch.testing.assert_close(trained.fc.to_dense().weight, expected.fc.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained.conv1.weight, expected.conv1.weight, rtol=1e-4, atol=1e-5)
+    assert differ(trained, small)
+
+
+def test_frozen_parameters_stay(small_cnn):
+    model = small_cnn()
+    model.conv1.requires_grad_(False)
+    model.fc.bias.requires_grad_(False)
+    trained = recover(model, batches())
+    assert {"conv1.weight", "conv1.bias", "fc.bias"}.isdisjoint(differ(trained, model))
+    assert "fc.weight" in differ(trained, model)
+    assert not trained.conv1.weight.requires_grad
+
+
+def test_batch_norms_frozen_by_hand_stay_frozen(small_cnn):
+    model = small_cnn().train()
+    model.bn1.eval()
+    trained = recover(model, batches(), 3, lr=1e-2, validation=still())
+    assert torch.equal(trained.bn1.running_mean, model.bn1.running_mean)
+    assert not torch.equal(trained.bn2.running_mean, model.bn2.running_mean)
+    assert not trained.bn1.training
+    assert trained.bn2.training
+    whole = recover(small_cnn().eval(), batches())
+    assert not torch.equal(whole.bn1.running_mean, model.bn1.running_mean)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_hide_what_went_wrong(small_cnn, tmp_path, monkeypatch):
+    def broken():
+        yield from still()
+        raise RuntimeError("the disk with the images is gone")
+
+    def full(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(recover_module, "replacing", full)
+    warned = pytest.warns(UserWarning, match="could not be written: no space left")
+    with warned, pytest.raises(RuntimeError, match="images is gone") as caught:
+        recover(small_cnn(), broken(), checkpoint=tmp_path / "state.pt")
+    assert isinstance(caught.value.partial_result, nn.Module)
+
+
+def test_autocast_reaches_the_forward_pass(small_cnn):
+    model, seen = small_cnn(), []
+    handle = model.fc.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = recover(model, batches(), lr=1e-3)
+        recover(model, batches(), validation=still())
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert trained.fc.weight.dtype == torch.float32
+    plain = recover(model, batches(), lr=1e-3)
+    torch.testing.assert_close(trained.fc.weight, plain.fc.weight, rtol=0, atol=5e-3)
+    assert not torch.equal(trained.fc.weight, plain.fc.weight)
+    assert not torch.allclose(trained.fc.weight, model.fc.weight, rtol=0, atol=2e-3)
+
+
+def test_float64_and_mappings_and_several_inputs_do():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2, dtype=torch.float64)
+
+        def forward(self, a, b):
+            return self.fc(a * b)
+
+    rows = torch.rand(8, 3)
+    trained = recover(Two(), [{"inputs": (rows, rows), "labels": torch.arange(8) % 2}])
+    assert trained.fc.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_the_loader_is_opened_once_for_each_epoch(show, small_cnn, capsys):
+    class Counted:
+        opened = 0
+
+        def __iter__(self):
+            self.opened += 1
+            return iter(still(16))
+
+    loader = Counted()
+    recover(small_cnn(), loader, 3, show_progress=show)
+    assert loader.opened == 3
+    assert ("epoch 3/3" in capsys.readouterr().err) is show
+
+
+# -- the best state ----------------------------------------------------------------------------------------------------
+
+
+def test_validation_keeps_the_start_where_training_harms(small_cnn):
+    model = recover(small_cnn(), batches(), 6, lr=1e-2)
+    assert differ(recover(model, batches(), 2, lr=3.0), model)
+    assert_same(recover(model, batches(), 2, lr=3.0, validation=still()), model)
+
+
+def test_validation_keeps_the_best_epoch(small_cnn):
+    model, right = small_cnn(), []
+    after = [recover(model, batches(), epochs, lr=5e-2) for epochs in (1, 2, 3, 4)]
+    for network in [model, *after]:
+        with torch.no_grad():
+            right.append(sum(int((network(inputs).argmax(1) == labels).sum()) for inputs, labels in still()))
+    best = right.index(max(right))
+    assert best > 0
+    for epochs in (4, best):
+        assert_same(recover(model, batches(), epochs, lr=5e-2, validation=still()), after[best - 1])
+
+
+# -- stopped and resumed -----------------------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A loader that stops at one of all the batches it gives."""
+
+    def __init__(self, loader, at, error):
+        self.loader, self.left, self.error = loader, at, error
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.left == 0:
+                raise self.error
+            self.left -= 1
+            yield batch
+
+
+def interrupt_forward(model, calls):
+    """Its network stops in the middle of a forward pass, when the first batch norm has run."""
+    left = [calls]
+
+    def stop(module, args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    return model.conv2.register_forward_pre_hook(stop)
+
+
+def interrupt_step(monkeypatch, calls):
+    """Adam stops when some weights have changed and others not."""
+    whole, left = torch.optim.Adam.step, [calls]
+
+    def step(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1)
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+
+
+@pytest.mark.parametrize(
+    ("where", "judged"),
+    [*itertools.product(["loader", "forward", "step", "skipping"], [False, True]), ("validation", True)],
+)
+def test_what_was_interrupted_and_resumed_is_what_went_through(where, judged, small_cnn, tmp_path, monkeypatch):
+    model, path, held_out = small_cnn(), tmp_path / "checkpoint.pt", still(16) if judged else None
+    options = {"lr": 2e-2, "checkpoint": path, "checkpoint_every": 2}
+    whole = recover(model, batches(), 3, lr=2e-2, validation=held_out)
+
+    def stopped(loader=None, validation=held_out):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            recover(model, loader or batches(), 3, validation=validation, **options)
+        assert differ(caught.value.partial_result, model) or judged
+        assert path.is_file()
+
+    if where == "forward":
+        # eval of the start runs it twice
+        handle = interrupt_forward(model, 8 + 2 * judged * 2)
+        stopped()
+        handle.remove()
+    elif where == "step":
+        with monkeypatch.context() as patch:
+            interrupt_step(patch, 8)
+            stopped()
+    elif where == "validation":
+        stopped(validation=Interrupted(held_out, 5, KeyboardInterrupt()))
+    else:
+        stopped(Interrupted(batches(), 8, KeyboardInterrupt()))
+        if where == "skipping":
+            stopped(Interrupted(batches(), 2, KeyboardInterrupt()))
+    # five steps an epoch: these went on in the second
+    assert torch.load(path, weights_only=True)["epoch"] == (2 if where == "validation" else 1)
+    assert_same(recover(model, batches(), 3, validation=held_out, **options), whole)
+
+
+def test_a_finished_training_is_not_trained_again_and_may_be_prolonged(small_cnn, tmp_path):
+    model, path = small_cnn(), tmp_path / "checkpoint.pt"
+    once = recover(model, batches(), 1, checkpoint=path)
+    assert_same(recover(model, [], 1, checkpoint=path), once)
+    assert_same(recover(model, batches(), 2, checkpoint=path), recover(model, batches(), 2))
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_another_learning_rate_holds_from_the_checkpoint_on(small_cnn, tmp_path):
+    model, path = small_cnn(), tmp_path / "checkpoint.pt"
+    once = recover(model, batches(), 1, checkpoint=path)
+    twice = recover(model, batches(), 2, checkpoint=path, lr=1e-12)
+    torch.testing.assert_close(twice.fc.weight, once.fc.weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=repr)
+def test_what_ends_early_carries_the_network_so_far(error, small_cnn):
+    model = small_cnn()
+    with pytest.raises(type(error)) as caught:
+        recover(model, Interrupted(batches(), 5, error), 2, lr=1e-2)
+    assert caught.value is error
+    assert_same(error.partial_result, recover(model, batches(), 1, lr=1e-2))
+
+
+def test_a_loss_that_is_no_number_ends_before_the_step(small_cnn, tmp_path):
+    data = still()
+    bad = [*data[:3], (torch.full((2, 3, 8, 8), torch.nan), torch.tensor([0, 1])), *data[3:]]
+    with pytest.raises(NonFiniteError, match=r"the loss is nan in epoch 1, step 4; this step was not taken") as caught:
+        recover(small_cnn(), bad, 2, lr=1e-2, checkpoint=tmp_path / "checkpoint.pt")
+    assert_same(caught.value.partial_result, recover(small_cnn(), data[:3], lr=1e-2))
+    # without the bad batch it goes on
+    whole = recover(small_cnn(), data, 2, lr=1e-2)
+    assert_same(recover(small_cnn(), data, 2, lr=1e-2, checkpoint=tmp_path / "checkpoint.pt"), whole)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
+        ({"epochs": True}, "got True"),
+        ({"lr": 0}, "lr must be above 0, got 0"),
+        ({"lr": -1e-4}, "lr must be above 0, got -0.0001"),
+        ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message, small_cnn):
+    with pytest.raises(OptionError, match=message):
+        recover(small_cnn(), batches(), **options)
+
+
+def test_networks_that_cannot_be_trained_are_refused(small_cnn):
+    with pytest.raises(OptionError, match="no parameter of the model requires gradients"):
+        recover(small_cnn().requires_grad_(False), batches())
+    with pytest.raises(OptionError, match=r"float32 or float64 to be trained, got torch.bfloat16.* model.float\(\)"):
+        recover(small_cnn().bfloat16(), batches())
+    with pytest.raises(OptionError, match=r"the model must be an nn.Module, got function"):
+        recover(lambda images: images, batches())
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], EmptyLoaderError, "gave no batch in epoch 1"),
+        (iter(still()), EmptyLoaderError, "gave no batch in epoch 2; .* An iterator can be read only once"),
+        ([(still()[0][0], torch.full((8,), 4))], LabelError, r"labels must lie in \[0, 4\), got 4 in batch 0"),
+        ([still()[0][0]], LabelError, "batch 0 has no labels"),
+    ],
+    ids=["empty", "iterator", "label", "no labels"],
+)
+def test_loaders_that_cannot_be_trained_on_are_refused(loader, error, message, small_cnn):
+    model = small_cnn().train()
+    before = Snapshot.of(model)
+    with pytest.raises(error, match=message):
+        recover(model, loader, 2)
+    Snapshot.of(model).assert_same(before)
+
+
+def test_an_empty_validation_is_refused(small_cnn):
+    with pytest.raises(EmptyLoaderError, match="the validation loader gave no batch"):
+        recover(small_cnn(), batches(), validation=[])
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_first_step(small_cnn, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to write checkpoint.pt into"):
+        recover(small_cnn(), None, checkpoint=tmp_path / "nowhere" / "checkpoint.pt")
+
+
+def test_checkpoints_of_another_training_are_refused_and_left_alone(small_cnn, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    recover(small_cnn(), batches(), checkpoint=path)
+    saved = path.read_bytes()
+    for model, seed in ((small_cnn(channels=7), 0), (small_cnn(), 1)):
+        with pytest.raises(FileFormatError, match=r"(?s)not a whole checkpoint .*; delete it to start anew"):
+            recover(model, batches(), 2, checkpoint=path, seed=seed)
+    assert path.read_bytes() == saved
+    for content in (saved[:-100], b"something else"):
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match="not a whole checkpoint of this training"):
+            recover(small_cnn(), batches(), 2, checkpoint=path)
