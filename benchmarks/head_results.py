@@ -11,7 +11,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from benchmarks.head_speed import faster
+from benchmarks.head_speed import faster, random_head
 from benchmarks.results import NAMED, Loader, interval, markdown
 from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, __version__, decompose, metrics, recover
 from captum_classfilters.assets import SEEDS, load_demo_network, load_kanji_network
@@ -29,6 +28,7 @@ from captum_classfilters.metrics.intervals import wilson
 KS = [1, 2, 3, 5, 10, 20]
 RECOVERED = {"fashion": [1, 5], "kanji": [3, 5]}
 CALIBRATION = 60_000
+PARTS = ["times", "fashion", "recovery", "kanji", "kanji-recovery"]
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials" / "recipes"))
 from data import Split, load  # noqa: E402
@@ -41,8 +41,10 @@ def main() -> None:
     parser.add_argument("--kanji", type=Path, help="data.safetensors of tutorials/recipes/kanji.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
-    parser.add_argument("--parts", nargs="+", default=["fashion", "recovery", "kanji", "kanji-recovery"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
+    if options.kanji is None and any("kanji" in part for part in options.parts):
+        parser.error("the kanji parts need --kanji data.safetensors, which tutorials/recipes/kanji.py draws")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"<!-- {' '.join(['python -m benchmarks.head_results', *sys.argv[1:]])}; {datetime.date.today()}; "
@@ -50,6 +52,7 @@ def main() -> None:
         f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
     )
     parts: dict[str, Callable[[], None]] = {
+        "times": head_times,
         "fashion": lambda: curves("Fashion-MNIST, ResNet-20", fashion(options, device)),
         "recovery": lambda: recovery("Fashion-MNIST, ResNet-20", fashion(options, device), RECOVERED["fashion"]),
         "kanji": lambda: curves("1,000 kanji, ResNet-14", kanji(options, device)),
@@ -128,25 +131,30 @@ def curves(title: str, tasks: Iterator[Task]) -> None:
         part = rows[(rows.filters != "dense") & (rows.refit == refit)].groupby(["filters", "k"], sort=False)
         cells = part.apply(lambda cell: interval(cell.accuracy.mean(), cell.low.min(), cell.high.max()))
         markdown(cells.unstack("k"), f"{what}: mean of the seeds [lowest, highest end of their 95 % intervals]")
-    head_times(task.model.fc, tables["histogram"])
 
 
-def head_times(linear: nn.Linear, filters: ClassFilters) -> None:
-    """How many times as fast as the dense head the small one is, one thread."""
+def head_times() -> None:
+    """How many times as fast as the dense head the small one is, one thread; on an idle machine, please."""
+    print("\n## The head alone\n")
+    for title, (classes, channels) in {"ResNet-20": (10, 64), "kanji ResNet-14": (1000, 192)}.items():
+        _times_of(title, *random_head(classes, channels, "cpu"))
+
+
+def _times_of(title: str, linear: nn.Linear, filters: ClassFilters) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    kind = linear.weight.device.type
     rows = {}
     for k in KS:
-        small = decompose(nn.Sequential(linear), replace(filters, layer="0"), k)[0]  # type: ignore[index]
+        small = decompose(nn.Sequential(linear), filters, k)[0]  # type: ignore[index]
         cells = {}
         for size in (1, 64):
-            inputs = torch.rand(size, linear.in_features, device=kind)
-            ratios = faster(linear, {"small": small}, inputs, kind)["small"]
+            inputs = torch.rand(size, linear.in_features)
+            ratios = faster(linear, {"small": small}, inputs, "cpu")["small"]
             cells[f"B {size}"] = interval(median(ratios), min(ratios), max(ratios))
         rows[f"k {k}"] = {"form": type(small).__name__, **cells}
     torch.set_num_threads(threads)
-    markdown(pd.DataFrame(rows).T, "The head alone, times as fast as the dense one [slowest, fastest round]")
+    shape = f"{linear.in_features} -> {linear.out_features}"
+    markdown(pd.DataFrame(rows).T, f"{title}, {shape}: times as fast as the dense head [slowest, fastest round]")
 
 
 def recovery(title: str, tasks: Iterator[Task], ks: list[int]) -> None:

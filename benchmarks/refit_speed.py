@@ -37,7 +37,8 @@ def run(settings: Settings) -> Table:
     table.notes = [
         "features: ReLU of mixed Gaussians; weights random: a hard case, for no feature matters more than another",
         "SAGA: scikit-learn's multinomial logistic regression with an l1 penalty on the same features, standardised, "
-        "trained on the full head's predictions; its penalty was halved or doubled until a class kept about k features; 20 epochs each, not to convergence",
+        "trained on the full head's predictions, 20 epochs a fit, not to convergence; its penalty was halved or "
+        "doubled until a class kept about k features",
         "agreement: share of 2,000 other samples on which the small head predicts what the full one does",
     ]
     return table

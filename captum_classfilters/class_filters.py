@@ -280,11 +280,14 @@ def check_names(names: Sequence[str]) -> None:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
 
+_MAKE = "; make one with InfluentialFeatures(model).attribute(loader)"
+
+
 def one_table(filters: Any) -> ClassFilters:
     """Refuse what is not a single table, such as the dict of several that `attribute` can return."""
     if not isinstance(filters, ClassFilters):
         several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else ""
-        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several}")
+        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several or _MAKE}")
     return filters
 
 

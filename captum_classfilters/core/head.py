@@ -259,6 +259,11 @@ def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
     return Head(_names(model)[module][0], module, None)
 
 
+def has_layer(model: nn.Module, name: str) -> bool:
+    """Does a layer of the model bear this name, as `Head.name` gives it?"""
+    return name == _ITSELF or name in dict(model.named_modules())
+
+
 def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
     """The module that ``layer`` names, checked to be one that can be a head."""
     module: nn.Module

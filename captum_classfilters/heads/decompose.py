@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
 from captum_classfilters.core.borrow import unwrap
-from captum_classfilters.core.errors import HeadError, OptionError, SingularMomentsWarning
-from captum_classfilters.core.head import Head, find_head
+from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
+from captum_classfilters.core.head import Head, find_head, has_layer
 from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refit, least_squares, omp
@@ -44,6 +44,9 @@ def decompose(
     Source: Badola et al. 2022, section 3.2: ``z_y = sum of W_yj f_j over the class's k features + b_y``. Beyond the
     paper: heads that are really cheaper, and refits without SGD.
 
+    Faster is the head under ``torch.no_grad`` or ``inference_mode``; its output can then be a transposed view. To load
+    a state dict of such a network, decompose with the same k and backend first.
+
     The head is a minute share of a network's work: this makes a head that is small and can be read, not a fast network.
 
     Args:
@@ -66,8 +69,9 @@ def decompose(
 
     Raises:
         OptionError: k out of range, classes without samples, too few samples for a refit, options that do not fit.
-        ShapeError: Table or moments of another network; names both.
-        HeadError: The layer is not in the model, or is not a plain ``nn.Linear`` or 1x1 convolution.
+        ShapeError: Table or moments of another shape or layer; names both. (Those of another network with the same
+            shape and names cannot be told apart.)
+        HeadError: The layer asked for is not in the model, or is not a plain ``nn.Linear`` or 1x1 convolution.
 
     Warns:
         SingularMomentsWarning: Some classes' features follow from one another; a ridge decided.
@@ -79,7 +83,9 @@ def decompose(
     if refit != "omp":
         one_table(filters)
     module = unwrap(model)
-    head = find_head(module, layer if layer is not None else (filters or moments).layer)  # type: ignore[union-attr]
+    head = find_head(
+        module, layer if layer is not None else _layer_of(filters if filters is not None else moments, module)
+    )
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
         raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
     if layer is not None:
@@ -102,6 +108,17 @@ class _Dense(NamedTuple):
     weight: Tensor  # (C, K)
     bias: Tensor | None  # (C,)
     mask: Tensor  # (C, K) bool: which weights are kept
+
+
+def _layer_of(made: Any, model: nn.Module) -> str:
+    """The layer that a table or moments name, if the model has it."""
+    layer: str = made.layer
+    if not has_layer(model, layer):
+        raise ShapeError(
+            f"the {type(made).__name__} are of layer {layer!r}, which this network has not; use those made with this "
+            "model, or name its head with layer="
+        )
+    return layer
 
 
 def check_refit(refit: Any, filters: Any, moments: Any) -> None:

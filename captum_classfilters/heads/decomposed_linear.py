@@ -26,8 +26,9 @@ class DecomposedLinear(nn.Module):
     Source: Badola et al. 2022, section 3.2. Differs from their code, which gathers ``x[:, J_c]`` and is several times
     *slower* than the dense layer: here it is a sparse product, or a weighted bag of rows of the transposed batch.
 
-    Where gradients are wanted the kept weights are spread into a dense matrix: training is as fast as it was, no
-    faster, and only kept weights can change. ``torch.export`` takes the gather form, ``torch.compile`` the bag.
+    It is faster under ``torch.no_grad`` or ``inference_mode``. Where gradients are wanted the kept weights are spread
+    into a dense matrix, which makes it somewhat slower than a dense layer; only kept weights can change.
+    ``torch.export`` takes the gather form, ``torch.compile`` the bag.
 
     Args:
         in_features: K.

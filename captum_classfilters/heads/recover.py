@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import unwrap
-from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, NonFiniteError, OptionError
+from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, HeadError, NonFiniteError, OptionError
 from captum_classfilters.core.files import check_folder, replacing
 from captum_classfilters.core.stream import check_labels, check_range, unpack
 
@@ -74,10 +74,12 @@ def recover(
     """
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise OptionError(f"epochs must be an integer of at least 1, got {epochs!r}")
-    if not lr > 0:
+    if not isinstance(lr, int | float) or not lr > 0:
         raise OptionError(f"lr must be above 0, got {lr!r}")
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be an integer of at least 1, got {checkpoint_every!r}")
+    _refuse_iterators(loader, epochs > 1, "loader")
+    _refuse_iterators(validation, True, "validation")
     run = _Run(model, lr, None if checkpoint is None else Path(checkpoint), seed, show_progress)
     with _own_randomness(run.device):
         try:
@@ -166,6 +168,11 @@ class _Run:
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         try:
             logits = self.network(*inputs)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise HeadError(
+                    f"expected a model that returns logits (N, C) in train mode, got {type(logits).__name__}; switch "
+                    "auxiliary outputs off, or wrap the model"
+                )
             check_range(labels, logits.shape[1], index)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             if not bool(torch.isfinite(loss.detach())):
@@ -275,6 +282,14 @@ class _Run:
                 f"{self._checkpoint} is not a whole checkpoint of this training ({error}); delete it to start anew, or "
                 "pass the model and seed it was made with"
             ) from error
+
+
+def _refuse_iterators(loader: Any, again: bool, name: str) -> None:
+    if again and isinstance(loader, Iterator):
+        raise EmptyLoaderError(
+            f"{name} is an iterator, {type(loader).__name__}, which can be read only once, and is needed more often; "
+            "pass a DataLoader or a list"
+        )
 
 
 def _partly_zero(network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -103,16 +103,23 @@ def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
     correlation = moments.covariance.to(device) / torch.outer(scale, scale)
     correlation = correlation.masked_fill(~(usable[:, None] & usable), 0)
     goal = (full * scale) @ correlation  # (C, K): of each full logit with each scaled feature
-    chosen = torch.empty(len(full), 0, dtype=torch.int64, device=device)
+    step = max(1, _CELLS // k**2)
+    chosen = torch.cat([_pursue(correlation, part, usable, k) for part in goal.split(step)])  # type: ignore[no-untyped-call]
+    return least_squares(moments, weight, bias, chosen)
+
+
+def _pursue(correlation: Tensor, goal: Tensor, usable: Tensor, k: int) -> Tensor:
+    """Features in the order chosen, ``(C, k)``; everything scaled to unit variance."""
+    chosen = torch.empty(len(goal), 0, dtype=torch.int64, device=goal.device)
     lacking, enough = goal, _ROUNDING * goal.abs().amax(1, keepdim=True)
     for _ in range(k):
         strength = lacking.abs()
         strength = strength.masked_fill(~usable | (strength <= enough), 0.0).scatter(1, chosen, -1.0)
         chosen = torch.cat([chosen, strength.argmax(1, keepdim=True)], 1)
-        fitted, _ = _solve(correlation, goal, torch.ones_like(scale), chosen)
+        fitted, _ = _solve(correlation, goal, torch.ones_like(goal[0]), chosen)
         # each class's weighted sum of its rows of the correlation matrix, without gathering them
         lacking = goal - F.embedding_bag(chosen, correlation, per_sample_weights=fitted, mode="sum")
-    return least_squares(moments, weight, bias, chosen)
+    return chosen
 
 
 def _solve(covariance: Tensor, cross: Tensor, scale: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

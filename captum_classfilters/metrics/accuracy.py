@@ -32,6 +32,7 @@ def accuracy_curve(
     moments: HeadMoments | None = None,
     layer: nn.Module | str | None = None,
     additional_forward_args: Any = None,
+    class_names: Sequence[str] | None = None,
     draws: int = 5,
     seed: int = 0,
     show_progress: bool = False,
@@ -52,6 +53,7 @@ def accuracy_curve(
         moments: `HeadMoments`, for the refits.
         layer: The head, if it cannot be found.
         additional_forward_args: Passed on to every forward pass.
+        class_names: With ``refit="omp"``, where no table names the classes; otherwise numbers.
         draws: Random tables for the control, at least 5.
         seed: Of the control.
         show_progress: A tqdm bar.
@@ -69,7 +71,8 @@ def accuracy_curve(
     check_draws(draws)
     check_refit(refit, filters, moments)
     tables = {} if refit == "omp" else named_tables(filters, ("dense", "random", "omp"))
-    if not isinstance(ks, Iterable) or not len(list(ks)):
+    ks = list(ks) if isinstance(ks, Iterable) else ks
+    if not isinstance(ks, list) or not ks:
         raise OptionError(f"ks must be a list of at least one number of channels, got {ks!r}")
     channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
     for k in ks:
@@ -93,7 +96,9 @@ def accuracy_curve(
     counts = counter.counts()  # type: ignore[union-attr]
     names = list(tables) or ["omp"]
     first = next(iter(tables.values()), None)
-    classes = first.class_names if first is not None else tuple(map(str, range(len(counts.samples))))
+    classes = first.class_names if first is not None else class_names or tuple(map(str, range(len(counts.samples))))
+    if len(classes) != len(counts.samples):
+        raise OptionError(f"class_names must be {len(counts.samples)}, one for each class; got {len(classes)}")
     return _frame(counts, names, ks, draws, classes, channels)
 
 

@@ -15,6 +15,7 @@ from captum_classfilters import ClassFilters
 from captum_classfilters.core.errors import (
     EmptyLoaderError,
     FileFormatError,
+    HeadError,
     LabelError,
     NonFiniteError,
     OptionError,
@@ -147,6 +148,24 @@ def test_a_decomposed_head_is_trained_as_the_dense_one_is(backend, small_cnn):
     torch.testing.assert_close(trained.fc.to_dense().weight, expected.fc.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(trained.conv1.weight, expected.conv1.weight, rtol=1e-4, atol=1e-5)
     assert differ(trained, small)
+
+
+def test_a_validation_iterator_is_refused_before_any_training(small_cnn):
+    with pytest.raises(EmptyLoaderError, match="validation is an iterator, list_iterator, which can be read only once"):
+        recover(small_cnn(), batches(), validation=iter(still()))
+
+
+def test_auxiliary_outputs_are_refused_in_words(small_cnn):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x):
+            return self.inner(x), self.inner(x)
+
+    with pytest.raises(HeadError, match=r"returns logits \(N, C\) in train mode, got tuple; switch auxiliary"):
+        recover(Two(), batches())
 
 
 def test_frozen_parameters_stay(small_cnn):
@@ -398,7 +417,7 @@ def test_networks_that_cannot_be_trained_are_refused(small_cnn):
     ("loader", "error", "message"),
     [
         ([], EmptyLoaderError, "gave no batch in epoch 1"),
-        (iter(still()), EmptyLoaderError, "gave no batch in epoch 2; .* An iterator can be read only once"),
+        (iter(still()), EmptyLoaderError, r"loader is an iterator, list_iterator, which can be read only once"),
         ([(still()[0][0], torch.full((8,), 4))], LabelError, r"labels must lie in \[0, 4\), got 4 in batch 0"),
         ([still()[0][0]], LabelError, "batch 0 has no labels"),
     ],

@@ -54,6 +54,12 @@ def test_omp_is_the_network_that_decompose_makes_and_the_control_is_refitted(tra
     assert set(curve.filters) == {"dense", "omp", "random"}
     for k in (1, 3):
         assert accuracy(curve, "omp", k) == share_right(decompose(model, None, k, refit="omp", moments=moments), test)
+    named = metrics.accuracy_curve(
+        model, None, test, iter([3]), refit="omp", moments=moments, class_names=list("abcdefghij")
+    )
+    assert set(named.class_name) == {"all", *"abcdefghij"}
+    with pytest.raises(OptionError, match="class_names must be 10, one for each class; got 3"):
+        metrics.accuracy_curve(model, None, test, [3], refit="omp", moments=moments, class_names=list("abc"))
     plain = metrics.accuracy_curve(model, trained[1], test, [1, 3])
     assert accuracy(plain, "random", 3) != accuracy(curve, "random", 3)
 
