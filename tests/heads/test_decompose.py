@@ -196,6 +196,14 @@ def test_a_head_that_bears_another_name_now_can_be_named(refit, moments, small_c
         assert not torch.equal(small(images()), model(images()))
 
 
+def test_a_decomposed_network_says_why_its_head_cannot_be_read(small_cnn, images):
+    small = decompose(small_cnn(), table(), 2, backend="csr")
+    with pytest.raises(HeadError, match=r"has been decomposed; use the network it was made from"):
+        HeadMoments.collect(small, [images()])
+    dense = decompose(small_cnn(), table(), 2, backend="dense")
+    assert HeadMoments.collect(dense, [images()]).num_features == 6
+
+
 def test_a_model_may_be_its_own_head():
     linear = nn.Linear(6, 4).eval()
     filters = table(layer="the model itself")
