@@ -5,16 +5,18 @@ Run it with ``--threads 1``: the rules of ``backend="auto"`` were measured so.
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.report import Table
 from benchmarks.workload import Settings
 from captum_classfilters import ClassFilters, DecomposedLinear, decompose
+from captum_classfilters.heads.decomposed_linear import transposed
 
 CLASSES, CHANNELS, KEPT, BATCHES = (10, 100, 1000, 10000), (64, 512, 2048), (1, 5, 50), (1, 8, 64, 256)
 TARGETS = {1: 2.5, 8: 9.0, 64: 18.0, 256: 14.0}  # 2048 -> 1000, k = 50
@@ -26,7 +28,11 @@ SECONDS = 0.003
 
 def run(settings: Settings) -> Table:
     table = Table("heads: decompose(..., backend='auto') and its forms, against nn.Linear")
-    forms(table, settings.device)
+    forms(table, settings.device, 1000, 2048, 50, TARGETS)
+    # why so small a head stays dense
+    forms(table, settings.device, 10, 64, 5, dict.fromkeys(BATCHES))
+    if settings.device == "cpu":
+        pieces(table)
     grid(table, settings.device)
     table.notes = [
         f"how many times as fast as nn.Linear: median over {ROUNDS} rounds in turn (least to most); inference_mode",
@@ -36,20 +42,46 @@ def run(settings: Settings) -> Table:
     return table
 
 
-def forms(table: Table, device: str) -> None:
-    """2048 -> 1000, k = 50: the figures that were asked for, and what each form gives."""
-    linear, filters = random_head(1000, 2048, device)
+def forms(
+    table: Table, device: str, classes: int, channels: int, kept: int, targets: Mapping[int, float | None]
+) -> None:
+    """What each form gives at each batch size, and what was asked of the chosen one."""
+    linear, filters = random_head(classes, channels, device)
     heads: dict[str, nn.Module] = {
-        name: _small(linear, filters, 50, backend=name) for name in ("auto", "csr", "bag", "gather")
+        name: _small(linear, filters, kept, backend=name) for name in ("auto", "csr", "bag", "gather")
     }
     # the rule chooses dense on a GPU; its forms are shown all the same
-    for size, target in TARGETS.items():
-        inputs = torch.rand(size, 2048, device=device)
+    for size, target in targets.items():
+        inputs = torch.rand(size, channels, device=device)
         found = faster(linear, heads, inputs, device)
         for name, ratios in found.items():
             shown = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             asked = target if name == "auto" and device == "cpu" else None
-            table.add(f"2048 -> 1000, k 50, B {size}: {name}", shown, median(ratios), asked, at_least=True)
+            what = f"{channels} -> {classes}, k {kept}, B {size}: {name}"
+            table.add(what, shown, median(ratios), asked, at_least=True)
+
+
+@torch.inference_mode()
+def pieces(table: Table) -> None:
+    """Where the bag's time goes, 2048 -> 1000, k = 50."""
+    linear, filters = random_head(1000, 2048, "cpu")
+    small = _small(linear, filters, 50, backend="bag")
+    for size in (64, 256):
+        inputs = torch.rand(size, 2048)
+        turned = transposed(inputs)
+        work: dict[str, Callable[[Any], Any]] = {
+            "whole": small,
+            "transposing the batch": transposed,
+            "... by torch's contiguous()": lambda x: x.T.contiguous(),
+            "the bag alone": lambda x, turned=turned: F.embedding_bag(
+                small.indices, turned, small.offsets, mode="sum", per_sample_weights=small.weight,
+                include_last_offset=True,
+            ),
+        }  # fmt: skip
+        for name, function in work.items():
+            times = _times(function, inputs, "cpu")
+            micro = 1e6 * median(_each(function, inputs, times, "cpu") for _ in range(ROUNDS))
+            table.add(f"bag, B {size}: {name}", f"{micro:.0f} us")
 
 
 def grid(table: Table, device: str) -> None:

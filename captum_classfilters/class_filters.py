@@ -242,7 +242,7 @@ def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any
         mine: This rank's tables; None where its shard was empty.
 
     Raises:
-        MergeError: The tables do not belong together, or a rank did not come; ``error.partial_result`` is ``mine``.
+        MergeError: The tables do not belong together, or a rank did not come.
         EmptyLoaderError: All shards were empty.
     """
     tensors: dict[str, Tensor] = {}
@@ -254,11 +254,7 @@ def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any
         check = float(table.scores.sum()) if fixed else None
         about.append((key, table.method, table.layer, table.class_names, dict(table.meta), check))
     same = [f"{index} scores" for index, entry in enumerate(about) if entry[-1] is not None]
-    try:
-        sums, about = sum_over(group, None if mine is None else tensors, about, same=same)
-    except MergeError as error:
-        error.partial_result = mine  # type: ignore[attr-defined]
-        raise
+    sums, about = sum_over(group, None if mine is None else tensors, about, same=same)
     return {
         key: ClassFilters(sums[f"{i} scores"], sums[f"{i} mass"], sums[f"{i} counts"], method, layer, class_names, meta)
         for i, (key, method, layer, class_names, meta, _) in enumerate(about)
@@ -280,14 +276,12 @@ def check_names(names: Sequence[str]) -> None:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
 
-_MAKE = "; make one with InfluentialFeatures(model).attribute(loader)"
-
-
 def one_table(filters: Any) -> ClassFilters:
     """Refuse what is not a single table, such as the dict of several that `attribute` can return."""
     if not isinstance(filters, ClassFilters):
-        several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else ""
-        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several or _MAKE}")
+        make = "; make one with InfluentialFeatures(model).attribute(loader)"
+        several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else make
+        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several}")
     return filters
 
 

@@ -19,7 +19,7 @@ _LOWEST = 18
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, opset: int = _LOWEST) -> None:
-    """Write the network as ONNX, with a dynamic batch axis; a `DecomposedLinear` becomes Gather, Mul and ReduceSum.
+    """Write the network as ONNX, with a dynamic batch axis; a `DecomposedLinear` becomes Gather, Mul and a sum.
 
     Args:
         model: The network; exported in eval mode, given back as it was.

@@ -34,6 +34,58 @@ class Refit(NamedTuple):
     ridge: Tensor  # (C,) float64: what was added to the diagonal of the correlation matrix; 0 where nothing was
 
 
+class Refitter:
+    """A head and the moments of its input; what every refit of it needs is computed once.
+
+    Args:
+        moments: Of the head's input.
+        weight: ``(C, K)``, the full head's.
+        bias: ``(C,)``.
+    """
+
+    def __init__(self, moments: HeadMoments, weight: Tensor, bias: Tensor) -> None:
+        device = weight.device
+        self._moments, self._weight = moments, weight.double()
+        self._covariance, self._mean = moments.covariance.to(device), moments.mean.to(device)
+        self._scale = _scale(moments).to(device)
+        # covariance of each full logit with each feature, and each full logit's mean
+        self._cross = self._weight @ self._covariance
+        self._mean_logit = bias.double() + self._weight @ self._mean
+
+    def fit(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights ``(C, k)``, biases ``(C,)`` and ridges ``(C,)`` of least squares on the features ``(C, k)``."""
+        _check_count(self._moments, indices.shape[1])
+        indices = indices.to(self._weight.device)
+        step = max(1, _CELLS // indices.shape[1] ** 2)
+        parts = torch.split(torch.arange(len(indices)), step)
+        solved = [_solve(self._covariance, self._cross[part], self._scale, indices[part]) for part in parts]
+        fitted, ridge = (torch.cat(found) for found in zip(*solved, strict=True))
+        return fitted, self._mean_logit - (self._mean[indices] * fitted).sum(1), ridge
+
+    def pursue(self, k: int) -> Tensor:
+        """Features of orthogonal matching pursuit, ``(C, k)``, in the order chosen."""
+        check_k(k, self._moments.num_features, "k")
+        _check_count(self._moments, k)
+        usable = self._scale > 0
+        correlation = self._covariance / torch.outer(self._scale, self._scale)
+        correlation = correlation.masked_fill(~(usable[:, None] & usable), 0)
+        goal = (self._weight * self._scale) @ correlation  # (C, K): of each full logit with each scaled feature
+        step = max(1, _CELLS // k**2)
+        return torch.cat([_pursue(correlation, part, usable, k) for part in torch.split(goal, step)])
+
+    def refit(self, indices: Tensor) -> Refit:
+        """`fit`, and how much of the full logits it explains."""
+        indices = indices.to(self._weight.device)
+        fitted, bias, ridge = self.fit(indices)
+        missing = self._weight.scatter_add(1, indices, -fitted)
+        lost = (missing @ self._covariance * missing).sum(1)
+        variance = (self._cross * self._weight).sum(1)
+        # a logit that never varies lacks nothing
+        deviation = self._moments.second.diagonal().to(self._weight.device).sqrt()
+        varies = variance > _ROUNDING * (self._weight.abs() @ deviation).square()
+        return Refit(indices, fitted, bias, torch.where(varies, 1 - lost / variance, 1.0), ridge)
+
+
 def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: Tensor) -> Refit:
     """Weights on given features that come nearest to the full head's logits.
 
@@ -55,24 +107,7 @@ def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: T
     Raises:
         OptionError: Fewer samples than unknowns.
     """
-    _check_count(moments, indices.shape[1])
-    weight, bias, indices = weight.double(), bias.double(), indices.to(weight.device)
-    covariance, mean = moments.covariance.to(weight.device), moments.mean.to(weight.device)
-    cross = weight @ covariance  # (C, K): covariance of each full logit with each feature
-    scale = _scale(moments).to(weight.device)
-    step = max(1, _CELLS // indices.shape[1] ** 2)
-    solved = [
-        _solve(covariance, cross[part], scale, indices[part]) for part in torch.split(torch.arange(len(indices)), step)
-    ]
-    fitted, ridge = (torch.cat(found) for found in zip(*solved, strict=True))
-    kept = torch.zeros_like(weight).scatter_(1, indices, fitted)
-    lost = ((weight - kept) @ covariance * (weight - kept)).sum(1)
-    variance = (cross * weight).sum(1)
-    # a logit that never varies lacks nothing
-    size = (moments.second.diagonal() / moments.count).sqrt().to(weight.device)
-    varies = variance > _ROUNDING * (weight.abs() @ size).square()
-    explained = torch.where(varies, 1 - lost / variance, 1.0)
-    return Refit(indices, fitted, bias + (weight - kept) @ mean, explained, ridge)
+    return Refitter(moments, weight, bias).refit(indices)
 
 
 def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
@@ -95,17 +130,8 @@ def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
     Raises:
         OptionError: k out of range, or fewer samples than unknowns.
     """
-    check_k(k, moments.num_features, "k")
-    _check_count(moments, k)
-    full, device = weight.double(), weight.device
-    scale = _scale(moments).to(device)
-    usable = scale > 0
-    correlation = moments.covariance.to(device) / torch.outer(scale, scale)
-    correlation = correlation.masked_fill(~(usable[:, None] & usable), 0)
-    goal = (full * scale) @ correlation  # (C, K): of each full logit with each scaled feature
-    step = max(1, _CELLS // k**2)
-    chosen = torch.cat([_pursue(correlation, part, usable, k) for part in goal.split(step)])  # type: ignore[no-untyped-call]
-    return least_squares(moments, weight, bias, chosen)
+    refitter = Refitter(moments, weight, bias)
+    return refitter.refit(refitter.pursue(k))
 
 
 def _pursue(correlation: Tensor, goal: Tensor, usable: Tensor, k: int) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table
+from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.heads.decompose import check_refit
 from captum_classfilters.heads.moments import HeadMoments, check_moments
-from captum_classfilters.heads.refits import least_squares, omp
+from captum_classfilters.heads.refits import Refitter
 from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
 
 # The heads of many settings are multiplied at once, up to this many weights
@@ -71,6 +71,8 @@ def accuracy_curve(
     check_draws(draws)
     check_refit(refit, filters, moments)
     tables = {} if refit == "omp" else named_tables(filters, ("dense", "random", "omp"))
+    if tables and class_names is not None:
+        raise OptionError('the tables name the classes; class_names= is for refit="omp", which has none')
     ks = list(ks) if isinstance(ks, Iterable) else ks
     if not isinstance(ks, list) or not ks:
         raise OptionError(f"ks must be a list of at least one number of channels, got {ks!r}")
@@ -89,17 +91,13 @@ def accuracy_curve(
     ) as stream:
         for batch in stream:
             if counter is None:
-                rankings = _rankings(batch.head, tables, refit, moments, max(ks), draws, seed)
-                heads = [_small(batch.head, ranking, k, refit, moments) for ranking in rankings for k in ks]
+                classes = _class_names(class_names, tables, batch.head.num_classes)
+                refitter = _refitter(batch.head, moments)
+                rankings = _rankings(batch.head, tables, refitter if refit == "omp" else None, max(ks), draws, seed)
+                heads = [_small(batch.head, ranking, k, refitter) for ranking in rankings for k in ks]
                 counter = _Counter(batch.head, heads, (len(rankings), len(ks)))
             counter.add(batch.features, batch.logits, batch.labels)  # type: ignore[arg-type]
-    counts = counter.counts()  # type: ignore[union-attr]
-    names = list(tables) or ["omp"]
-    first = next(iter(tables.values()), None)
-    classes = first.class_names if first is not None else class_names or tuple(map(str, range(len(counts.samples))))
-    if len(classes) != len(counts.samples):
-        raise OptionError(f"class_names must be {len(counts.samples)}, one for each class; got {len(classes)}")
-    return _frame(counts, names, ks, draws, classes, channels)
+    return _frame(counter.counts(), list(tables) or ["omp"], ks, draws, classes, channels)  # type: ignore[union-attr]
 
 
 class _Small(NamedTuple):
@@ -110,18 +108,33 @@ class _Small(NamedTuple):
     bias: Tensor  # (C,)
 
 
+def _class_names(given: Sequence[str] | None, tables: Mapping[str, ClassFilters], classes: int) -> Sequence[str]:
+    if tables:
+        return next(iter(tables.values())).class_names
+    if given is None:
+        return tuple(map(str, range(classes)))
+    if len(given) != classes:
+        raise OptionError(f"class_names must be {classes}, one for each class; got {len(given)}")
+    check_names(given)
+    return given
+
+
+def _refitter(head: Head, moments: HeadMoments | None) -> Refitter | None:
+    if moments is None:
+        return None
+    return Refitter(check_moments(moments, head.name, head.num_features), head.weight, head.bias)
+
+
 def _rankings(
-    head: Head, tables: Mapping[str, ClassFilters], refit: str | None, moments: Any, most: int, draws: int, seed: int
+    head: Head, tables: Mapping[str, ClassFilters], pursuer: Refitter | None, most: int, draws: int, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Channels of each class, best first, ``(C, K)``, of every table and every draw; and which classes have any."""
-    if refit is not None:
-        check_moments(moments, head.name, head.num_features)
     for table in tables.values():
         check_table(table, head)
     everyone = torch.ones(head.num_classes, dtype=torch.bool)
     found = [(table.ranking(), table.seen) for table in tables.values()]
-    if refit == "omp":
-        found.append((omp(moments, head.weight, head.bias, most).indices, everyone))
+    if pursuer is not None:
+        found.append((pursuer.pursue(most), everyone))
     seen = torch.stack([seen for _, seen in found]).any(0)
     generator = torch.Generator().manual_seed(seed)
     size = (head.num_classes, head.num_features)
@@ -129,12 +142,12 @@ def _rankings(
     return [(ranking.to(head.weight.device), seen.to(head.weight.device)) for ranking, seen in found]
 
 
-def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refit: str | None, moments: Any) -> _Small:
+def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refitter: Refitter | None) -> _Small:
     indices, seen = ranking[0][:, :k], ranking[1]
     weight, bias = head.weight.gather(1, indices), head.bias
-    if refit is not None:
-        fitted = least_squares(moments, head.weight, bias, indices)
-        weight, bias = fitted.weight.to(weight.dtype), torch.where(seen, fitted.bias.to(bias.dtype), bias)
+    if refitter is not None:
+        fitted, shifted, _ = refitter.fit(indices)
+        weight, bias = fitted.to(weight.dtype), torch.where(seen, shifted.to(bias.dtype), bias)
     return _Small(indices, weight * seen[:, None], bias)
 
 

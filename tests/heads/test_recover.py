@@ -1,81 +1,22 @@
-"""recover: a retrained copy; the network given stays as it was, and an interruption costs nothing."""
+"""recover: a retrained copy; the network given stays as it was."""
 
 import copy
-import itertools
-import sys
 
 import pytest
 import torch
 from contract import Snapshot
+from recovering import assert_same, batches, differ, loss, still, table
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from captum_classfilters import ClassFilters
 from captum_classfilters.core.errors import (
     EmptyLoaderError,
-    FileFormatError,
     HeadError,
     LabelError,
     NonFiniteError,
     OptionError,
 )
 from captum_classfilters.heads import DecomposedLinear, decompose, recover
-
-recover_module = sys.modules["captum_classfilters.heads.recover"]
-
-COUNT, BATCH = 40, 8  # five steps an epoch
-
-
-class Noisy(Dataset):
-    """Images whose class is told by their brightness in three channels; each reading draws its own noise."""
-
-    def __init__(self, count=COUNT, noise=0.3):
-        self.count, self.noise = count, noise
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        label = index % 4
-        image = torch.zeros(3, 8, 8)
-        image[: label % 4] = 1.5
-        return image + self.noise * torch.randn(3, 8, 8), label
-
-
-def batches(count=COUNT, noise=0.3):
-    return DataLoader(Noisy(count, noise), batch_size=BATCH, shuffle=True)
-
-
-def still(count=COUNT):
-    """The same images each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return list(DataLoader(Noisy(count), batch_size=BATCH))
-
-
-def loss(model, loader):
-    with torch.no_grad():
-        return sum(float(F.cross_entropy(model(inputs), labels)) for inputs, labels in loader)
-
-
-def table(k_seed=0):
-    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(k_seed)).double()
-    return ClassFilters(scores, scores.abs(), torch.ones(4, dtype=torch.int64), "histogram", "fc", tuple("abcd"))
-
-
-def assert_same(actual, expected):
-    """Bit for bit."""
-    assert actual.state_dict().keys() == expected.state_dict().keys()
-    for name, value in actual.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name]), name
-
-
-def differ(a, b):
-    return [name for name, value in a.state_dict().items() if not torch.equal(value, b.state_dict()[name])]
-
-
-# -- what it does ------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls_and_the_given_network_stays(small_cnn):
@@ -190,21 +131,6 @@ def test_batch_norms_frozen_by_hand_stay_frozen(small_cnn):
     assert not torch.equal(whole.bn1.running_mean, model.bn1.running_mean)
 
 
-def test_a_checkpoint_that_cannot_be_written_does_not_hide_what_went_wrong(small_cnn, tmp_path, monkeypatch):
-    def broken():
-        yield from still()
-        raise RuntimeError("the disk with the images is gone")
-
-    def full(path):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(recover_module, "replacing", full)
-    warned = pytest.warns(UserWarning, match="could not be written: no space left")
-    with warned, pytest.raises(RuntimeError, match="images is gone") as caught:
-        recover(small_cnn(), broken(), checkpoint=tmp_path / "state.pt")
-    assert isinstance(caught.value.partial_result, nn.Module)
-
-
 def test_autocast_reaches_the_forward_pass(small_cnn):
     model, seen = small_cnn(), []
     handle = model.fc.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
@@ -273,106 +199,6 @@ def test_validation_keeps_the_best_epoch(small_cnn):
 # -- stopped and resumed -----------------------------------------------------------------------------------------------
 
 
-class Interrupted:
-    """A loader that stops at one of all the batches it gives."""
-
-    def __init__(self, loader, at, error):
-        self.loader, self.left, self.error = loader, at, error
-
-    def __iter__(self):
-        for batch in self.loader:
-            if self.left == 0:
-                raise self.error
-            self.left -= 1
-            yield batch
-
-
-def interrupt_forward(model, calls):
-    """Its network stops in the middle of a forward pass, when the first batch norm has run."""
-    left = [calls]
-
-    def stop(module, args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
-    return model.conv2.register_forward_pre_hook(stop)
-
-
-def interrupt_step(monkeypatch, calls):
-    """Adam stops when some weights have changed and others not."""
-    whole, left = torch.optim.Adam.step, [calls]
-
-    def step(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            with torch.no_grad():
-                self.param_groups[0]["params"][0].add_(1)
-            raise KeyboardInterrupt
-        return whole(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-
-
-@pytest.mark.parametrize(
-    ("where", "judged"),
-    [*itertools.product(["loader", "forward", "step", "skipping"], [False, True]), ("validation", True)],
-)
-def test_what_was_interrupted_and_resumed_is_what_went_through(where, judged, small_cnn, tmp_path, monkeypatch):
-    model, path, held_out = small_cnn(), tmp_path / "checkpoint.pt", still(16) if judged else None
-    options = {"lr": 2e-2, "checkpoint": path, "checkpoint_every": 2}
-    whole = recover(model, batches(), 3, lr=2e-2, validation=held_out)
-
-    def stopped(loader=None, validation=held_out):
-        with pytest.raises(KeyboardInterrupt) as caught:
-            recover(model, loader or batches(), 3, validation=validation, **options)
-        assert differ(caught.value.partial_result, model) or judged
-        assert path.is_file()
-
-    if where == "forward":
-        # eval of the start runs it twice
-        handle = interrupt_forward(model, 8 + 2 * judged * 2)
-        stopped()
-        handle.remove()
-    elif where == "step":
-        with monkeypatch.context() as patch:
-            interrupt_step(patch, 8)
-            stopped()
-    elif where == "validation":
-        stopped(validation=Interrupted(held_out, 5, KeyboardInterrupt()))
-    else:
-        stopped(Interrupted(batches(), 8, KeyboardInterrupt()))
-        if where == "skipping":
-            stopped(Interrupted(batches(), 2, KeyboardInterrupt()))
-    # five steps an epoch: these went on in the second
-    assert torch.load(path, weights_only=True)["epoch"] == (2 if where == "validation" else 1)
-    assert_same(recover(model, batches(), 3, validation=held_out, **options), whole)
-
-
-def test_a_finished_training_is_not_trained_again_and_may_be_prolonged(small_cnn, tmp_path):
-    model, path = small_cnn(), tmp_path / "checkpoint.pt"
-    once = recover(model, batches(), 1, checkpoint=path)
-    assert_same(recover(model, [], 1, checkpoint=path), once)
-    assert_same(recover(model, batches(), 2, checkpoint=path), recover(model, batches(), 2))
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_another_learning_rate_holds_from_the_checkpoint_on(small_cnn, tmp_path):
-    model, path = small_cnn(), tmp_path / "checkpoint.pt"
-    once = recover(model, batches(), 1, checkpoint=path)
-    twice = recover(model, batches(), 2, checkpoint=path, lr=1e-12)
-    torch.testing.assert_close(twice.fc.weight, once.fc.weight, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=repr)
-def test_what_ends_early_carries_the_network_so_far(error, small_cnn):
-    model = small_cnn()
-    with pytest.raises(type(error)) as caught:
-        recover(model, Interrupted(batches(), 5, error), 2, lr=1e-2)
-    assert caught.value is error
-    assert_same(error.partial_result, recover(model, batches(), 1, lr=1e-2))
-
-
 def test_a_loss_that_is_no_number_ends_before_the_step(small_cnn, tmp_path):
     data = still()
     bad = [*data[:3], (torch.full((2, 3, 8, 8), torch.nan), torch.tensor([0, 1])), *data[3:]]
@@ -439,17 +265,3 @@ def test_an_empty_validation_is_refused(small_cnn):
 def test_a_folder_that_is_not_there_is_refused_before_the_first_step(small_cnn, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to write checkpoint.pt into"):
         recover(small_cnn(), None, checkpoint=tmp_path / "nowhere" / "checkpoint.pt")
-
-
-def test_checkpoints_of_another_training_are_refused_and_left_alone(small_cnn, tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    recover(small_cnn(), batches(), checkpoint=path)
-    saved = path.read_bytes()
-    for model, seed in ((small_cnn(channels=7), 0), (small_cnn(), 1)):
-        with pytest.raises(FileFormatError, match=r"(?s)not a whole checkpoint .*; delete it to start anew"):
-            recover(model, batches(), 2, checkpoint=path, seed=seed)
-    assert path.read_bytes() == saved
-    for content in (saved[:-100], b"something else"):
-        path.write_bytes(content)
-        with pytest.raises(FileFormatError, match="not a whole checkpoint of this training"):
-            recover(small_cnn(), batches(), 2, checkpoint=path)

@@ -128,3 +128,22 @@ def test_k_above_the_moments_channels_is_refused(task):
     model, _, moments, test = task
     with pytest.raises(OptionError, match=r"k must be an integer in \[1, 6\]"):
         metrics.accuracy_curve(model, None, test, [7], refit="omp", moments=moments)
+
+
+def test_class_names_are_checked_before_the_images_are_read_on(task):
+    model, tables, moments, test = task
+    given = {"refit": "omp", "moments": moments}
+    read = []
+
+    def loader():
+        for batch in test * 3:
+            read.append(1)
+            yield batch
+
+    with pytest.raises(OptionError, match="class_names must be 4, one for each class; got 3"):
+        metrics.accuracy_curve(model, None, loader(), [1], class_names="abc", **given)
+    assert len(read) == 1
+    with pytest.raises(OptionError, match="class names must be unique"):
+        metrics.accuracy_curve(model, None, test, [1], class_names="abca", **given)
+    with pytest.raises(OptionError, match="the tables name the classes"):
+        metrics.accuracy_curve(model, tables, test, [1], class_names="abcd")
