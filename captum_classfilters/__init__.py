@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
+    from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
+    from captum_classfilters.gating import LabelSensitiveGate as LabelSensitiveGate
+    from captum_classfilters.gating import LabelSensitiveTraining as LabelSensitiveTraining
+    from captum_classfilters.gating import filter_ambiguity as filter_ambiguity
     from captum_classfilters.heads import DecomposedLinear as DecomposedLinear
     from captum_classfilters.heads import HeadMoments as HeadMoments
     from captum_classfilters.heads import decompose as decompose
@@ -29,8 +33,12 @@ _HOMES = {
     "UnseenClassWarning": "core.errors",
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
+    "FilterAmbiguity": "gating",
     "InfluentialFeatures": "influential",
+    "LabelSensitiveGate": "gating",
+    "LabelSensitiveTraining": "gating",
     "decompose": "heads",
+    "filter_ambiguity": "gating",
     "heads": "heads",
     "metrics": "metrics",
     "recover": "heads",

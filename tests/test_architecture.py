@@ -20,6 +20,7 @@ FLOORS = {
     "assets": 1,
     "heads": 2,
     "cam": 2,
+    "attacks": 2,
     "influential": 3,
     "gating": 3,
     "decoupling": 3,

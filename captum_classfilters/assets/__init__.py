@@ -5,19 +5,24 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from captum_classfilters.assets.networks import SmallResNet
+from captum_classfilters.assets.networks import SmallAlexNet, SmallResNet
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.files import read, write
 
 _HERE = Path(__file__).parent
+# the kind was named when there was one architecture
 _NETWORK, _NETWORK_VERSION = "SmallResNet", 1
+_ARCHITECTURES = {"SmallResNet": SmallResNet, "SmallAlexNet": SmallAlexNet}
+Network: TypeAlias = SmallResNet | SmallAlexNet
 _IMAGES, _IMAGES_VERSION = "ImageSample", 1
 SEEDS = (0, 1, 2)
+# Which trainings of which method ship
+METHODS = {"std": SEEDS, "lsg": SEEDS, "fixed-gate": (0,)}
 
 
 class ImageSample(NamedTuple):
@@ -35,20 +40,43 @@ class ImageSample(NamedTuple):
         ]
 
 
-def load_demo_network(seed: int = 0) -> tuple[SmallResNet, dict[str, Any]]:
+def load_demo_network(seed: int = 0, method: str = "std") -> tuple[SmallResNet, dict[str, Any]]:
     """A ResNet-20 trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
 
     Args:
         seed: Which of the three trainings, 0, 1 or 2.
+        method: ``"std"``, or ``"lsg"``: trained with a gate, which `gate_file` has; or ``"fixed-gate"``: with one that
+            was set by hand (seed 0 only).
 
     Example:
         >>> model, meta = load_demo_network()
         >>> meta["test_accuracy"] > 0.93
         True
     """
-    if seed not in SEEDS:
-        raise OptionError(f"seed must be one of {list(SEEDS)}, got {seed!r}; these are the networks that ship")
-    return load_network(_HERE / f"resnet20_s{seed}.safetensors")
+    return cast(
+        "tuple[SmallResNet, dict[str, Any]]", load_network(_HERE / f"resnet20_{_run(seed, method)}.safetensors")
+    )
+
+
+def gate_file(seed: int = 0, method: str = "lsg") -> Path:
+    """The gate that a network of `load_demo_network` was trained with, for ``LabelSensitiveGate.load``.
+
+    Example:
+        >>> gate_file().name
+        'gate_lsg_s0.safetensors'
+    """
+    if method == "std":
+        raise OptionError('networks of method "std" were trained without a gate; ask for "lsg" or "fixed-gate"')
+    return _HERE / f"gate_{_run(seed, method)}.safetensors"
+
+
+def _run(seed: int, method: str) -> str:
+    if method not in METHODS:
+        raise OptionError(f"method must be one of {list(METHODS)}, got {method!r}")
+    seeds = METHODS[method]
+    if seed not in seeds:
+        raise OptionError(f"seed must be one of {list(seeds)}, got {seed!r}; these are the networks that ship")
+    return f"s{seed}" if method == "std" else f"{method.replace('-', '_')}_s{seed}"
 
 
 def load_images(split: str = "test") -> ImageSample:
@@ -73,7 +101,7 @@ def load_kanji_network() -> tuple[SmallResNet, dict[str, Any]]:
         >>> model.fc
         Linear(in_features=192, out_features=1000, bias=True)
     """
-    return load_network(_HERE / "kanji_resnet14.safetensors")
+    return cast("tuple[SmallResNet, dict[str, Any]]", load_network(_HERE / "kanji_resnet14.safetensors"))
 
 
 def load_kanji_images(split: str = "test") -> ImageSample:
@@ -107,22 +135,23 @@ def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSam
     write(path, tensors, kind=_IMAGES, version=_IMAGES_VERSION, meta={"class_names": list(train.class_names)})
 
 
-def save_network(model: SmallResNet, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
-    """Save a `SmallResNet` with what is needed to build it again; ``meta`` says how it was trained."""
+def save_network(model: Network, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
+    """Save a network with what is needed to build it again; ``meta`` says how it was trained."""
     config = {
-        "depth": model.depth,
+        "architecture": type(model).__name__,
         "num_classes": model.fc.out_features,
         "mean": model.normalise.mean.flatten().tolist(),
         "std": model.normalise.std.flatten().tolist(),
-        "widths": list(model.widths),
-        "stem_stride": model.stem_stride,
+        **model.config(),
     }
-    write(path, model.state_dict(), kind=_NETWORK, version=_NETWORK_VERSION, meta={**meta, "config": config})
+    about = {**meta, "config": config}
+    write(path, model.state_dict(), kind=_NETWORK, version=_NETWORK_VERSION, meta=about)
 
 
-def load_network(path: str | os.PathLike[str]) -> tuple[SmallResNet, dict[str, Any]]:
+def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
     """Load what `save_network` saved: ``(model, meta)``, in eval mode, on the CPU."""
     tensors, meta = read(path, kind=_NETWORK, version=_NETWORK_VERSION)
-    model = SmallResNet(**meta["config"])
+    config = dict(meta["config"])
+    model = _ARCHITECTURES[config.pop("architecture", "SmallResNet")](**config)
     model.load_state_dict(tensors)
     return model.eval(), meta

@@ -1,15 +1,18 @@
-"""The small residual networks of CIFAR fame, for the demo, the tests and the recipes.
+"""The small networks of CIFAR fame, for the demo, the tests and the recipes.
 
 Images go in as they are, in [0, 1]; the network normalises them itself, so that an attack, a plot and
 a loader all speak of the same numbers. N images, K features before the head: 64, or as many as the last stage is wide.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64)
+ALEXNET_WIDTHS = (48, 96, 192, 192, 256)
 
 
 class Normalise(nn.Module):
@@ -93,11 +96,61 @@ class SmallResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def config(self) -> dict[str, Any]:
+        """What builds it again."""
+        return {"depth": self.depth, "widths": list(self.widths), "stem_stride": self.stem_stride}
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
         out = self.relu(self.bn1(self.conv1(self.normalise(images))))
         out = self.layer3(self.layer2(self.layer1(out)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(out), 1))
+        return logits
+
+
+class SmallAlexNet(nn.Module):
+    """Five convolutions and pooling as in AlexNet (Krizhevsky et al. 2012), for images of 28x28 or 32x32.
+
+    Differs: batch norm behind each convolution, fewer channels in the first four, and an average over positions with
+    one linear layer in the place of three: so the head's 256 features are those of the last convolution's filters.
+
+    Args:
+        num_classes: C.
+        mean: Mean of each colour channel of images in [0, 1]; its length is the number of colours.
+        std: Deviation of each colour channel.
+        widths: Channels of the five convolutions; the last is K.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        *,
+        widths: Sequence[int] = ALEXNET_WIDTHS,
+    ) -> None:
+        super().__init__()
+        if len(widths) != 5:
+            raise ValueError(f"widths must be five numbers of channels, one for each convolution; got {tuple(widths)}")
+        self.widths = tuple(widths)
+        self.normalise = Normalise(mean, std)
+        layers: list[nn.Module] = []
+        for index, (inputs, outputs) in enumerate(pairwise((len(mean), *widths))):
+            stride = 2 if index == 0 else 1
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            if index == 1:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    def config(self) -> dict[str, Any]:
+        """What builds it again."""
+        return {"widths": list(self.widths)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(self.features(self.normalise(images))), 1))
         return logits
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-Hook = Callable[..., None]
+Hook = Callable[..., Any]
 
 
 class Borrowed:
@@ -22,14 +23,22 @@ class Borrowed:
 
     def after(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
         """Call ``hook(module, args, output)`` after each forward of ``module``; returns what removes it early."""
-        handle = module.register_forward_hook(hook)
+        return self._kept(module.register_forward_hook(hook))
+
+    def before(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
+        """Call ``hook(module, args)`` before each forward of ``module``; the arguments it returns replace them."""
+        return self._kept(module.register_forward_pre_hook(hook))
+
+    def _kept(self, handle: RemovableHandle) -> Callable[[], None]:
         self._stack.callback(handle.remove)
         return handle.remove
 
 
 @contextmanager
-def borrowed(model: nn.Module | None, *, grad: bool = False) -> Iterator[Borrowed]:
+def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False) -> Iterator[Borrowed]:
     """Eval mode, no gradients (unless ``grad``), no compilation; on the way out all is as before.
+
+    ``train``: a step of training; modes are left as they are, and so is what the caller says of gradients.
 
     ``training`` is restored module by module: a model whose batch norms were frozen by hand stays so.
     ``model=None``: a bare function, of which only the hooked layers are known.
@@ -37,11 +46,12 @@ def borrowed(model: nn.Module | None, *, grad: bool = False) -> Iterator[Borrowe
     modules = list(model.modules()) if model is not None else []
     training = [module.training for module in modules]
     with ExitStack() as stack:
-        for module, was in zip(modules, training, strict=True):
+        for module, was in zip(modules, training, strict=True) if not train else ():
             stack.callback(setattr, module, "training", was)
             # not model.eval(): a class that overrides it may do more there than can be undone here
             module.training = False
-        stack.enter_context(torch.set_grad_enabled(grad))
+        if not train:
+            stack.enter_context(torch.set_grad_enabled(grad))
         if hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules)):
             # a compiled module skips hooks that were set after its compilation
             stack.enter_context(torch.compiler.set_stance("force_eager"))

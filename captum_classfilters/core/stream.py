@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     labels: Tensor | None  # (N,) int64
     maps: Tensor | None  # (N, K, h, w)
     largest: float  # of |features|: finite
+    extras: Any = ()  # as the loader gave it: what stood behind the labels, or the whole mapping
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def _pass(reader: "_Reader", loader: Iterable[Any], need_labels: bool, num_class
         if labels is not None:
             check_range(labels, classes, index)
         empty = False
-        yield batch
+        yield batch._replace(extras=_extras(raw))
     if empty:
         raise EmptyLoaderError(
             "the loader gave no sample; expected at least one batch. An iterator that was read before is empty: pass "
@@ -241,41 +242,51 @@ def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...]
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), labels
 
 
-def check_labels(given: Any, size: int, index: int) -> Tensor:
-    """Labels as ``(N,)`` int64, or a `LabelError` that says what they look like."""
+def _extras(raw: Any) -> Any:
+    if isinstance(raw, list | tuple):
+        return tuple(raw[2:])
+    return raw if isinstance(raw, Mapping) else ()
+
+
+def check_labels(given: Any, size: int, index: int | None = None) -> Tensor:
+    """Labels as ``(N,)`` int64, or a `LabelError` that says what they look like; ``index``: of the batch, if known."""
+    where = _where(index)
     try:
         labels: Tensor = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LabelError(
-            f"labels must be integers, got {type(given).__name__} in batch {index} ({error}); pass class indices"
+            f"labels must be integers, got {type(given).__name__}{where} ({error}); pass class indices"
         ) from error
     if labels.dim() == 2 and labels.shape[1] > 1:
         raise LabelError(
-            f"labels must have shape ({size},), got {tuple(labels.shape)} in batch {index}; they look one-hot: pass "
+            f"labels must have shape ({size},), got {tuple(labels.shape)}{where}; they look one-hot: pass "
             "class "
             "indices, labels.argmax(1)"
         )
     if labels.shape != (size,):
         raise LabelError(
-            f"labels must have shape ({size},), got {tuple(labels.shape)} in batch {index}; pass one class index "
-            "per sample"
+            f"labels must have shape ({size},), got {tuple(labels.shape)}{where}; pass one class index per sample"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
-        raise LabelError(
-            f"labels must be integers, got {labels.dtype} in batch {index}; pass class indices, labels.long()"
-        )
+        raise LabelError(f"labels must be integers, got {labels.dtype}{where}; pass class indices, labels.long()")
     return labels.long()
 
 
-def check_range(labels: Tensor, classes: int, index: int) -> None:
+def check_range(labels: Tensor, classes: int, index: int | None = None) -> None:
     """Refuse labels outside ``[0, C)``."""
-    low, high = int(labels.min()), int(labels.max())
+    if not len(labels):
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise LabelError(
-            f"labels must lie in [0, {classes}), got {wrong} in batch {index}; the head has {classes} outputs, "
+            f"labels must lie in [0, {classes}), got {wrong}{_where(index)}; the head has {classes} outputs, "
             "counted from 0"
         )
+
+
+def _where(index: int | None) -> str:
+    return "" if index is None else f" in batch {index}"
 
 
 def _check_device(owner: Any, device: torch.device | str | None) -> None:

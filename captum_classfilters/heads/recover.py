@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, HeadError, NonFiniteError, OptionError
 from captum_classfilters.core.files import check_folder, replacing
-from captum_classfilters.core.stream import check_labels, check_range, unpack
+from captum_classfilters.core.stream import check_range
+from captum_classfilters.core.training import refuse_iterators, to_model
 
 _KIND, _VERSION = "captum_classfilters recover", 1
 
@@ -78,8 +79,9 @@ def recover(
         raise OptionError(f"lr must be above 0, got {lr!r}")
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be an integer of at least 1, got {checkpoint_every!r}")
-    _refuse_iterators(loader, epochs > 1, "loader")
-    _refuse_iterators(validation, True, "validation")
+    if epochs > 1:
+        refuse_iterators(loader, "loader")
+    refuse_iterators(validation, "validation")
     run = _Run(model, lr, None if checkpoint is None else Path(checkpoint), seed, show_progress)
     with _own_randomness(run.device):
         try:
@@ -164,7 +166,7 @@ class _Run:
         self.epoch, self.step, self._random = self.epoch + 1, 0, None
 
     def _train_on(self, raw: Any, index: int) -> None:
-        inputs, labels = self._batch(raw, index)
+        inputs, labels = to_model(raw, index, self.device, self.dtype)
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         try:
             logits = self.network(*inputs)
@@ -174,7 +176,7 @@ class _Run:
                     "auxiliary outputs off, or wrap the model"
                 )
             check_range(labels, logits.shape[1], index)
-            loss = F.cross_entropy(logits.float(), labels.to(logits.device))
+            loss = F.cross_entropy(logits.float(), labels)
             if not bool(torch.isfinite(loss.detach())):
                 raise NonFiniteError(
                     f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}, step {index + 1}; this step was "
@@ -203,8 +205,8 @@ class _Run:
         self.network.eval()
         right, empty = 0, True
         for index, raw in enumerate(loader):
-            inputs, labels = self._batch(raw, index)
-            right += int((self.network(*inputs).argmax(1) == labels.to(self.device)).sum())
+            inputs, labels = to_model(raw, index, self.device, self.dtype)
+            right += int((self.network(*inputs).argmax(1) == labels).sum())
             empty = False
         for module, mode in zip(self.network.modules(), self._modes, strict=True):
             module.training = mode
@@ -216,17 +218,6 @@ class _Run:
             self.score = right
             self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.judged = self.epoch
-
-    def _batch(self, raw: Any, index: int) -> tuple[tuple[Any, ...], Tensor]:
-        inputs, labels = unpack(raw, True, index)
-        moved = tuple(self._move(value) for value in inputs)
-        return moved, check_labels(labels, len(moved[0]), index)
-
-    def _move(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        dtype = self.dtype if value.is_floating_point() else value.dtype
-        return value.to(self.device, dtype, non_blocking=True)
 
     def result(self) -> nn.Module:
         """A network of the best state, in the modes in which it was given."""
@@ -282,14 +273,6 @@ class _Run:
                 f"{self._checkpoint} is not a whole checkpoint of this training ({error}); delete it to start anew, or "
                 "pass the model and seed it was made with"
             ) from error
-
-
-def _refuse_iterators(loader: Any, again: bool, name: str) -> None:
-    if again and isinstance(loader, Iterator):
-        raise EmptyLoaderError(
-            f"{name} is an iterator, {type(loader).__name__}, which can be read only once, and is needed more often; "
-            "pass a DataLoader or a list"
-        )
 
 
 def _partly_zero(network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

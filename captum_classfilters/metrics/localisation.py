@@ -1,6 +1,6 @@
-"""Do a class's channels look at the object? Their map against the object's silhouette."""
+"""Do a class's channels look at the object? Their map against its mask, its box, or its silhouette."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.stream import Batch, batches
 from captum_classfilters.metrics.accuracy import check_draws, named_tables
 from captum_classfilters.metrics.intervals import mean_interval, wilson
 from captum_classfilters.metrics.sets import random_masks
+
+# What the loader may call the objects
+_KEYS = {"mask": ("mask", "masks"), "box": ("box", "boxes")}
 
 
 def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
@@ -47,7 +50,7 @@ def localisation(
     loader: Iterable[Any],
     k: int,
     *,
-    silhouette: Callable[[Tensor], Tensor] = foreground,
+    silhouette: Callable[[Tensor], Tensor] | str = foreground,
     channel_weights: str = "head",
     layer: nn.Module | str | None = None,
     draws: int = 5,
@@ -62,9 +65,12 @@ def localisation(
     Args:
         model: The network; borrowed.
         filters: A table, or tables by name; one of the random selector is left out, for the control stands for it.
-        loader: Batches ``(images, labels)``.
+        loader: Batches ``(images, labels)``; with masks or boxes ``(images, labels, masks)``, or mappings.
         k: Channels of each class, in ``[1, K]``.
-        silhouette: Images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
+        silhouette: What the object is. A function: images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
+            ``"mask"``: each batch brings ``(N, H, W)`` or ``(N, 1, H, W)``, bool or 0 and 1, behind the labels or by
+            the key mask or masks. ``"box"``: it brings ``(N, 4)``, x1, y1, x2, y2 in pixels as in torchvision, behind
+            the labels or by the key box or boxes; a pixel is inside where its centre is.
         channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
         layer: The head, if it cannot be found.
         draws: Random sets of channels, at least 5.
@@ -79,12 +85,14 @@ def localisation(
 
     Raises:
         HeadError: No feature map behind the head.
-        OptionError, ShapeError: k, draws, a table or a silhouette that does not fit.
+        OptionError, ShapeError: k, draws, a table, a silhouette, masks or boxes that do not fit.
     """
     check_draws(draws)
     tables = named_tables(filters, ("random", "all channels"))
     if channel_weights not in ("head", "ones"):
         raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+    if not callable(silhouette) and silhouette not in tuple(_KEYS):
+        raise OptionError(f'silhouette must be a function of images, "mask" or "box", got {silhouette!r}')
     for table in tables.values():
         check_k(k, table.num_channels, "k")
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +111,7 @@ def localisation(
             if batch.maps[0, 0].numel() == 1:  # type: ignore[index]
                 raise HeadError(f"the map behind the head {batch.head.name} is a single position: it looks at no place")
             _check_seen(tables, batch.labels)  # type: ignore[arg-type]
-            objects = _objects(silhouette, batch.inputs[0])
+            objects = _objects(silhouette, batch)
             # an image without object, or nothing but object, tells nothing
             usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
             objects, labels, maps = objects[usable], batch.labels[usable], batch.maps[usable]  # type: ignore[index]
@@ -132,14 +140,98 @@ def _check_seen(filters: Mapping[str, ClassFilters], labels: Tensor) -> None:
             )
 
 
-def _objects(silhouette: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _objects(silhouette: Callable[[Tensor], Tensor] | str, batch: Batch) -> Tensor:
+    images = batch.inputs[0]
+    shape = (len(images), *images.shape[2:])
+    if isinstance(silhouette, str):
+        given = _given(silhouette, batch.extras).to(images.device)
+        return mask_objects(given, shape) if silhouette == "mask" else box_objects(given, shape)
     objects = silhouette(images)
-    if objects.shape != (len(images), *images.shape[2:]) or objects.dtype != torch.bool:
+    if objects.shape != shape or objects.dtype != torch.bool:
         raise ShapeError(
-            f"silhouette must give bool of shape {(len(images), *images.shape[2:])}, got {objects.dtype} of shape "
-            f"{tuple(objects.shape)}"
+            f"silhouette must give bool of shape {shape}, got {objects.dtype} of shape {tuple(objects.shape)}"
         )
     return objects
+
+
+def _given(kind: str, extras: Any) -> Tensor:
+    """What a batch brings besides images and labels, under its name or first behind the labels."""
+    part = extras if isinstance(extras, Mapping) else next(iter(extras), None)
+    if isinstance(part, Mapping):
+        part = next((part[key] for key in _KEYS[kind] if key in part), None)
+    if not isinstance(part, Tensor):
+        got = "no such thing" if part is None else type(part).__name__
+        raise OptionError(
+            f'silhouette="{kind}" needs a tensor in every batch, (images, labels, {kind}) or by one of the keys '
+            f"{list(_KEYS[kind])}, got {got}; make the loader bring it, or pass a function of images"
+        )
+    return part
+
+
+def mask_objects(masks: Tensor, shape: Sequence[int]) -> Tensor:
+    """Masks as objects.
+
+    Args:
+        masks: ``(N, H, W)`` or ``(N, 1, H, W)``, bool or 0 and 1.
+        shape: ``(N, H, W)``.
+
+    Returns:
+        ``(N, H, W)`` bool.
+
+    Raises:
+        ShapeError: Other shapes, or other numbers.
+    """
+    objects = masks.squeeze(1) if masks.dim() == 4 else masks
+    if objects.shape != tuple(shape):
+        raise ShapeError(
+            f"masks must have shape {tuple(shape)}, as the images, or {(shape[0], 1, *shape[1:])}, got "
+            f"{tuple(masks.shape)}; resize and crop them with the images"
+        )
+    if objects.dtype != torch.bool and not bool(((objects == 0) | (objects == 1)).all()):
+        raise ShapeError(
+            f"masks must be bool, or 0 and 1, got {masks.dtype} up to {float(masks.max()):.4g}; pass masks > 0"
+        )
+    return objects.bool()
+
+
+def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Boxes as objects: the pixels whose centres they hold.
+
+    Args:
+        boxes: ``(N, 4)``: x1, y1, x2, y2 in pixels; column j of an image reaches from x = j to j + 1.
+        shape: ``(N, H, W)``.
+
+    Returns:
+        ``(N, H, W)`` bool.
+
+    Raises:
+        ShapeError: Other shapes, or boxes that are not such.
+
+    Example:
+        >>> box_objects(torch.tensor([[1.0, 0.0, 3.0, 1.0]]), (1, 2, 3)).int().tolist()
+        [[[0, 1, 1], [0, 0, 0]]]
+    """
+    if boxes.shape != (shape[0], 4):
+        raise ShapeError(
+            f"boxes must have shape {(shape[0], 4)}, one x1, y1, x2, y2 for each image, got {tuple(boxes.shape)}; of "
+            "several objects pass a mask"
+        )
+    left, top, right, bottom = boxes.double().T[:, :, None]
+    # not finite is neither larger nor smaller
+    if not bool(((left < right) & (top < bottom)).all()):
+        raise ShapeError(
+            "boxes must have x1 < x2 and y1 < y2, got one that has not; where they are x, y, width, height, use "
+            "torchvision.ops.box_convert"
+        )
+    if max(shape[1:]) > 1 and not bool((boxes > 1).any()):
+        raise ShapeError(
+            f"boxes must be in pixels, got none above {float(boxes.max()):.4g}; where they are shares of the image, "
+            f"multiply by its width {shape[2]} and height {shape[1]}"
+        )
+    y, x = (torch.arange(size, device=boxes.device) + 0.5 for size in shape[1:])
+    across, down = (left <= x) & (x < right), (top <= y) & (y < bottom)
+    inside: Tensor = down[:, :, None] & across[:, None, :]
+    return inside
 
 
 def _score(maps: Tensor, objects: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from data import Data, Split
+from gated import add_gate_arguments, method_of, told_by
 from kanji_fonts import PROBES, Face, distinct, draw_all, find_faces, groups_of, printed, similarity, split_groups
 from torch import Tensor
 from torch.nn import functional as F
@@ -242,6 +243,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draw-only", action="store_true")
     parser.add_argument("--validate", action="store_true", help="judge on held-out training foundries")
     parser.add_argument("--images-per-epoch", type=int, default=None, help="a random so many (default: all)")
+    add_gate_arguments(parser)
     add_arguments(parser, epochs=6)
     return parser.parse_args(given)
 
@@ -257,6 +259,7 @@ def main() -> None:
     if options.draw_only:
         return
     meta = {
+        **told_by(options),
         "test_images": len(data.test.labels),
         "faces": len(drawn.faces),
         "test_faces": len(drawn.test_faces.unique()),
@@ -266,7 +269,9 @@ def main() -> None:
     }
     network = partial(SmallResNet, DEPTH, widths=WIDTHS, stem_stride=STEM_STRIDE)
     harder = partial(degrade, strength=TRAINING_STRENGTH)
-    train(options, data, network, harder, images_per_epoch=options.images_per_epoch, meta=meta)
+    train(
+        options, data, network, harder, images_per_epoch=options.images_per_epoch, meta=meta, method=method_of(options)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Put trained networks and a stratified sample of images into the package.
 
     python tutorials/recipes/make_assets.py runs/resnet20-s0 runs/resnet20-s1 runs/resnet20-s2
+    python tutorials/recipes/make_assets.py runs/lsg-s0 runs/lsg-s1 runs/lsg-s2 runs/fixed-s0
     python tutorials/recipes/make_assets.py --kanji runs/kanji-s0
 
 The kanji of the sample come from faces under the SIL Open Font License or the IPA Font License only.
@@ -63,8 +64,11 @@ def make_kanji(run: Path, data: Path, folder: Path) -> None:
 def make_fashion_mnist(runs: list[Path], each: int, folder: Path) -> None:
     for run in runs:
         model, meta = assets.load_network(run / "network.safetensors")
-        target = folder / f"resnet{model.depth}_s{meta['seed']}.safetensors"
+        method = "" if (way := meta.get("method", "std")) == "std" else f"{way.replace('-', '_')}_"
+        target = folder / f"resnet{model.depth}_{method}s{meta['seed']}.safetensors"
         shutil.copyfile(run / "network.safetensors", target)
+        if method:
+            shutil.copyfile(run / "gate.safetensors", folder / f"gate_{method}s{meta['seed']}.safetensors")
         print(f"{target.name}: test accuracy {meta['test_accuracy']:.4f}")
     data = load("fashion_mnist")
     generator = torch.Generator().manual_seed(0)

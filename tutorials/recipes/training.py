@@ -11,15 +11,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from data import Data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.assets import save_network
-from captum_classfilters.assets.networks import SmallResNet
+from captum_classfilters.assets import Network, save_network
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0.1) -> None:
@@ -33,6 +32,46 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     parser.add_argument("--stop-after", type=int, default=None, help="stop after so many epochs; a later call resumes")
+
+
+class Method(Protocol):
+    """What a way of training adds to the loop: a loss, what follows a step, and parameters of its own."""
+
+    def groups(self) -> list[dict[str, Any]]: ...
+    def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor: ...
+    def after_step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def report(self) -> dict[str, float]: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class Standard:
+    """Cross-entropy, and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        return F.cross_entropy(self._model(inputs).float(), labels)
+
+    def after_step(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def save(self, folder: Path) -> None:
+        pass
 
 
 def as_input(images: Tensor, device: torch.device) -> Tensor:
@@ -50,23 +89,41 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.dev
     return right / len(labels)
 
 
-def optimiser(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+def optimiser(model: nn.Module, method: Method, options: argparse.Namespace) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     return torch.optim.SGD(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+            *method.groups(),
+        ],
         lr=options.lr, momentum=0.9, nesterov=True,
     )  # fmt: skip
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Up for a fifth of the steps, then down; a group that has no momentum is not given one."""
+    groups = optimizer.param_groups
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in groups],
+        total_steps=steps,
+        pct_start=0.2,
+        base_momentum=[0.85 if group["momentum"] else 0.0 for group in groups],
+        max_momentum=[0.95 if group["momentum"] else 0.0 for group in groups],
+    )
 
 
 def train(
     options: argparse.Namespace,
     data: Data,
-    network: Callable[[int, list[float], list[float]], SmallResNet],
+    network: Callable[[int, list[float], list[float]], Network],
     augment: Callable[[Tensor, torch.Generator], Tensor],
     *,
     images_per_epoch: int | None = None,
     meta: Mapping[str, Any] | None = None,
+    method: Callable[[nn.Module], Method] = Standard,
 ) -> None:
     """Train, from where ``options.out`` stands.
 
@@ -77,6 +134,7 @@ def train(
         augment: Takes a batch of bytes and the generator of its randomness.
         images_per_epoch: A random so many of the training images each epoch; None: all.
         meta: What else the file is to say.
+        method: Takes the network; what is minimised.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -88,45 +146,45 @@ def train(
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     del pixels
     model = network(len(data.class_names), mean, std).to(device).to(memory_format=torch.channels_last)
-    optimizer = optimiser(model, options)
+    way = method(model)
+    optimizer = optimiser(model, way, options)
     count = min(len(images), images_per_epoch or len(images))
     steps = -(-count // options.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps * options.epochs, pct_start=0.2
-    )
+    schedule = one_cycle(optimizer, steps * options.epochs)
     generator = torch.Generator().manual_seed(options.seed)
     resume, first = options.out / "resume.pt", 0
     if resume.is_file():
         state = torch.load(resume, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
+        way.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"].cpu())
         first = state["epoch"]
     for epoch in range(first, options.epochs):
-        started, loss_sum, right = time.time(), 0.0, 0
+        started, loss_sum = time.time(), 0.0
         order = torch.randperm(len(images), generator=generator)[:count]
         for batch in order.split(options.batch_size):
             inputs = as_input(augment(images[batch], generator), device)
             targets = labels[batch].to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                logits = model(inputs)
-            loss = F.cross_entropy(logits.float(), targets)
+                loss = way.loss(inputs, targets, epoch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            way.after_step()
             schedule.step()
             loss_sum += loss.detach() * len(batch)
-            right += (logits.detach().argmax(1) == targets).sum()
+        told = {"loss": float(loss_sum) / count, **way.report()}
         print(
-            f"epoch {epoch + 1}/{options.epochs}  loss {float(loss_sum) / count:.4f}"
-            f"  training accuracy {int(right) / count:.4f}  {time.time() - started:.0f} s",
+            f"epoch {epoch + 1}/{options.epochs}  {'  '.join(f'{name} {value:.4f}' for name, value in told.items())}"
+            f"  {time.time() - started:.0f} s",
             flush=True,
         )
         beside = resume.with_suffix(".part")
         torch.save(
             {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": model.state_dict(), "method": way.state_dict(), "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
             },
             beside,
@@ -146,5 +204,6 @@ def train(
         "test_accuracy": accuracy(model, *(part[: options.limit] for part in data.test), device),
         **(meta or {}),
     }
+    way.save(options.out)
     save_network(model.cpu(), options.out / "network.safetensors", told)
     print(json.dumps(told, ensure_ascii=False))

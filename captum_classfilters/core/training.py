@@ -1,0 +1,71 @@
+"""What every training loop of this package needs: batches on the model's device, random states that can be kept.
+
+`heads/recover.py` and `gating/fit.py` hold the loops.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_classfilters.core.errors import EmptyLoaderError
+from captum_classfilters.core.stream import check_labels, unpack
+
+
+def to_model(raw: Any, index: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
+    """One batch of a loader as ``(inputs, labels)``: inputs where the model is and of its dtype, labels checked."""
+    inputs, labels = unpack(raw, True, index)
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
+
+    moved = tuple(move(value) for value in inputs)
+    return moved, check_labels(labels, len(moved[0]), index).to(device)
+
+
+def refuse_iterators(loader: Any, name: str) -> None:
+    """Refuse what can be read only once and is needed more often."""
+    if isinstance(loader, Iterator):
+        raise EmptyLoaderError(
+            f"{name} is an iterator, {type(loader).__name__}, which can be read only once, and is needed more often; "
+            "pass a DataLoader or a list"
+        )
+
+
+def get_random(device: torch.device, loader: Any) -> dict[str, Any]:
+    """The state of every generator a training may draw from: torch's, numpy's, Python's, the loader's own."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
+        "python": random.getstate(),
+        "loader": [generator.get_state() for generator in _generators(loader)],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random(state: dict[str, Any], device: torch.device, loader: Any) -> None:
+    """Put back what `get_random` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    for generator, found in zip(_generators(loader), state["loader"], strict=True):
+        generator.set_state(found.cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those that a DataLoader and its sampler were given; one that both share comes once."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -1,0 +1,325 @@
+"""The gate: which channels each class may use, as a table that is trained with the network.
+
+Functions are stateless, one for each formula; `LabelSensitiveGate` holds the table. N samples, C classes, K channels.
+"""
+
+import os
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.class_filters import ClassFilters, check_names
+from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.stream import check_labels, check_range
+
+_KIND, _VERSION = "LabelSensitiveGate", 1
+PENALTIES = ("abs", "hinge")
+
+
+def gated(features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Each sample's channels times its class's row: the LSG path of the paper, ``features * G[y]``.
+
+    Source: "Training interpretable CNNs towards class-specific filters", section 3.1.
+
+    Args:
+        features: ``(N, K)``, or ``(N, K, ...)`` with positions behind.
+        labels: ``(N,)`` int64.
+        weight: G, ``(C, K)``.
+
+    Returns:
+        Shape and dtype of ``features``.
+    """
+    rows = weight.to(features.dtype).index_select(0, labels)
+    return features * rows.reshape(*rows.shape, *(1,) * (features.dim() - 2))
+
+
+def density_penalty(weight: Tensor, density: float, kind: str = "abs") -> Tensor:
+    """How far the sum of the gate is from its target ``s = density * C * K``: the second term of eq. 2.
+
+    Args:
+        weight: G, ``(C, K)``.
+        density: Target mean of G.
+        kind: ``"abs"``: ``| ||G||_1 - s |``, as in the paper; ``"hinge"``: ``relu(||G||_1 - s)``, as in its code.
+
+    Returns:
+        A scalar; not yet times the paper's ``a``.
+    """
+    excess = weight.abs().sum() - density * weight.numel()
+    return excess.abs() if kind == "abs" else excess.relu()
+
+
+def project(weight: Tensor, previous: Tensor) -> Tensor:
+    """The gate as the constraint of eq. 2 wants it: all of it in [0, 1], the maximum of every column 1.
+
+    Differs: the paper's Algorithm 1 divides by the column's largest magnitude and then clips, so that [.5, -.6] ends
+    below 1 and a column of zeros as NaN. Here negatives become 0 first, and a column with nothing above 0 or with a NaN
+    or infinity goes back to what it was.
+
+    Args:
+        weight: ``(C, K)``, any numbers.
+        previous: ``(C, K)``, a gate that keeps the constraint.
+    """
+    positive = weight.clamp(min=0)
+    largest = positive.amax(0)
+    alive = torch.isfinite(weight).all(0) & (largest > 0)
+    return torch.where(alive, positive / largest, previous)
+
+
+def target_density(density: Any, num_classes: int) -> float:
+    """The density that is meant, by default 0.2, or for few classes what a tenth of shared channels would give.
+
+    Raises:
+        OptionError: No gate can have it: every column's maximum is 1, so it is at least 1 / C.
+    """
+    if density is None:
+        return max(0.2, 0.1 + 0.9 / num_classes)
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 1 / num_classes <= density <= 1:
+        raise OptionError(
+            f"density must lie in [1 / C, 1] = [{1 / num_classes:.4g}, 1], for every channel works for at least one "
+            f"class; got {density!r}"
+        )
+    return float(density)
+
+
+class LabelSensitiveGate(nn.Module):
+    """A table ``G`` in ``[0, 1]``, C x K, by whose row of the true label a sample's channels are multiplied.
+
+    Every column's maximum is 1. G begins as uniform noise over its column's maximum: from a constant, the first
+    projection would make all ones. `LabelSensitiveTraining` trains it with a network.
+
+    **The gate reads the true label.** What a gated network scores is leakage, not accuracy; at test time nothing is
+    gated.
+
+    Source: "Training interpretable CNNs towards class-specific filters", section 3.2.
+
+    Args:
+        num_classes: C.
+        num_channels: K.
+        generator: Of the noise; None: torch's own.
+
+    Attributes:
+        weight: G, ``(C, K)`` float32.
+        counts: ``(C,)`` int64, samples that passed in train mode; under DDP this process's.
+        layer: The head before which it stands, known once it has been trained.
+
+    Raises:
+        OptionError: C or K is not a positive integer.
+
+    Example:
+        >>> gate = LabelSensitiveGate.fixed(num_classes=2, num_channels=5, exclusive=2)
+        >>> gate.weight.tolist()
+        [[1.0, 1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0]]
+        >>> gate(torch.ones(1, 5), torch.tensor([1])).tolist()
+        [[0.0, 0.0, 1.0, 1.0, 1.0]]
+    """
+
+    counts: Tensor
+    _previous: Tensor
+
+    def __init__(self, num_classes: int, num_channels: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("num_channels", num_channels)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
+        noise = torch.rand(int(num_classes), int(num_channels), generator=generator)
+        weight = project(noise, torch.ones_like(noise))
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        # what a column that dies in a step goes back to
+        self.register_buffer("_previous", weight.clone(), persistent=False)
+        self.layer = "unknown"
+
+    @classmethod
+    def fixed(cls, num_classes: int, num_channels: int, exclusive: int = 6) -> "LabelSensitiveGate":
+        """A gate set by hand that is not trained: ``exclusive`` channels for each class, the rest shared by all.
+
+        Source: section 4.4 and appendix C (C = 10, K = 64: 6 for each class and 4 shared).
+
+        Raises:
+            OptionError: There are fewer than ``C * exclusive`` channels.
+        """
+        gate = cls(num_classes, num_channels)
+        if isinstance(exclusive, bool) or not isinstance(exclusive, Integral) or exclusive < 0:
+            raise OptionError(f"exclusive must be an integer of at least 0, got {exclusive!r}")
+        if num_classes * exclusive > num_channels:
+            raise OptionError(
+                f"{num_classes} classes with {exclusive} channels of their own need {num_classes * exclusive}, but "
+                f"there are {num_channels}; lower exclusive to at most {num_channels // num_classes}"
+            )
+        own = torch.eye(num_classes).repeat_interleave(int(exclusive), dim=1)
+        return gate._set(torch.cat([own, torch.ones(num_classes, num_channels - own.shape[1])], dim=1))
+
+    def _set(self, weight: Tensor) -> "LabelSensitiveGate":
+        """Make this a gate that is not trained."""
+        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
+        self._previous.copy_(weight)
+        # decreed, not learnt: of no class it knows less than of another
+        self.counts.clamp_(min=1)
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return int(self.weight.shape[0])
+
+    @property
+    def num_channels(self) -> int:
+        """K."""
+        return int(self.weight.shape[1])
+
+    @property
+    def density(self) -> float:
+        """Mean of G: the ``L1 norm`` of the paper's table 1."""
+        return float(self.weight.detach().double().mean())
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``features`` times each sample's row of G; without ``labels`` the plain path, ``features`` themselves.
+
+        Args:
+            features: ``(N, K)`` or ``(N, K, H, W)``: after pooling or before, the same where pooling is linear.
+            labels: ``(N,)`` integers, on the gate's device.
+
+        Returns:
+            As ``features``. Where ``G[y]`` is 1 it is bit for bit the same.
+
+        Raises:
+            ShapeError, LabelError, DeviceError: As their messages say.
+        """
+        if labels is None:
+            return features
+        if features.dim() < 2 or features.shape[1] != self.num_channels:
+            raise ShapeError(
+                f"features must have shape (N, {self.num_channels}) or (N, {self.num_channels}, H, W), got "
+                f"{tuple(features.shape)}; a gate fits one head: LabelSensitiveGate(num_classes, num_channels=K)"
+            )
+        labels = self.check_labels(labels, len(features))
+        if features.device != self.weight.device:
+            raise DeviceError(
+                f"features are on {features.device}, the gate on {self.weight.device}; "
+                f"gate.to({str(features.device)!r})"
+            )
+        if self.training:
+            self.counts += torch.bincount(labels, minlength=self.num_classes)
+        return gated(features, labels, self.weight)
+
+    def check_labels(self, labels: Any, size: int) -> Tensor:
+        """``labels`` as ``(N,)`` int64, or an error that says what is wrong with them."""
+        if isinstance(labels, Tensor) and labels.device != self.weight.device:
+            raise DeviceError(
+                f"labels are on {labels.device}, the gate on {self.weight.device}; "
+                f"labels.to({str(self.weight.device)!r})"
+            )
+        if labels is None:
+            raise LabelError("the gate path needs the true labels, got None; pass labels of shape (N,)")
+        checked = check_labels(labels, size, None)
+        check_range(checked, self.num_classes, None)
+        return checked
+
+    def penalty(self, density: float | None = None, kind: str = "abs") -> Tensor:
+        """`density_penalty` of this gate; ``density``: see `target_density`.
+
+        Raises:
+            OptionError: ``kind`` is unknown, or ``density`` is below ``1 / C`` or above 1.
+        """
+        density = target_density(density, self.num_classes)
+        if kind not in PENALTIES:
+            raise OptionError(f"kind must be one of {list(PENALTIES)}, got {kind!r}")
+        return density_penalty(self.weight, density, kind)
+
+    @torch.no_grad()
+    def project_(self) -> "LabelSensitiveGate":
+        """Bring the gate back to its constraint, in place, as after every step on it: see `project`."""
+        self.weight.copy_(project(self.weight, self._previous))
+        self._previous.copy_(self.weight)
+        return self
+
+    def exclusive(self, threshold: float = 0.5) -> Tensor:
+        """``(C, K)`` bool: channels that are one class's own, the only one with ``G >= threshold`` there.
+
+        Raises:
+            OptionError: The threshold is not in (0, 1].
+        """
+        if not 0 < threshold <= 1:
+            raise OptionError(f"threshold must lie in (0, 1], got {threshold!r}")
+        related = self.weight.detach() >= threshold
+        return related & (related.sum(0) == 1)
+
+    def tighten(self, threshold: float = 0.5) -> "LabelSensitiveGate":
+        """A gate of zeros and ones that is not trained: a class's own channels are its own, all others everybody's.
+
+        Source: section 3.3. This gate stays as it is.
+
+        Raises:
+            OptionError: The threshold is not in (0, 1].
+        """
+        own = self.exclusive(threshold)
+        tight = LabelSensitiveGate(self.num_classes, self.num_channels).to(self.weight)
+        tight.layer = self.layer
+        tight.counts.copy_(self.counts)
+        return tight._set(torch.where(own.any(0), own, True).to(self.weight))
+
+    def parameter_group(self, lr: float) -> dict[str, Any]:
+        """Its own group for any torch optimiser: no momentum, which would fight the projection, and no weight decay."""
+        return {"params": [self.weight], "lr": lr, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+
+    def class_filters(self, class_names: Sequence[str] | None = None) -> ClassFilters:
+        """The gate as the answer every method gives: ``scores`` and ``mass`` are G, ``counts`` what it was trained on.
+
+        A gate of another training cannot be merged with it.
+
+        Args:
+            class_names: C names; otherwise numbers.
+
+        Raises:
+            OptionError: Names are repeated, or not C of them.
+        """
+        names = tuple(map(str, range(self.num_classes))) if class_names is None else tuple(class_names)
+        if len(names) != self.num_classes:
+            raise OptionError(f"class_names must be {self.num_classes} names, one for each class; got {len(names)}")
+        check_names(names)
+        table = self.weight.detach().cpu().double()
+        meta = {"merge": "never", "density": self.density, "trained": self.weight.requires_grad}
+        return ClassFilters(table, table.clone(), self.counts.cpu().clone(), "gate", self.layer, names, meta)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the gate to a safetensors file; whole or not at all."""
+        about = {"layer": self.layer, "trained": self.weight.requires_grad}
+        write(path, self.state_dict(), kind=_KIND, version=_VERSION, meta=about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LabelSensitiveGate":
+        """Read what `save` wrote; runs no code of the file.
+
+        Raises:
+            FileNotFoundError: No such file.
+            FileFormatError: Broken, truncated, foreign, or not a gate.
+        """
+        tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("weight", "counts"))
+        try:
+            gate = cls(*tensors["weight"].shape)
+            gate.load_state_dict(tensors)
+            gate.layer = str(about["layer"])
+            gate.weight.requires_grad_(bool(about["trained"]))
+        except (KeyError, TypeError, RuntimeError, OptionError) as error:
+            raise FileFormatError(f"{path} does not hold a whole gate ({error!r}); save it again") from error
+        return gate
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, Tensor) and given.shape != self.weight.shape:
+            raise ShapeError(
+                f"this gate is {self.num_classes} classes x {self.num_channels} channels, the checkpoint's "
+                f"{' x '.join(map(str, given.shape))}; make LabelSensitiveGate(*state['weight'].shape) for it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.no_grad():
+            self._previous.copy_(project(self.weight, torch.ones_like(self.weight)))
+
+    def extra_repr(self) -> str:
+        """C, K and density."""
+        kind = "" if self.weight.requires_grad else ", not trained"
+        return f"{self.num_classes} classes x {self.num_channels} channels, density {self.density:.3f}{kind}"

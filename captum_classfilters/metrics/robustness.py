@@ -1,0 +1,201 @@
+"""How often an attack fools a network: several networks on the same images, each attack beside random pixels."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_classfilters.attacks.oracle import Oracle, check_bounds, check_count, check_images, in_top
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
+from captum_classfilters.core.stream import check_labels, check_range, unpack
+from captum_classfilters.metrics.accuracy import check_draws
+from captum_classfilters.metrics.intervals import mean_interval, wilson
+
+_COLUMNS = ["model", "attack", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
+
+
+def attack_success(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[Any],
+    attacks: Mapping[str, Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]],
+    *,
+    lower_bound: float = 0.0,
+    upper_bound: float = 1.0,
+    max_images: int | None = None,
+    batch_size: int = 64,
+    draws: int = 5,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """Share of images on which each attack changes what each network sees, against as many random pixels.
+
+    Source: "Training interpretable CNNs towards class-specific filters", table 3. Differs: only images that all
+    networks classify right are attacked, the same ones for all; with intervals and a control.
+
+    Args:
+        models: Networks by name, images to logits; borrowed.
+        loader: Batches ``(images, labels)``, images ``(N, colours, H, W)`` in the bounds. Those that are attacked are
+            kept in memory. Shuffle it, or ``max_images`` takes the first.
+        attacks: By name, what makes the attack of a network: its result takes ``(images, labels)`` and returns images
+            of the same shape, as a `captum.robust.Perturbation` does. What is not changed or not fooled is a failure.
+            It runs in eval mode, with gradients if it wants them. Made anew for each network: seed it in there.
+        lower_bound: Smallest value of a pixel.
+        upper_bound: Largest value of a pixel.
+        max_images: Attack this many; the loader is read no further. None: all.
+        batch_size: Images given to an attack at once.
+        draws: Random sets of pixels for the control, at least 5.
+        seed: Of these.
+        show_progress: A tqdm bar.
+
+    Returns:
+        One row for each network and attack, and below it ``"random (<attack>)"``: as many random pixels of each image,
+        set to random extremes of colour, as the attack changed (the median of its successes on this network; 1 if it
+        had none). ``tried`` images (of the control: times draws); ``succeeded``; ``success``, the share; ``low``,
+        ``high``: Wilson 95 % interval, for the control Student-t over draws; of the successes, ``pixels``: mean number
+        of places that were changed, ``l2``: mean Euclidean length of the change; NaN where there are none.
+
+    Raises:
+        OptionError: Nothing to compare, a name that is taken, an option or a pixel out of range, no image that all
+            networks classify right.
+        ShapeError: Not images, or an attack that changed their shape.
+        LabelError, EmptyLoaderError: Labels that do not fit; a loader without batches.
+    """
+    check_bounds(lower_bound, upper_bound)
+    check_draws(draws)
+    check_count(batch_size, "batch_size")
+    if max_images is not None:
+        check_count(max_images, "max_images")
+    _check_names(models, "models")
+    controls = {name: f"random ({name})" for name in _check_names(attacks, "attacks")}
+    for control in set(controls.values()) & set(attacks):
+        raise OptionError(f"an attack may not be named {control!r}: the result uses that name itself; rename it")
+    bounds = (lower_bound, upper_bound)
+    oracles = {name: Oracle(model, batch_size) for name, model in models.items()}
+    images, labels = _all_right(oracles, loader, bounds, max_images)
+    rows = []
+    with tqdm(total=len(models) * len(attacks), desc="attack_success", disable=not show_progress) as bar:
+        for name, oracle in oracles.items():
+            for title, make in attacks.items():
+                with oracle.open(grad=True):
+                    found = _attacked(oracle, make(models[name]), title, images, labels, bounds, batch_size)
+                rows.append([name, title, *_row(found, *map(float, wilson(found.fooled.sum(), len(images))))])
+                count = _typical(found)
+                with oracle.open():
+                    parts = [
+                        _measured(oracle, images, _random_pixels(images, count, bounds, generator), labels)
+                        for generator in [torch.Generator().manual_seed(seed)]
+                        for _ in range(draws)
+                    ]
+                _, low, high = mean_interval([part.fooled.mean() for part in parts])
+                together = _Found(*map(np.concatenate, zip(*parts, strict=True)))
+                rows.append([name, controls[title], *_row(together, float(low), float(high))])
+                bar.update()
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+class _Found(NamedTuple):
+    """For each image: is the network fooled, how many places differ, and how far."""
+
+    fooled: Any
+    pixels: Any
+    l2: Any
+
+
+def _check_names(given: Any, what: str) -> list[str]:
+    if not isinstance(given, Mapping) or not given or not all(map(callable, given.values())):
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise OptionError(f"{what} must be at least one function by name, {{name: ...}}; got {got}")
+    return list(given)
+
+
+def _all_right(
+    oracles: Mapping[str, Oracle], loader: Iterable[Any], bounds: tuple[float, float], most: int | None
+) -> tuple[Tensor, Tensor]:
+    """The images that every network classifies as their label, in the order of the loader."""
+    images, labels, seen = [], [], 0
+    hits = dict.fromkeys(oracles, 0)
+    for index, raw in enumerate(loader):
+        inputs, given = unpack(raw, True, index)
+        some = inputs[0]
+        if len(inputs) > 1:
+            raise ShapeError(f"batch {index} has {len(inputs)} inputs; an attack changes one tensor of images")
+        check_images(some, *bounds, f"images of batch {index}")
+        wanted = check_labels(given, len(some), index).to(some.device)
+        if not len(some):
+            continue
+        everyone = torch.ones_like(wanted, dtype=torch.bool)
+        for name, oracle in oracles.items():
+            with oracle.open():
+                logits = oracle.logits(some)
+            check_range(wanted, logits.shape[1], index)
+            right = in_top(logits, wanted)
+            hits[name] += int(right.sum())
+            everyone &= right
+        seen += len(some)
+        images.append(some[everyone].detach())
+        labels.append(wanted[everyone])
+        if most is not None and sum(map(len, images)) >= most:
+            break
+    if not seen:
+        raise EmptyLoaderError(
+            "the loader gave no image; expected at least one batch. An iterator that was read before is empty: pass "
+            "the loader itself"
+        )
+    if not any(map(len, images)):
+        raise OptionError(
+            f"none of {seen} images is classified right by all networks ({hits} by each); only such images are "
+            "attacked: pass more of them, better networks, or labels in the networks' order"
+        )
+    return torch.cat(images)[:most], torch.cat(labels)[:most]
+
+
+def _attacked(
+    oracle: Oracle, attack: Any, title: str, images: Tensor, labels: Tensor, bounds: tuple[float, float], size: int
+) -> _Found:
+    if not callable(attack):
+        raise OptionError(f"attack {title!r} must be made by a function from a network to a Perturbation, got {attack}")
+    parts = []
+    for some, wanted in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        placed = oracle.place(some)
+        with torch.enable_grad():
+            # a copy: an attack may write into what it gets
+            changed = attack(placed.clone(), wanted.to(placed.device))
+        if not isinstance(changed, Tensor) or changed.shape != some.shape:
+            got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise ShapeError(f"attack {title!r} must return images of shape {tuple(some.shape)}, got {got}")
+        check_images(changed, *bounds, f"images of attack {title!r}")
+        with torch.no_grad():
+            parts.append(_measured(oracle, placed, changed.detach(), wanted))
+    return _Found(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _measured(oracle: Oracle, images: Tensor, changed: Tensor, labels: Tensor) -> _Found:
+    fooled = ~in_top(oracle.logits(changed), labels.to(changed.device))
+    pixels = (changed != images).any(1).flatten(1).sum(1)
+    l2 = (changed.double() - images.double()).flatten(1).norm(dim=1)
+    return _Found(*(values.cpu().numpy() for values in (fooled, pixels, l2)))
+
+
+def _typical(found: _Found) -> int:
+    """Pixels that a success took, in the middle; an attack may also succeed where rounding hides what it changed."""
+    return max(1, round(float(np.median(found.pixels[found.fooled])))) if found.fooled.any() else 1
+
+
+def _random_pixels(images: Tensor, count: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """``count`` places of each image, each colour there at one bound or the other."""
+    shape, places = images.shape, images[0, 0].numel()
+    chance = torch.rand(len(images), places, generator=generator)
+    chosen = torch.zeros_like(chance, dtype=torch.bool).scatter_(1, chance.topk(min(count, places)).indices, True)
+    high = torch.rand(shape, generator=generator) < 0.5
+    extreme = torch.where(high, bounds[1], bounds[0]).to(images)
+    return torch.where(chosen.view(len(images), 1, *shape[2:]).to(images.device), extreme, images)
+
+
+def _row(found: _Found, low: float, high: float) -> list[Any]:
+    tried, succeeded = len(found.fooled), int(found.fooled.sum())
+    of_successes = [float(values[found.fooled].mean()) if succeeded else np.nan for values in (found.pixels, found.l2)]
+    return [tried, succeeded, succeeded / tried, low, high, *of_successes]

@@ -1,0 +1,264 @@
+"""Which epochs are gated, what their loss is, and that it works in a loop of one's own."""
+
+import copy
+
+import pytest
+import torch
+from contract import Snapshot
+from gating_loop import LABELS, optimizer_of
+from torch import nn
+from torch.nn import functional as F
+
+from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters.core.errors import LabelError
+
+
+def by_hand(model, gate, images, labels, density=0.25, sparsity=0.02, weight=1.0):
+    """Lines 4 and 5 of Algorithm 1."""
+    features = copy.deepcopy(model).penultimate(images)
+    rows = torch.stack([gate.weight[y] for y in labels.tolist()])
+    logits = F.linear(features * rows, model.fc.weight, model.fc.bias)
+    distance = abs(sum(sum(row) for row in gate.weight) - density * 24)
+    return weight * (F.cross_entropy(logits, labels) + sparsity * distance)
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "gated"),
+    [
+        ({}, [1, 4, 7, 10]),
+        ({"period": 2, "gate_phase": 0}, [0, 2, 4, 6, 8, 10]),
+        ({"warmup": 5}, [7, 10]),
+        ({"scheme": "joint", "warmup": 9}, [9, 10, 11]),
+        ({"period": 1, "gate_phase": 0}, list(range(12))),
+    ],
+    ids=str,
+)
+def test_gated_epochs(options, gated, model, gate):
+    training = LabelSensitiveTraining(model, gate, **options)
+    assert [epoch for epoch in range(12) if training.gates(epoch)] == gated
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_a_gated_epoch_minimises_algorithm_1_s_cost(weight, model, gate, images):
+    training = LabelSensitiveTraining(model, gate, density=0.25, weight=weight, sparsity=0.05)
+    expected = by_hand(model, gate, images(), LABELS, sparsity=0.05, weight=weight)
+    wanted = torch.autograd.grad(expected, [gate.weight, model.fc.weight])
+    found = training.loss(images(), LABELS, epoch=1)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    torch.testing.assert_close(gate.weight.grad, wanted[0])
+    torch.testing.assert_close(model.fc.weight.grad, wanted[1])
+    assert float(model.conv1.weight.grad.abs().sum()) > 0
+
+
+def test_a_plain_epoch_is_the_network_s_own_bit_for_bit_whatever_the_gate_is_told(model, gate, images):
+    twin = copy.deepcopy(model)
+    expected = F.cross_entropy(twin(images()), LABELS)
+    expected.backward()
+    with torch.no_grad():
+        gate.weight.mul_(0.1)
+    gate(torch.ones(6, 6), LABELS.roll(2))
+    found = LabelSensitiveTraining(model, gate).loss(images(), LABELS, epoch=0)
+    found.backward()
+    assert torch.equal(found, expected)
+    assert gate.weight.grad is None
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+    assert torch.equal(model.bn2.running_mean, twin.bn2.running_mean)
+
+
+def test_labels_of_the_gate_do_not_reach_the_plain_path(model, gate, images):
+    model.eval()
+    before = model(images())
+    training = LabelSensitiveTraining(model, gate)
+    for labels in (LABELS, LABELS.roll(1), torch.zeros_like(LABELS)):
+        with torch.no_grad():
+            training.loss(images(), labels, epoch=1)
+        assert torch.equal(model(images()), before)
+
+
+def test_the_joint_scheme_is_eq_3_from_one_forward_pass(model, gate, images):
+    runs = []
+    model.conv1.register_forward_hook(lambda *_: runs.append(1))
+    plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
+    expected = plain + by_hand(model, gate, images(), LABELS, weight=0.5)
+    wanted = torch.autograd.grad(by_hand(model, gate, images(), LABELS, weight=0.5), gate.weight)[0]
+    training = LabelSensitiveTraining(model, gate, density=0.25, weight=0.5, scheme="joint")
+    training.loss(images(), LABELS, epoch=0)
+    runs.clear()
+    found = training.loss(images(), LABELS, epoch=0)
+    assert len(runs) == 1
+    torch.testing.assert_close(found.detach(), expected.detach())
+    found.backward()
+    torch.testing.assert_close(gate.weight.grad, wanted)
+
+
+def test_a_fixed_gate_has_no_penalty_and_no_gradient(model, images):
+    gate = LabelSensitiveGate.fixed(4, 6, exclusive=1)
+    training = LabelSensitiveTraining(model, gate, density=0.25)
+    found = training.loss(images(), LABELS, epoch=1)
+    torch.testing.assert_close(found, by_hand(model, gate, images(), LABELS, sparsity=0.0))
+    found.backward()
+    training.after_step()
+    assert gate.weight.grad is None
+    assert torch.equal(gate.weight, LabelSensitiveGate.fixed(4, 6, exclusive=1).weight)
+
+
+class ConvHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, images):
+        return self.head(self.conv(images).relu()).mean((2, 3))
+
+
+class TokenHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.head(self.conv(images).relu().flatten(2).mT).mean(1)
+
+
+@pytest.mark.parametrize("network", [ConvHead, TokenHead])
+def test_a_feature_map_before_the_head_is_gated_channel_by_channel(network, gate, images):
+    torch.manual_seed(0)
+    model = network()
+    maps = model.conv(images()).relu()
+    rows = gate.weight.detach()[LABELS]
+    weight = model.head.weight.flatten(1)
+    logits = torch.einsum("nkhw,nk,ck->nc", maps, rows, weight) / maps[0, 0].numel() + model.head.bias
+    for scheme, plain in (("alternating", 0.0), ("joint", F.cross_entropy(model(images()), LABELS))):
+        training = LabelSensitiveTraining(model, gate, density=0.25, sparsity=0.0, scheme=scheme)
+        torch.testing.assert_close(training.loss(images(), LABELS, 1), plain + F.cross_entropy(logits, LABELS))
+
+
+# -- in the user's own loop --------------------------------------------------------------------------------------------
+
+
+def train(model, gate, batches, epochs=3, micro=1, scheme="alternating", **options):
+    training = LabelSensitiveTraining(model, gate, scheme=scheme, density=0.25)
+    optimizer = optimizer_of(model, gate, **options)
+    for epoch in range(epochs):
+        for inputs, labels in batches:
+            optimizer.zero_grad()
+            for x, y in zip(inputs.chunk(micro), labels.chunk(micro), strict=True):
+                (training.loss(x, y, epoch) / micro).backward()
+            optimizer.step()
+            training.after_step()
+    return training
+
+
+def test_the_gate_keeps_its_constraint_step_by_step_and_becomes_sparse(model, gate, images):
+    training = LabelSensitiveTraining(model, gate, density=0.25, sparsity=0.1, period=1, gate_phase=0)
+    optimizer = optimizer_of(model, gate, momentum=0.9, weight_decay=1e-2)
+    densities = [gate.density]
+    for _ in range(200):
+        optimizer.zero_grad()
+        training.loss(images(), LABELS, 0).backward()
+        optimizer.step()
+        training.after_step()
+        assert bool((gate.weight.amax(0) == 1).all())
+        assert bool(((gate.weight >= 0) & (gate.weight <= 1)).all())
+        densities.append(gate.density)
+    assert densities[0] > 0.5
+    assert densities[-1] == pytest.approx(0.25, abs=0.05)
+    assert gate.class_filters().layer == "fc"
+    assert gate.counts.tolist() == [400, 200, 400, 200]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(model, gate, images):
+    model.eval()  # batch norm sees a half otherwise
+    twin, other = copy.deepcopy(model), copy.deepcopy(gate)
+    batches = [(images(), LABELS), (images(seed=2), LABELS.roll(1))]
+    train(model, gate, batches, momentum=0.9)
+    train(twin, other, batches, micro=2, momentum=0.9)
+    torch.testing.assert_close(gate.weight, other.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.conv1.weight, twin.conv1.weight, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(gate.weight, LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0)).weight)
+
+
+def test_gradients_can_be_clipped_and_the_gate_stays_in_its_place(model, gate, images):
+    training = LabelSensitiveTraining(model, gate, sparsity=1e3, density=0.25)
+    training.loss(images(), LABELS, 1).backward()
+    assert float(nn.utils.clip_grad_norm_([*model.parameters(), gate.weight], 1e-3)) > 1
+    optimizer_of(model, gate).step()
+    training.after_step()
+    assert float((gate.weight.detach() - gate.weight.detach().clamp(0, 1)).abs().max()) == 0
+
+
+@pytest.mark.parametrize("around", ["forward", "loop"])
+def test_under_autocast_it_learns_as_without(around, model, gate, images):
+    twin, other = copy.deepcopy(model), copy.deepcopy(gate)
+    training = LabelSensitiveTraining(model, gate, density=0.25)
+    optimizer = optimizer_of(model, gate)
+    low = torch.autocast("cpu", torch.bfloat16)
+    for epoch in range(3):
+        if around == "loop":
+            with low:
+                optimizer.zero_grad()
+                training.loss(images(), LABELS, epoch).backward()
+                optimizer.step()
+                training.after_step()
+        else:
+            optimizer.zero_grad()
+            with low:
+                loss = training.loss(images(), LABELS, epoch)
+            loss.backward()
+            optimizer.step()
+            training.after_step()
+    train(twin, other, [(images(), LABELS)])
+    torch.testing.assert_close(gate.weight, other.weight, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(model.fc.weight, twin.fc.weight, rtol=0.1, atol=0.02)
+
+
+def test_a_compiled_model_is_gated_too(model, gate, images):
+    model.eval()  # in train mode running statistics would move between the two
+    expected = by_hand(model, gate, images(), LABELS)
+    compiled = torch.compile(model, backend="eager")
+    training = LabelSensitiveTraining(compiled, gate, density=0.25)
+    plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
+    torch.testing.assert_close(training.loss(images(), LABELS, 0), plain)
+    torch.testing.assert_close(training.loss(images(), LABELS, 1), expected)
+
+
+@pytest.mark.parametrize("scheme", ["alternating", "joint"])
+@pytest.mark.parametrize("ending", ["success", "bad labels", "exception", "interrupt"])
+def test_the_model_is_given_back(scheme, ending, model, gate, images):
+    training = LabelSensitiveTraining(model, gate, scheme=scheme)
+    model.bn1.eval()
+    if ending in ("exception", "interrupt"):
+        error = {"exception": RuntimeError("in the head"), "interrupt": KeyboardInterrupt()}[ending]
+        training.loss(images(), LABELS, 1)
+
+        def stop(*_):
+            raise error
+
+        model.relu.register_forward_hook(stop)
+    before = Snapshot.of(model)
+    counts = gate.counts.clone()
+    if ending == "success":
+        with torch.no_grad():
+            training.loss(images(), LABELS, 1)
+        # a training pass: running statistics have moved, nothing else
+        now = Snapshot.of(model)
+        assert [key for (key, a), (_, b) in zip(now.state, before.state, strict=True) if not torch.equal(a, b)] == [
+            "bn2.running_mean", "bn2.running_var", "bn2.num_batches_tracked",
+        ]  # fmt: skip
+        before = before._replace(state=now.state)
+    else:
+        labels = torch.full((6,), 4) if ending == "bad labels" else LABELS
+        with pytest.raises((LabelError, RuntimeError, KeyboardInterrupt)):
+            training.loss(images(), labels, 1)
+        assert torch.equal(gate.counts, counts)
+    Snapshot.of(model).assert_same(before)

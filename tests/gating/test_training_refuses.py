@@ -1,0 +1,126 @@
+"""A step that fails leaves nothing behind, and bad input is refused with a remedy."""
+
+import copy
+import math
+
+import pytest
+import torch
+from gating_loop import LABELS, assert_states_equal, optimizer_of
+from torch import nn
+
+from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters.core.errors import DeviceError, HeadError, LabelError, NonFiniteError, OptionError, ShapeError
+
+# -- what is not finite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loss_that_is_nan_stops_and_leaves_all_as_it_was(epoch, model, gate, images):
+    training = LabelSensitiveTraining(model, gate)
+    for _ in range(2):
+        training.loss(images(), LABELS, epoch)
+        training.after_step()
+    state, table = copy.deepcopy(model.state_dict()), copy.deepcopy(gate.state_dict())
+    broken = images()
+    broken[2, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=rf"the loss is nan in epoch {epoch}, step 2; no step was taken"):
+        training.loss(broken, LABELS, epoch)
+    assert_states_equal(model.state_dict(), state)
+    assert_states_equal(gate.state_dict(), table)
+
+
+@pytest.mark.parametrize("broken", ["gate", "network"])
+def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
+    training = LabelSensitiveTraining(model, gate)
+    optimizer = optimizer_of(model, gate)
+    training.loss(images(), LABELS, 3).backward()
+    optimizer.step()
+    training.after_step()
+    state, table = copy.deepcopy(model.state_dict()), copy.deepcopy(gate.state_dict())
+    optimizer.zero_grad()
+    training.loss(images(), LABELS, 4).backward()
+    spoilt = gate.weight if broken == "gate" else model.conv1.weight
+    spoilt.grad.view(-1)[3] = math.inf
+    optimizer.step()
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite in epoch 4, step 0; both are as before that step"):
+        training.after_step()
+    assert_states_equal(model.state_dict(), state)
+    assert_states_equal(gate.state_dict(), table)
+    # and the next step, with a new optimiser, is one as any
+    optimizer = optimizer_of(model, gate)
+    optimizer.zero_grad()
+    training.loss(images(), LABELS, 4).backward()
+    optimizer.step()
+    training.after_step()
+    assert not torch.equal(gate.weight, table["weight"])
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"period": 0}, "period must be an integer of at least 1, got 0"),
+        ({"gate_phase": 3}, r"gate_phase must lie in \[0, 3\), got 3"),
+        ({"warmup": -1}, "warmup must be an integer of at least 0"),
+        ({"weight": math.nan}, "weight must be a finite number"),
+        ({"density": 0.24}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\]"),
+        ({"sparsity": -1.0}, "sparsity must be a finite number of at least 0"),
+        ({"penalty": "l2"}, r"penalty must be one of \['abs', 'hinge'\]"),
+        ({"scheme": "both"}, r"scheme must be one of \['alternating', 'joint'\]"),
+    ],
+)
+def test_bad_options_are_refused(options, message, model, gate):
+    with pytest.raises(OptionError, match=message):
+        LabelSensitiveTraining(model, gate, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (None, LabelError, "the gate path needs the true labels"),
+        (LABELS[:5], LabelError, r"must have shape \(6,\), got \(5,\)"),
+        (LABELS + 1, LabelError, r"must lie in \[0, 4\), got 4"),
+        (LABELS.float(), LabelError, "must be integers"),
+        (LABELS.to("meta"), DeviceError, r"labels are on meta, the gate on cpu; labels.to\('cpu'\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_bad_labels_are_refused(labels, error, message, epoch, model, gate, images):
+    with pytest.raises(error, match=message):
+        LabelSensitiveTraining(model, gate).loss(images(), labels, epoch)
+
+
+def test_a_gate_of_another_size_or_place_is_refused(model, images):
+    with pytest.raises(ShapeError, match=r"the head 'fc' is 4 classes x 6 channels, the gate 4 x 7; make LabelSensi"):
+        LabelSensitiveTraining(model, LabelSensitiveGate(4, 7)).loss(images(), LABELS, 0)
+    with pytest.raises(DeviceError, match=r"the model is on cpu, the gate on meta; gate.to\('cpu'\)"):
+        LabelSensitiveTraining(model, LabelSensitiveGate(4, 6).to("meta"))
+    with pytest.raises(OptionError, match=r"gate must be a LabelSensitiveGate, got Linear"):
+        LabelSensitiveTraining(model, nn.Linear(4, 6))
+    with pytest.raises(OptionError, match=r"must be an nn.Module, got function"):
+        LabelSensitiveTraining(lambda x: x, LabelSensitiveGate(4, 6))
+    with pytest.raises(OptionError, match=r"wrap the model in DistributedDataParallel"):
+        LabelSensitiveTraining(nn.DataParallel(model), LabelSensitiveGate(4, 6))
+
+
+def test_epochs_are_counted_from_0(model, gate, images):
+    with pytest.raises(OptionError, match=r"epoch must be an integer of at least 0, got 1.0"):
+        LabelSensitiveTraining(model, gate).loss(images(), LABELS, 1.0)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, features):
+        logits = self.fc(features)
+        return (logits, logits) if self.training else logits
+
+
+def test_auxiliary_outputs_are_refused(gate):
+    with pytest.raises(HeadError, match=r"logits \(N, C\) in train mode, got tuple; switch auxiliary outputs off"):
+        LabelSensitiveTraining(Auxiliary(), gate).loss(torch.ones(6, 6), LABELS, 1)

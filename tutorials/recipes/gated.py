@@ -1,0 +1,76 @@
+"""Training with a label-sensitive gate, as a `training.Method` of the recipes."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from training import Method, Standard
+
+from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters.gating.training import SPARSITY
+
+METHODS = ("std", "lsg", "fixed-gate")
+
+
+def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="std", choices=METHODS, help="lsg: with a gate that is trained as well")
+    parser.add_argument("--gate-lr", type=float, default=0.1, help="peak of the gate's one-cycle schedule")
+    parser.add_argument("--sparsity", type=float, default=SPARSITY, help="the paper's a; 0: no penalty")
+    parser.add_argument("--density", type=float, default=0.2, help="target mean of the gate")
+    parser.add_argument("--exclusive", type=int, help="fixed gate: channels of each class (default: K // (C + C // 2))")
+
+
+class Gated:
+    """Algorithm 1 of the paper: a gated epoch, then two plain ones."""
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
+        classes, channels = model.fc.weight.shape  # type: ignore[union-attr]
+        if options.method == "fixed-gate":
+            # 6 of 64 for 10 classes: the paper's
+            exclusive = options.exclusive or channels * 15 // (16 * classes)
+            gate = LabelSensitiveGate.fixed(classes, channels, exclusive)
+        else:
+            gate = LabelSensitiveGate(classes, channels, generator=torch.Generator().manual_seed(options.seed))
+        self.gate = gate.to(next(model.parameters()).device)
+        self._gate_lr = options.gate_lr
+        self._training = LabelSensitiveTraining(model, self.gate, sparsity=options.sparsity, density=options.density)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [self.gate.parameter_group(self._gate_lr)] if self.gate.weight.requires_grad else []
+
+    def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        return self._training.loss(inputs, labels, epoch)
+
+    def after_step(self) -> None:
+        self._training.after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.gate.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.gate.load_state_dict(state)
+
+    def report(self) -> dict[str, float]:
+        return {"density": self.gate.density}
+
+    def save(self, folder: Path) -> None:
+        self.gate.save(folder / "gate.safetensors")
+
+
+def method_of(options: argparse.Namespace) -> Any:
+    """What `training.train` takes: the method that the command line asks for."""
+    return Standard if options.method == "std" else partial(Gated, options=options)
+
+
+def told_by(options: argparse.Namespace) -> dict[str, Any]:
+    """What the network's file says of the method."""
+    about: dict[str, Any] = {"method": options.method}
+    if options.method == "lsg":
+        about |= {"sparsity": options.sparsity, "density": options.density, "gate_lr": options.gate_lr}
+    return about
+
+
+__all__ = ["METHODS", "Gated", "Method", "add_gate_arguments", "method_of", "told_by"]
