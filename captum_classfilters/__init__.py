@@ -37,6 +37,7 @@ _HOMES = {
     "InfluentialFeatures": "influential",
     "LabelSensitiveGate": "gating",
     "LabelSensitiveTraining": "gating",
+    "attacks": "attacks",
     "decompose": "heads",
     "filter_ambiguity": "gating",
     "heads": "heads",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures
+from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, filter_ambiguity
 
 
 class Row(NamedTuple):
@@ -43,6 +43,7 @@ ROWS = (
         lambda model, images, target: InfluentialFeatures(model).explain(images, target, any_filters(model), 2),
     ),
     Row("HeadMoments.collect", "loader", lambda model, loader: HeadMoments.collect(model, loader)),
+    Row("filter_ambiguity", "loader", lambda model, loader: filter_ambiguity(model, loader, steps=3)),
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.errors import EmptyLoaderError
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError
 from captum_classfilters.core.stream import check_labels, unpack
 
 
@@ -53,19 +53,31 @@ def get_random(device: torch.device, loader: Any) -> dict[str, Any]:
 
 def set_random(state: dict[str, Any], device: torch.device, loader: Any) -> None:
     """Put back what `get_random` gave."""
+    own = _generators(loader)
+    if len(own) != len(state["loader"]):
+        raise OptionError(
+            f"the loader has {len(own)} generators, the one whose states were kept had {len(state['loader'])}; pass "
+            "one that was made the same way"
+        )
+    for generator, found in zip(own, state["loader"], strict=True):
+        generator.set_state(found.cpu())
     torch.set_rng_state(state["torch"].cpu())
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    for generator, found in zip(_generators(loader), state["loader"], strict=True):
-        generator.set_state(found.cpu())
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def samplers(loader: Any) -> list[Any]:
+    """The samplers of a DataLoader, the one inside of its batch sampler among them."""
+    batches = getattr(loader, "batch_sampler", None)
+    found = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
 def _generators(loader: Any) -> list[torch.Generator]:
-    """Those that a DataLoader and its sampler were given; one that both share comes once."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
+    """Those that a DataLoader and its samplers were given; one that several share comes once."""
+    found = [getattr(owner, "generator", None) for owner in (loader, *samplers(loader))]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.errors import NonFiniteError, OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.gating.gate import (
@@ -57,6 +57,8 @@ class FilterAmbiguity:
     gate: LabelSensitiveGate
 
 
+# the search takes gradients, whatever is around it
+@torch.inference_mode(False)
 def filter_ambiguity(
     model: Any,
     loader: Iterable[Any],
@@ -112,7 +114,13 @@ def filter_ambiguity(
     features, labels, head = _collect(model, loader, layer, density, show_progress)
     density = target_density(density, head.num_classes)
     weight, parts = _search(features, labels, head, density, sparsity, penalty, int(steps), lr, anneal)
-    gate = LabelSensitiveGate(*weight.shape).to(weight.device)
+    if not math.isfinite(sum(parts)):
+        raise NonFiniteError(
+            "no gate gave a finite loss; expected features and weights of the head whose products are finite: look at "
+            "the head and the layers before it"
+        )
+    # a generator of its own: torch's stays as it is
+    gate = LabelSensitiveGate(*weight.shape, generator=torch.Generator()).to(weight.device)
     with torch.no_grad():
         gate.weight.copy_(weight)
     gate.project_()

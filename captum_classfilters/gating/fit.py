@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import unwrap
-from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, OptionError
+from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, NonFiniteError, OptionError
 from captum_classfilters.core.files import check_folder, replacing
-from captum_classfilters.core.training import get_random, refuse_iterators, set_random, to_model
+from captum_classfilters.core.training import get_random, refuse_iterators, samplers, set_random, to_model
 from captum_classfilters.gating.gate import LabelSensitiveGate
 
 _KIND, _VERSION = "captum_classfilters gated training", 1
@@ -57,6 +57,14 @@ class Fit:
                 "no optimiser has the gate, so it would not be trained; add it with "
                 "optimizer.add_param_group(gate.parameter_group(lr=...)), or pass lr= and no optimizer"
             )
+        for schedule in schedules:
+            if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise OptionError(
+                    "ReduceLROnPlateau waits for a loss, and those of gated and plain epochs cannot be compared; pass "
+                    "a scheduler that counts epochs"
+                )
+            if all(schedule.optimizer is not optimizer for optimizer in optimizers):
+                raise OptionError("the scheduler was made for an optimiser that was not given; pass it in optimizer=")
         first = next(self._network.parameters())
         self._device, self._dtype = first.device, first.dtype
         self._group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
@@ -83,8 +91,9 @@ class Fit:
                 module.training = mode
 
     def _one_epoch(self, loader: Iterable[Any], epoch: int, description: str, show_progress: bool) -> None:
-        if callable(shuffle := getattr(getattr(loader, "sampler", None), "set_epoch", None)):
-            shuffle(epoch)
+        for sampler in samplers(loader):
+            if callable(shuffle := getattr(sampler, "set_epoch", None)):
+                shuffle(epoch)
         total, samples = torch.zeros((), dtype=torch.float64, device=self._device), 0
         hidden = not show_progress or self._rank != 0
         with tqdm(iter(loader), desc=description, disable=hidden, total=length_hint(loader) or None) as bar:
@@ -106,6 +115,11 @@ class Fit:
                 f"the loader gave no batch in epoch {epoch}; expected at least one. An iterator can be read only "
                 "once: pass the DataLoader itself"
             )
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._network.parameters()):
+            raise NonFiniteError(
+                f"the network became NaN or infinite in epoch {epoch}; a checkpoint is of the epoch before. Lower the "
+                "learning rate, or clip gradients by max_norm="
+            )
         for schedule in self._schedules:
             schedule.step()
         self.history.append({"epoch": epoch, "loss": float(total) / samples, "density": self._gate.density})
@@ -113,24 +127,38 @@ class Fit:
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
     def _save(self, path: Path, loader: Any) -> None:
-        mine = get_random(self._device, loader)
-        randoms: list[Any] = [mine]
+        own = {"counts": self._gate.counts.cpu(), "history": self.history}
+        ranks = self._all_ranks({**own, **get_random(self._device, loader)})
+        if self._rank == 0:
+            self._write(path, ranks)
         if self._group is not None:
-            randoms = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(randoms, mine, self._group)
-        if self._rank:
-            return
+            # none goes on, or starts anew, from a file that is not there yet
+            dist.barrier(self._group)
+
+    def _write(self, path: Path, ranks: list[Any]) -> None:
         state = {
             "kind": _KIND, "version": _VERSION, "options": self._options, "network": self._network.state_dict(),
             "gate": self._gate.state_dict(), "optimizers": [found.state_dict() for found in self._optimizers],
-            "schedules": [found.state_dict() for found in self._schedules], "random": randoms,
-            "history": self.history,
+            "schedules": [found.state_dict() for found in self._schedules], "ranks": ranks,
         }  # fmt: skip
         with replacing(path) as beside:
             torch.save(state, beside)
 
+    def _all_ranks(self, mine: Any) -> list[Any]:
+        if self._group is None:
+            return [mine]
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, mine, self._group)
+        return told
+
     def _resume(self, path: Path, loader: Any) -> None:
-        if not path.is_file():
+        there = self._all_ranks(path.is_file())
+        if len(set(there)) > 1:
+            raise FileFormatError(
+                f"only ranks {[rank for rank, found in enumerate(there) if found]} of {len(there)} see {path}; put it "
+                "where all of them can read it, or delete it to start anew"
+            )
+        if not there[0]:
             return
         parts = [self._gate, self._network, *self._optimizers, *self._schedules]
         before = [copy.deepcopy(part.state_dict()) for part in parts]
@@ -144,8 +172,10 @@ class Fit:
             found = [state["gate"], state["network"], *state["optimizers"], *state["schedules"]]
             for part, saved in zip(parts, found, strict=True):
                 part.load_state_dict(saved)
-            set_random(state["random"][self._rank], self._device, loader)
-            self.history = state["history"]
+            mine = state["ranks"][self._rank]
+            self._gate.counts.copy_(mine["counts"])
+            set_random(mine, self._device, loader)
+            self.history = mine["history"]
         except Exception as error:  # torch.load tells a broken file by many kinds of error
             for part, saved in zip(parts, before, strict=True):
                 part.load_state_dict(saved)

@@ -194,8 +194,7 @@ class LabelSensitiveTraining:
             lr: Of SGD with momentum 0.9, the paper's optimiser; it falls to 0 as a cosine over the epochs.
             gate_lr: The gate's; None: ``lr``, as in the paper.
             optimizer: One or several of your own, in the place of that, the gate among their parameters.
-            scheduler: One or several, stepped after every epoch, plain or gated; None: the cosine, or with your own
-                optimizer none.
+            scheduler: One or several for your own optimizer, stepped after every epoch, plain or gated.
             max_norm: Clip gradients to this norm.
             checkpoint: A file: written after every epoch, by rank 0; if it is there at the start, training goes on.
             show_progress: A tqdm bar for each epoch.
@@ -204,7 +203,8 @@ class LabelSensitiveTraining:
             ``epoch``, mean ``loss`` and the gate's ``density`` of every epoch.
 
         Raises:
-            NonFiniteError: A loss or the gate is NaN or infinite; network and gate are as before that step.
+            NonFiniteError: A loss or the gate is NaN or infinite, and network and gate are as before that step; or the
+                network is at the end of an epoch, and the checkpoint is of the epoch before.
             FileFormatError: The checkpoint is broken, or another training's.
             OptionError, EmptyLoaderError, LabelError, ShapeError: As their messages say.
         """
@@ -213,14 +213,23 @@ class LabelSensitiveTraining:
         for name, value in (("lr", lr), ("gate_lr", gate_lr), ("max_norm", max_norm)):
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise OptionError(f"{name} must be a finite number above 0, got {value!r}")
+        options = self._options()
         if optimizer is None:
+            if scheduler is not None:
+                raise OptionError(
+                    "a scheduler steps the optimiser that it was made for, and none was given; pass optimizer= as well"
+                )
+            # the cosine falls over so many epochs
+            options |= {"epochs": int(epochs), "lr": lr, "gate_lr": gate_lr}
             optimizers = [default_optimizer(self._network, self.gate, lr, gate_lr)]
-            scheduler = scheduler or torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], int(epochs))
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], int(epochs))
         else:
             optimizers = as_list(optimizer, Optimizer, "optimizer")
         schedules = [] if scheduler is None else as_list(scheduler, torch.optim.lr_scheduler.LRScheduler, "scheduler")
+        # of a run that ended in the middle of a step
+        self._epoch, self._step, self._before = -1, 0, _Before()
         run = Fit(
-            self.model, self.gate, self.loss, self.after_step, self._options(),
+            self.model, self.gate, self.loss, self.after_step, options,
             optimizers=optimizers, schedules=schedules, max_norm=max_norm,
         )  # fmt: skip
         run.run(loader, int(epochs), None if checkpoint is None else Path(checkpoint), show_progress)
@@ -261,7 +270,8 @@ class LabelSensitiveTraining:
 
     def _find_head(self, inputs: tuple[Any, ...]) -> Head:
         if self._head is None:
-            few = tuple(part[:2] if isinstance(part, Tensor) else part for part in inputs)
+            # of NaN the loss tells, on all ranks at once
+            few = tuple(part[:2].nan_to_num(0, 0, 0) if isinstance(part, Tensor) else part for part in inputs)
             with batches(self._network, [(few, None)], layer=self._layer, need_labels=False) as stream:
                 head = next(stream).head
             if (head.num_classes, head.num_features) != self.gate.weight.shape:
@@ -274,15 +284,16 @@ class LabelSensitiveTraining:
         return self._head
 
     def _check(self, loss: Tensor) -> None:
-        finite = torch.isfinite(loss.detach()).all()
+        mine = finite = torch.isfinite(loss.detach()).all()
         if self._group is not None:
             # all ranks or none: one alone would leave the others waiting
             flag = finite.int()
             dist.all_reduce(flag, dist.ReduceOp.MIN, self._group)
             finite = flag.bool()
         if not bool(finite):
+            told = "of another rank is NaN or infinite" if bool(mine) else f"is {float(loss.detach())}"
             raise NonFiniteError(
-                f"the loss is {float(loss.detach())} in epoch {self._epoch}, step {self._step}; no step was taken, "
+                f"the loss {told} in epoch {self._epoch}, step {self._step}; no step was taken, "
                 "network and gate are as before. Lower the learning rates or sparsity, or look at that batch"
             )
 

@@ -9,6 +9,7 @@ from captum_classfilters.metrics.correlation import correlated_share, filter_cor
 from captum_classfilters.metrics.gates import density, feature_clusters, gate_similarity
 from captum_classfilters.metrics.information import mutual_information
 from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.metrics.leakage import gate_leakage
 from captum_classfilters.metrics.localisation import foreground, localisation
 from captum_classfilters.metrics.masking import class_masking, masked_confusion
 from captum_classfilters.metrics.robustness import attack_success
@@ -24,6 +25,7 @@ __all__ = [
     "feature_clusters",
     "filter_correlation",
     "foreground",
+    "gate_leakage",
     "gate_similarity",
     "inter_class_correlation",
     "localisation",

@@ -20,6 +20,7 @@ from captum_classfilters.core.errors import HeadError, OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws
+from captum_classfilters.metrics.intervals import draws_interval
 from captum_classfilters.metrics.sets import random_masks
 
 KINDS = ("weights", "activations")
@@ -146,6 +147,7 @@ def inter_class_correlation(
     kinds: Sequence[str] = KINDS,
     conv: nn.Module | str | None = None,
     layer: nn.Module | str | None = None,
+    absolute: bool = False,
     draws: int = 20,
     seed: int = 0,
     show_progress: bool = False,
@@ -165,6 +167,8 @@ def inter_class_correlation(
         kinds: As `filter_correlation`'s ``kind``: one or both.
         conv: As for `filter_correlation`.
         layer: The head, if it cannot be found.
+        absolute: Of magnitudes, so that opposite filters do not cancel. The paper does not say which; its .16 for a
+            plain network is of the size that magnitudes have here.
         draws: Random sets of m filters for each class, at least 5.
         seed: Of these.
         show_progress: A tqdm bar.
@@ -194,7 +198,9 @@ def inter_class_correlation(
     shared = pair_interval(sets @ sets.transpose(0, 2, 1) / m**2)[0]
     rows = []
     for kind in kinds:
-        means, low, high = pair_interval(sets @ found.correlations[kind].matrix @ sets.transpose(0, 2, 1) / m**2)
+        matrix = found.correlations[kind].matrix
+        matrix = np.abs(matrix) if absolute else matrix
+        means, low, high = pair_interval(sets @ matrix @ sets.transpose(0, 2, 1) / m**2)
         rows.append((kind, m, means[0], low[0], high[0], *draws_interval(means[1:]), shared[0], shared[1:].mean()))
     columns = ["kind", "m", "c_ic", "low", "high", "random", "random_low", "random_high", "shared", "shared_random"]
     return pd.DataFrame(rows, columns=columns).assign(classes=len(averages), samples=int(found.counts.sum()))
@@ -277,13 +283,6 @@ def pair_interval(tables: Any) -> tuple[Any, Any, Any]:
     error = np.sqrt((n - 1) * without.var(-1))
     half = stats.t.ppf(0.975, n - 1) * error
     return mean, mean - half, mean + half
-
-
-def draws_interval(draws: Any) -> tuple[Any, Any, Any]:
-    """`mean_interval` of values that are no shares: not cut to [0, 1]."""
-    draws = np.asarray(draws, float)
-    half = stats.t.ppf(0.975, len(draws) - 1) * draws.std(0, ddof=1) / np.sqrt(len(draws))
-    return draws.mean(0), draws.mean(0) - half, draws.mean(0) + half
 
 
 class _Correlation(NamedTuple):

@@ -20,8 +20,7 @@ from captum_classfilters.class_filters import ClassFilters, check_table, one_tab
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws, named_tables
-from captum_classfilters.metrics.correlation import draws_interval
-from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.metrics.intervals import draws_interval, mean_interval, wilson
 
 
 def density(

@@ -50,6 +50,17 @@ def mean_interval(draws: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]
         ``(mean, low, high)``.
     """
     values = np.asarray(draws, float)
-    mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
-    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+    mean, half = values.mean(0), _half(values, level)
     return mean, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)
+
+
+def draws_interval(draws: ArrayLike) -> tuple[Any, Any, Any]:
+    """`mean_interval` of values that are no shares: not cut to [0, 1]."""
+    values = np.asarray(draws, float)
+    mean, half = values.mean(0), _half(values, 0.95)
+    return mean, mean - half, mean + half
+
+
+def _half(values: Floats, level: float) -> Any:
+    error = values.std(0, ddof=1) / np.sqrt(len(values))
+    return stats.t.ppf(0.5 + level / 2, len(values) - 1) * error

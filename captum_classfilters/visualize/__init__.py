@@ -6,7 +6,27 @@ or saves a figure, or changes matplotlib's settings. The only room that imports 
 
 from captum_classfilters.visualize.cards import filter_cards
 from captum_classfilters.visualize.curves import accuracy_curve
+from captum_classfilters.visualize.gates import (
+    cluster_centres,
+    confusion,
+    correlated_share,
+    correlation,
+    gate,
+    similarity,
+)
 from captum_classfilters.visualize.grid import k_grid
 from captum_classfilters.visualize.tables import class_filters, overlap
 
-__all__ = ["accuracy_curve", "class_filters", "filter_cards", "k_grid", "overlap"]
+__all__ = [
+    "accuracy_curve",
+    "class_filters",
+    "cluster_centres",
+    "confusion",
+    "correlated_share",
+    "correlation",
+    "filter_cards",
+    "gate",
+    "k_grid",
+    "overlap",
+    "similarity",
+]

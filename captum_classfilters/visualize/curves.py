@@ -11,8 +11,8 @@ from captum_classfilters.visualize.canvas import SMALL, axes_or_new, room
 from captum_classfilters.visualize.frames import DENSE, RANDOM, rows_of
 
 # Paul Tol's "muted": nine colours that stay apart for colour-blind readers; markers and dashes are the second sign
-_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#DDCC77", "#AA4499")
-_MARKERS = "osD^vP*Xh"
+COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#DDCC77", "#AA4499")
+MARKERS = "osD^vP*Xh"
 _DASHES = ("-", "-.", ":")
 
 
@@ -50,9 +50,9 @@ def accuracy_curve(curve: pd.DataFrame, *, class_name: str = "all", ax: Axes | N
     _dense(ax, rows[rows["filters"] == DENSE])
     names = [name for name in lines["filters"].unique() if name != RANDOM]
     for index, name in enumerate(names):
-        colour = _COLOURS[index % len(_COLOURS)]
-        marker = _MARKERS[index % len(_MARKERS)]
-        dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+        colour = COLOURS[index % len(COLOURS)]
+        marker = MARKERS[index % len(MARKERS)]
+        dashes = _DASHES[index // len(COLOURS) % len(_DASHES)]
         _line(ax, lines[lines["filters"] == name], name, colour, marker, dashes, order=3)
     _line(ax, lines[lines["filters"] == RANDOM], "random (control)", "0.5", "", "--", order=2)
 

@@ -19,7 +19,7 @@ from captum_classfilters.visualize.canvas import (
 )
 from captum_classfilters.visualize.frames import DENSE, RANDOM, rows_of
 
-_ANNOTATED = 20  # cells along a side: beyond, the numbers are too small to read
+ANNOTATED = 20  # cells along a side: beyond, the numbers are too small to read
 _BEST = "#D55E00"
 
 
@@ -61,7 +61,7 @@ def k_grid(curve: pd.DataFrame, *, value: str = "accuracy", class_name: str = "a
 
     ax = axes_or_new(ax, _size(*values.shape))
     image = heat_map(ax, values, "cividis", float(np.nanmin(values)), float(np.nanmax(values)))
-    if max(values.shape) <= _ANNOTATED:
+    if max(values.shape) <= ANNOTATED:
         write_cells(ax, image, [["" if np.isnan(v) else f"{v:.3f}" for v in line] for line in values], SMALL)
     row, column = _best(values)
     ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=_BEST, linewidth=2.5, clip_on=False))

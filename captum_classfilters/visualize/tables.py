@@ -25,9 +25,9 @@ from captum_classfilters.visualize.canvas import (
 )
 
 _MARK = "#ff8c00"
-_BORDERS = 40  # blocks: beyond, the lines between them hide the cells
-_UNSEEN = "hatched: no samples of the class"
-_ANNOTATED = 20  # classes: beyond, the numbers are too small to read
+BORDERS = 40  # blocks: beyond, the lines between them hide the cells
+UNSEEN = "hatched: no samples of the class"
+ANNOTATED = 20  # classes: beyond, the numbers are too small to read
 
 
 def class_filters(
@@ -79,11 +79,11 @@ def class_filters(
     largest = float(np.nanmax(np.abs(shown))) or 1.0
     signed = bool(np.nanmin(shown) < 0)
 
-    ax = axes_or_new(ax, _size(shown.shape[0], shown.shape[1], longest(filters.class_names)))
+    ax = axes_or_new(ax, table_size(shown.shape[0], shown.shape[1], longest(filters.class_names)))
     image = heat_map(ax, shown, "RdBu_r" if signed else "Blues", -largest if signed else 0.0, largest)
     _hatch_unseen(ax, filters, columns=len(order))
     borders = np.flatnonzero(np.diff(owners)) + 0.5
-    if len(borders) < _BORDERS:
+    if len(borders) < BORDERS:
         ax.vlines(borders, -0.5, len(shown) - 0.5, color="0.6", linewidth=0.5)
     if k is not None:
         _mark(ax, filters.mask(k).numpy()[:, order])
@@ -128,12 +128,12 @@ def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
     _hatch_unseen(ax, filters, columns=len(values))
     for row in np.flatnonzero(~filters.seen.numpy()):
         hatch(ax, row - 0.5, -0.5, 1, len(values))
-    if len(values) <= _ANNOTATED:
+    if len(values) <= ANNOTATED:
         write_cells(ax, image, [["" if np.isnan(v) else f"{v:.2f}" for v in line] for line in values], SMALL)
     name_rows(ax, filters.class_names)
     name_columns(ax, filters.class_names)
     if not bool(filters.seen.all()):
-        ax.set_xlabel(_UNSEEN)
+        ax.set_xlabel(UNSEEN)
     chance = _chance(k, filters.num_channels)
     bar = colour_bar(image, ax, f"Jaccard index of the top {k}\n(line: chance, {chance:.2f})")
     bar.axhline(chance, color="black", linewidth=1.5)
@@ -192,7 +192,8 @@ def _chance(k: int, channels: int) -> float:
 # -- how it is drawn ---------------------------------------------------------------------------------------------------
 
 
-def _size(classes: int, channels: int, letters: int) -> tuple[float, float]:
+def table_size(classes: int, channels: int, letters: int) -> tuple[float, float]:
+    """Inches of a table of classes and channels; ``letters``: of the longest class name."""
     return float(np.clip(0.13 * channels, 3.5, 9.5)) + 0.08 * letters + 1.4, float(
         np.clip(0.26 * classes + 1.2, 3.0, 9.0)
     )
@@ -217,5 +218,5 @@ def _about(filters: ClassFilters, shown: int, k: int | None) -> str:
     if shown < filters.num_channels:
         lines.append(f"{shown} of {filters.num_channels} channels: those ranked highest by any class")
     notes = [f"dot: among the class's top {k}"] if k is not None else []
-    notes += [_UNSEEN] if not bool(filters.seen.all()) else []
+    notes += [UNSEEN] if not bool(filters.seen.all()) else []
     return "\n".join([*lines, *(["; ".join(notes)] if notes else [])])

@@ -10,7 +10,8 @@ from torch import nn
 from captum_classfilters import metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.errors import HeadError, LabelError, OptionError
-from captum_classfilters.metrics.correlation import CoMoments, draws_interval, normalised_products, pair_interval
+from captum_classfilters.metrics.correlation import CoMoments, normalised_products, pair_interval
+from captum_classfilters.metrics.intervals import draws_interval
 
 
 def given_features(weight):
