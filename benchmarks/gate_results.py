@@ -32,15 +32,17 @@ from captum_classfilters import (
     filter_ambiguity,
     metrics,
 )
-from captum_classfilters.assets import METHODS, gate_file, load_demo_network, load_network
+from captum_classfilters.assets import METHODS, gate_file, load_demo_network, load_kanji_network, load_network
 
 KS = [1, 3, 5]
 PARTS = ["table", "gates", "leakage", "heads", "masking"]
 # Channels of a class that its activation picks: the paper's m, a tenth of K
 DOMINANT = 10
+CALIBRATION = 60_000
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials" / "recipes"))
 from data import Split, load  # noqa: E402
+from kanji import calibration, load_kanji  # noqa: E402
 
 Cell = tuple[float, float, float]  # value, low, high
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--network", nargs="*", default=[], metavar="NAME=FOLDER", help="of a recipe; its kind in front"
     )
+    parser.add_argument("--kanji", type=Path, help="data.safetensors of tutorials/recipes/kanji.py: its task instead")
     parser.add_argument("--only", action="store_true", help="only those of --network")
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     options = parser.parse_args()
@@ -66,9 +69,12 @@ def main() -> None:
         f"{platform.machine()} cpu, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
         f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
     )
-    data = load("fashion_mnist")
-    train, test = (Loader(Split(*(part[: options.limit] for part in split))) for split in (data.train, data.test))
-    networks = [] if options.only else shipped()
+    data = load_kanji(options.kanji) if options.kanji else load("fashion_mnist")
+    seen = calibration(data, CALIBRATION, seed=0) if options.kanji else data.train
+    train, test = (Loader(Split(*(part[: options.limit] for part in split))) for split in (seen, data.test))
+    networks = (
+        [] if options.only else [Network("STD", 0, load_kanji_network()[0], None)] if options.kanji else shipped()
+    )
     networks += [trained(*given.split("=", 1)) for given in options.network]
     parts: dict[str, Callable[[], None]] = {
         "table": lambda: table(networks, test),

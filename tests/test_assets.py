@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from captum_classfilters import assets
+from captum_classfilters import LabelSensitiveGate, assets, metrics
 from captum_classfilters.assets import (
     SEEDS,
+    gate_file,
     load_demo_network,
     load_images,
     load_kanji_images,
@@ -15,7 +16,7 @@ from captum_classfilters.assets import (
     load_network,
     save_network,
 )
-from captum_classfilters.assets.networks import SmallResNet
+from captum_classfilters.assets.networks import SmallAlexNet, SmallResNet
 from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import read, write
 
@@ -32,6 +33,43 @@ def test_each_network_reaches_its_accuracy_on_images_it_never_saw(seed):
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in sample.batches())
     # 1,000 of the 10,000 images: three standard errors around the accuracy on all
     assert right / 1000 == pytest.approx(meta["test_accuracy"], abs=3 * (0.94 * 0.06 / 1000) ** 0.5)
+
+
+@pytest.mark.parametrize(("method", "seed"), [("lsg", 0), ("lsg", 1), ("lsg", 2), ("fixed-gate", 0)])
+def test_a_network_trained_with_a_gate_ships_with_that_gate(method, seed):
+    model, meta = load_demo_network(seed, method)
+    assert (meta["seed"], meta["epochs"], meta["method"]) == (seed, 15, method)
+    gate = LabelSensitiveGate.load(gate_file(seed, method))
+    assert (gate.weight.shape, gate.layer) == (model.fc.weight.shape, "fc")
+    assert bool((gate.counts > 0).all())
+    assert bool((gate.weight.amax(0) == 1).all())
+    if method == "fixed-gate":
+        assert torch.equal(gate.weight, LabelSensitiveGate.fixed(10, 64).weight)
+    else:
+        assert gate.density == pytest.approx(0.2, abs=0.005)
+    images, labels = load_images("test").batches(1000)[0]
+    with torch.inference_mode():
+        plain = (model(images).argmax(1) == labels).double().mean().item()
+        # trained with this gate and no other: without the channels that it gives a class, the class is lost
+        masked = metrics.class_masking(model, gate.class_filters(), [(images, labels)], threshold=0.5)
+    assert plain == pytest.approx(meta["test_accuracy"], abs=3 * (0.94 * 0.06 / 1000) ** 0.5)
+    own = masked[masked.masked == masked.class_name]
+    assert own.recall.mean() < own.random.mean() - 0.5
+
+
+def test_the_network_like_alexnet_is_saved_with_what_it_takes_to_build_it(tmp_path):
+    torch.manual_seed(0)
+    model = SmallAlexNet(5, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), widths=(4, 6, 8, 8, 12)).eval()
+    save_network(model, tmp_path / "network.safetensors", {"seed": 3})
+    loaded, meta = load_network(tmp_path / "network.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+    assert isinstance(loaded, SmallAlexNet)
+    assert (loaded.widths, meta["seed"]) == ((4, 6, 8, 8, 12), 3)
+    convolutions = [m for m in SmallAlexNet().modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [48, 96, 192, 192, 256]
+    with pytest.raises(ValueError, match="widths must be five numbers"):
+        SmallAlexNet(widths=(1, 2))
 
 
 def test_images_are_stratified_and_the_splits_differ():
@@ -121,6 +159,12 @@ def test_the_depth_is_the_number_of_layers_with_weights():
 def test_what_does_not_ship_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"seed must be one of \[0, 1, 2\], got 7"):
         load_demo_network(7)
+    with pytest.raises(OptionError, match=r"seed must be one of \[0\], got 1"):
+        load_demo_network(1, "fixed-gate")
+    with pytest.raises(OptionError, match=r"method must be one of \['std', 'lsg', 'fixed-gate'\], got 'gate'"):
+        load_demo_network(0, "gate")
+    with pytest.raises(OptionError, match="were trained without a gate"):
+        gate_file(0, "std")
     with pytest.raises(OptionError, match='split must be "train" or "test"'):
         load_images("validation")
     with pytest.raises(OptionError, match='split must be "train" or "test"'):

@@ -46,10 +46,10 @@ def gate_leakage(
     Returns:
         One row for each ``features`` and ``gate``. Features: ``"own"``, the sample's label is told; ``"other
         classes"``, one of the others, at random, is told; ``"noise"``: ``|N(0, 1)|`` times each channel's root mean
-        square in the batch, with a random sign where features have one, the sample's label told. Gate: ``"none"``, ``"own"``,
-        ``"random"``. ``label_recovered``: the share of samples answered with the label that was told; for own features
-        without a gate this is the network's accuracy, and nowhere else. ``low``, ``high``: Wilson; Student-t over draws
-        for random; ``chance``, ``1 / C``; ``samples``.
+        square in the batch, with a random sign where features have one, the sample's label told. Gate: ``"none"``,
+        ``"own"``, ``"random"``. ``label_recovered``: the share of samples answered with the label that was told; for
+        own features without a gate this is the network's accuracy, and nowhere else. ``low``, ``high``: Wilson;
+        Student-t over draws for random; ``chance``, ``1 / C``; ``samples``.
 
     Raises:
         OptionError: Draws out of range, negative scores, or a single class.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from captum_classfilters import LabelSensitiveGate
 from captum_classfilters.assets import load_images, load_network
 
 RECIPES = Path(__file__).parents[2] / "tutorials" / "recipes"
@@ -83,11 +84,14 @@ def test_a_wrong_data_set_is_refused_in_words(tmp_path):
     assert "expected fashion_mnist, cifar10, cifar100, or a folder" in done.stderr
 
 
-def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(idx_folder, tmp_path):
+@pytest.mark.parametrize("method", ["std", "lsg"])
+def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(method, idx_folder, tmp_path):
     common = ["--data", idx_folder, "--depth", 8, "--limit", 512, "--threads", 1, "--lr", 0.2, "--device", "cpu"]
+    common += ["--method", method]
     whole = run("train_fashion_mnist.py", *common, "--epochs", 3, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
+    # that of a gated epoch, the second, has the penalty in it
     assert losses[-1] < losses[0]
     stopped = run("train_fashion_mnist.py", *common, "--epochs", 3, "--stop-after", 1, "--out", tmp_path / "parts")
     assert stopped.returncode == 0, stopped.stderr
@@ -97,6 +101,26 @@ def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(idx_folde
     first, second = (load_network(tmp_path / name / "network.safetensors")[0] for name in ("whole", "parts"))
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
+    gates = [tmp_path / name / "gate.safetensors" for name in ("whole", "parts")]
+    assert [path.exists() for path in gates] == [method == "lsg"] * 2
+    if method == "lsg":
+        first, second = map(LabelSensitiveGate.load, gates)
+        assert torch.equal(first.weight, second.weight)
+        assert first.counts.sum() == 512
+        noise = LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(0))
+        assert not torch.equal(first.weight, noise.weight)
+
+
+def test_the_other_network_and_a_gate_set_by_hand(idx_folder, tmp_path):
+    done = run(
+        "train_fashion_mnist.py", "--data", idx_folder, "--network", "alexnet", "--method", "fixed-gate", "--exclusive", 25,
+        "--limit", 128, "--epochs", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, meta = load_network(tmp_path / "network.safetensors")
+    assert (type(model).__name__, meta["method"]) == ("SmallAlexNet", "fixed-gate")
+    gate = LabelSensitiveGate.load(tmp_path / "gate.safetensors")
+    assert torch.equal(gate.weight, LabelSensitiveGate.fixed(10, 256, exclusive=25).weight)
 
 
 def test_imagenet_recipe_runs_up_to_the_download(tmp_path):
