@@ -34,6 +34,10 @@ def gated(features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         Shape and dtype of ``features``.
     """
     rows = weight.to(features.dtype).index_select(0, labels)
+    learns = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    if features.dim() == 2 and not learns:
+        # into the rows just picked: as fast as the multiplication alone, which would fill new memory
+        return rows.mul_(features)
     return features * rows.reshape(*rows.shape, *(1,) * (features.dim() - 2))
 
 
@@ -142,7 +146,7 @@ class LabelSensitiveGate(nn.Module):
         Raises:
             OptionError: There are fewer than ``C * exclusive`` channels.
         """
-        gate = cls(num_classes, num_channels)
+        gate = cls(num_classes, num_channels, generator=torch.Generator())
         if isinstance(exclusive, bool) or not isinstance(exclusive, Integral) or exclusive < 0:
             raise OptionError(f"exclusive must be an integer of at least 0, got {exclusive!r}")
         if num_classes * exclusive > num_channels:
@@ -257,7 +261,7 @@ class LabelSensitiveGate(nn.Module):
             OptionError: The threshold is not in (0, 1].
         """
         own = self.exclusive(threshold)
-        tight = LabelSensitiveGate(self.num_classes, self.num_channels).to(self.weight)
+        tight = LabelSensitiveGate(self.num_classes, self.num_channels, generator=torch.Generator()).to(self.weight)
         tight.layer = self.layer
         tight.counts.copy_(self.counts)
         return tight._set(torch.where(own.any(0), own, True).to(self.weight))
@@ -300,7 +304,7 @@ class LabelSensitiveGate(nn.Module):
         """
         tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("weight", "counts"))
         try:
-            gate = cls(*tensors["weight"].shape)
+            gate = cls(*tensors["weight"].shape, generator=torch.Generator())
             gate.load_state_dict(tensors)
             gate.layer = str(about["layer"])
             gate.weight.requires_grad_(bool(about["trained"]))

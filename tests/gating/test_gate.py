@@ -98,6 +98,25 @@ def test_the_module_gates_by_its_own_table(gate):
     assert torch.equal(gate(features, labels), gated(features, labels, gate.weight))
 
 
+def test_with_gradients_or_without_it_is_the_same_and_features_stay(gate):
+    features, labels = torch.randn(5, 6), torch.tensor([3, 0, 0, 2, 1])
+    before = features.clone()
+    with torch.no_grad():
+        found = gate(features, labels)
+    assert torch.equal(found, gate(features, labels))
+    assert torch.equal(features, before)
+    assert bool((gate.weight.amax(0) == 1).all())
+
+
+def test_a_gate_that_is_set_or_loaded_draws_nothing(gate, tmp_path):
+    gate.save(tmp_path / "gate.safetensors")
+    before = torch.get_rng_state()
+    LabelSensitiveGate.load(tmp_path / "gate.safetensors")
+    LabelSensitiveGate.fixed(4, 6, exclusive=1)
+    gate.tighten()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_labels_it_is_the_plain_path(gate):
     features = torch.randn(3, 6)
     assert gate(features) is features

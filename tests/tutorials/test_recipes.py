@@ -113,8 +113,8 @@ def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(method, i
 
 def test_the_other_network_and_a_gate_set_by_hand(idx_folder, tmp_path):
     done = run(
-        "train_fashion_mnist.py", "--data", idx_folder, "--network", "alexnet", "--method", "fixed-gate", "--exclusive", 25,
-        "--limit", 128, "--epochs", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path,
+        "train_fashion_mnist.py", "--data", idx_folder, "--network", "alexnet", "--method", "fixed-gate",
+        "--exclusive", 25, "--limit", 128, "--epochs", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     model, meta = load_network(tmp_path / "network.safetensors")
