@@ -112,9 +112,11 @@ def table(networks: list[Network], test: Loader) -> None:
     """What the README shows: a row for each figure, a column for each kind of network, a control."""
     rows: dict[str, dict[str, list[Cell]]] = {}
     for network in networks:
-        for name, cell in figures(network, test).items():
+        found = figures(network, test)
+        for name, cell in found.items():
             rows.setdefault(name, {}).setdefault(network.kind, []).append(cell)
-        print(f"<!-- {network.kind} {network.seed} done -->", flush=True)
+        exact = {name: round(cell[0], 5) for name, cell in found.items() if name.startswith("Phi")}
+        print(f"<!-- {network.kind} {network.seed}: {exact} -->", flush=True)
     kinds = [*dict.fromkeys(network.kind for network in networks), "control"]
     shown = {}
     for name, cells in rows.items():
@@ -139,14 +141,17 @@ def together(cells: list[Cell]) -> str:
 def figures(network: Network, test: Loader) -> dict[str, Cell]:
     """Every figure of one network; ``control ...`` are those of the random control."""
     model, found = network.model, {}
+    tail, maps = Tail(model), mapped(model, test)
+    fresh = untrained(network)
+    fresh_tail, fresh_maps = Tail(fresh), mapped(fresh, test)
     dominant = max(1, model.fc.in_features // DOMINANT)  # type: ignore[union-attr, operator]
-    accuracy = metrics.gate_leakage(model, any_table(network), test)
+    accuracy = metrics.gate_leakage(tail, any_table(network), maps)
     plain = accuracy[(accuracy.features == "own") & (accuracy.gate == "none")].iloc[0]
     found["accuracy, plain path"] = (plain.label_recovered, plain.low, plain.high)
     found["control accuracy, plain path"] = (plain.chance,) * 3
     for name, anneal in (("at its minimum", True), ("searched under the whole penalty", False)):
-        for control, judged in (("", model), ("control ", untrained(network))):
-            result = filter_ambiguity(judged, test, anneal=anneal)
+        for control, judged, loader in (("", tail, maps), ("control ", fresh_tail, fresh_maps)):
+            result = filter_ambiguity(judged, loader, anneal=anneal)
             found[f"{control}Phi, {name}"] = (result.value, np.nan, np.nan)
     if network.gate is not None:
         density = metrics.density(network.gate.class_filters())
@@ -158,10 +163,11 @@ def figures(network: Network, test: Loader) -> dict[str, Cell]:
             found[f"C_IC, {row.kind}{what}"] = (row.c_ic, row.low, row.high)
             found[f"control C_IC, {row.kind}{what}"] = (row.random, row.random_low, row.random_high)
     for kind in ("weights", "activations"):
-        share = metrics.correlated_share(metrics.filter_correlation(model, test, kind=kind), [0.3]).iloc[0]
+        matrix = metrics.filter_correlation(*((model, test) if kind == "weights" else (tail, maps)), kind=kind)
+        share = metrics.correlated_share(matrix, [0.3]).iloc[0]
         found[f"pairs of {kind} correlated above .3"] = (share.share, share.low, share.high)
         found[f"control pairs of {kind} correlated above .3"] = (share.random, share.random_low, share.random_high)
-    score = metrics.mutual_information(model, test, max_samples=2000).query("channel == 'all'").iloc[0]
+    score = metrics.mutual_information(tail, maps, max_samples=2000).query("channel == 'all'").iloc[0]
     found["mutual information score, nats"] = (score.mi, score.low, score.high)
     found["control mutual information score, nats"] = (score.random, score.random_low, score.random_high)
     placed = metrics.localisation(model, all_channels(network), test, model.fc.in_features)  # type: ignore[union-attr, arg-type]
@@ -170,20 +176,41 @@ def figures(network: Network, test: Loader) -> dict[str, Cell]:
     found["control CAM: pointing at the silhouette"] = (row.chance,) * 3
     found["CAM: IoU with the silhouette"] = (row.iou, row.iou_low, row.iou_high)
     found["control CAM: IoU with the silhouette"] = (row.chance_iou,) * 3
-    clusters = metrics.feature_clusters(model, any_table(network), test).query("cluster == 'all'").iloc[0]
+    clusters = metrics.feature_clusters(tail, any_table(network), maps).query("cluster == 'all'").iloc[0]
     found["k-means centres: adjusted mutual information"] = (clusters.ami, np.nan, np.nan)
     if network.gate is not None:
         found["k-means centres: cosine with the gate's rows"] = (clusters.cosine, np.nan, np.nan)
         found["control k-means centres: cosine with the gate's rows"] = (
             clusters.random, clusters.random_low, clusters.random_high,
         )  # fmt: skip
-        likeness = metrics.gate_similarity(model, network.gate.class_filters(), test)
+        likeness = metrics.gate_similarity(tail, network.gate.class_filters(), maps)
         for outcome, part in likeness.groupby("outcome"):
             square = part.pivot(index="class_name", columns="gate_row", values="similarity").to_numpy(float)
             chance = part.pivot(index="class_name", columns="gate_row", values="random").to_numpy(float)
             found[f"S_{outcome}: share of classes most like their own row"] = diagonal(square)
             found[f"control S_{outcome}: share of classes most like their own row"] = diagonal(chance)
     return found
+
+
+class Tail(nn.Module):
+    """What stands behind the last map; the same head by the same name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.avgpool, self.fc = model.avgpool, model.fc
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.flatten(self.avgpool(maps), 1))
+
+
+@torch.inference_mode()
+def mapped(model: nn.Module, loader: Loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The loader with the last map in the place of images: most figures need no more of the network."""
+    seen: list[torch.Tensor] = []
+    handle = model.avgpool.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))  # type: ignore[union-attr]
+    labels = [y for x, y in loader if model(x) is not None]
+    handle.remove()
+    return list(zip(seen, labels, strict=True))
 
 
 def diagonal(square: Any) -> Cell:

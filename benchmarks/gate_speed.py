@@ -27,8 +27,8 @@ def run(settings: Settings) -> Table:
     _steps(table, settings.device)
     table.notes = [
         "bare multiplication: by rows of the gate that lie ready, one for each sample; the gate picks them, checks the "
-        "labels and multiplies",
-        "a step: ResNet-20, 64 images of 28 x 28, forward, backward, SGD and projection; joint: both losses in one pass",
+        "labels and multiplies; no gradients",
+        "a step: ResNet-20, 64 images of 28 x 28: forward, backward, SGD, projection; joint: both losses in one pass",
     ]
     return table
 

@@ -39,8 +39,15 @@ def run_demo(out: Path) -> None:
     from captum.attr import LayerAttribution
     from captum.attr import visualization as captum_visualization
 
-    from captum_classfilters import HeadMoments, InfluentialFeatures, decompose, metrics, visualize
-    from captum_classfilters.assets import load_demo_network, load_images
+    from captum_classfilters import (
+        HeadMoments,
+        InfluentialFeatures,
+        LabelSensitiveGate,
+        decompose,
+        metrics,
+        visualize,
+    )
+    from captum_classfilters.assets import gate_file, load_demo_network, load_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, about = load_demo_network()
@@ -77,9 +84,17 @@ def run_demo(out: Path) -> None:
         f"decompose(model, None, k=5, refit='omp', moments=...): the same network, {kept} of the head's {total} weights"
     )
 
+    gated, _ = load_demo_network(0, "lsg")
+    gate = LabelSensitiveGate.load(gate_file(0, "lsg")).class_filters(train.class_names)
+    masked = metrics.class_masking(gated.to(device), gate, test.batches(), threshold=0.5)
+    print("\nTrained with a gate: recall of each class as it is, without its own channels, without as many random ones")
+    own = masked[masked.masked == masked.class_name].set_index("class_name")
+    print(own[["channels", "intact", "recall", "random"]].round(2).to_string())
+
     pictures: dict[str, Callable[[], object]] = {
         "class_filters": lambda: visualize.class_filters(filters, k=5),
         "accuracy_curve": lambda: visualize.accuracy_curve(curve),
+        "gate": lambda: visualize.gate(gate),
         "overlap": lambda: visualize.overlap(filters, 5),
         "filter_cards": lambda: visualize.filter_cards(model, filters, test.batches(), "ankle boot"),
     }

@@ -28,7 +28,14 @@ def test_demo_prints_the_table_and_says_where_the_pictures_are(demo):
     assert "random" in done.stdout
     assert str(out) in done.stdout
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert pictures == ["accuracy_curve.png", "class_filters.png", "explain.png", "filter_cards.png", "overlap.png"]
+    assert pictures == [
+        "accuracy_curve.png",
+        "class_filters.png",
+        "explain.png",
+        "filter_cards.png",
+        "gate.png",
+        "overlap.png",
+    ]
     assert all((out / name).stat().st_size > 5000 for name in pictures)
     assert ClassFilters.load(out / "filters.safetensors").class_names[9] == "ankle boot"
 
