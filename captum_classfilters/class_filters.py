@@ -22,6 +22,8 @@ _KIND, _VERSION = "ClassFilters", 1
 
 # Sums are kept on a grid of 2**-24: numbers on it add up exactly, in any order, while they stay below 2**29
 GRID = 2.0**24
+# Of a table that was made without a model, such as that of a gate set by hand: it goes by its shape
+UNKNOWN_LAYER = "unknown"
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +281,11 @@ def check_names(names: Sequence[str]) -> None:
 def one_table(filters: Any) -> ClassFilters:
     """Refuse what is not a single table, such as the dict of several that `attribute` can return."""
     if not isinstance(filters, ClassFilters):
-        make = "; make one with InfluentialFeatures(model).attribute(loader)"
+        make = (
+            "; pass its table, .class_filters()"
+            if hasattr(filters, "class_filters")
+            else "; make one with InfluentialFeatures(model).attribute(loader)"
+        )
         several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else make
         raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several}")
     return filters
@@ -287,7 +293,7 @@ def one_table(filters: Any) -> ClassFilters:
 
 def check_table(filters: ClassFilters, head: Head) -> None:
     """Refuse a table of another network."""
-    if filters.scores.shape != head.weight.shape or filters.layer != head.name:
+    if filters.scores.shape != head.weight.shape or filters.layer not in (head.name, UNKNOWN_LAYER):
         raise ShapeError(
             f"the table is {filters.num_classes} classes x {filters.num_channels} channels of layer {filters.layer!r}, "
             f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 
-# How far outside the bounds rounding may leave a pixel
+# How far outside the bounds rounding may leave a pixel, at least, for images in [0, 1]
 TOLERANCE = 1e-6
 
 
@@ -82,8 +82,10 @@ def check_images(images: Any, lower_bound: float, upper_bound: float, what: str 
     if not images.numel():
         return
     low, high = (float(bound) for bound in images.detach().aminmax())
+    # of the bounds' own size: half precision rounds 0.3 to 0.3008, float32 151.061 by 1e-5
+    tolerance = max(TOLERANCE, torch.finfo(images.dtype).eps) * max(abs(lower_bound), abs(upper_bound), 1)
     # the negation: NaN is refused as well
-    if not (low >= lower_bound - TOLERANCE and high <= upper_bound + TOLERANCE):
+    if not (low >= lower_bound - tolerance and high <= upper_bound + tolerance):
         raise OptionError(
             f"{what} must lie in [{lower_bound}, {upper_bound}], got values from {low:.6g} to {high:.6g}; pass "
             "lower_bound= and upper_bound=, or images before normalisation with a model that normalises them itself"

@@ -62,12 +62,24 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def without_compile(model: Any) -> Any:
+    """The module that ``torch.compile`` was given: DistributedDataParallel may be inside."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod
+    return model
+
+
+def process_group(model: Any) -> Any:
+    """The group of a model in DistributedDataParallel, compiled or not; None for another."""
+    outer = without_compile(model)
+    return outer.process_group if isinstance(outer, nn.parallel.DistributedDataParallel) else None
+
+
 def unwrap(model: Any) -> Any:
     """The module inside ``torch.compile``, DataParallel, DistributedDataParallel, or behind ``model.forward``."""
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = without_compile(model)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif getattr(model, "__name__", "") == "forward" and isinstance(getattr(model, "__self__", None), nn.Module):
             model = model.__self__

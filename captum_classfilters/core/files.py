@@ -69,7 +69,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_folder(target: Path) -> None:
-    """Refuse a file in a folder that is not there, before any work is done for it."""
+    """Refuse a folder, and a file in a folder that is not there, before any work is done for it."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file in it")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into; create it first")
 

@@ -1,10 +1,10 @@
 """A whole training with a gate: optimiser, schedule, checkpoint after every epoch, exact resume."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.borrow import process_group, unwrap
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, NonFiniteError, OptionError
 from captum_classfilters.core.files import check_folder, replacing
 from captum_classfilters.core.training import get_random, refuse_iterators, samplers, set_random, to_model
@@ -22,14 +22,26 @@ _KIND, _VERSION = "captum_classfilters gated training", 1
 Schedule: TypeAlias = "torch.optim.lr_scheduler.LRScheduler"
 
 
+class Steps(Protocol):
+    """What is trained: `LabelSensitiveTraining`."""
+
+    def gates(self, epoch: int) -> bool:
+        """Is this epoch gated?"""
+
+    def loss(self, inputs: Any, labels: Tensor, epoch: int) -> Tensor:
+        """A scalar."""
+
+    def after_step(self) -> None:
+        """What follows a step of the optimisers."""
+
+
 class Fit:
     """A training in progress; `LabelSensitiveTraining.fit` makes it and says what the arguments are.
 
     Args:
         model: As the training has it.
         gate: The gate.
-        loss: ``(inputs, labels, epoch)`` to a scalar.
-        after_step: What follows a step of the optimisers.
+        training: What is minimised, and what follows a step.
         options: What a checkpoint must agree in.
         optimizers: Those that step; the gate in one of them.
         schedules: Those that step after every epoch.
@@ -40,8 +52,7 @@ class Fit:
         self,
         model: nn.Module,
         gate: LabelSensitiveGate,
-        loss: Callable[[Any, Tensor, int], Tensor],
-        after_step: Callable[[], None],
+        training: Steps,
         options: dict[str, Any],
         *,
         optimizers: Sequence[Optimizer],
@@ -49,7 +60,7 @@ class Fit:
         max_norm: float | None,
     ) -> None:
         self._network, self._gate = unwrap(model), gate
-        self._loss, self._after_step, self._options = loss, after_step, options
+        self._training, self._options = training, options
         self._optimizers, self._schedules, self._max_norm = optimizers, schedules, max_norm
         self._trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         if gate.weight.requires_grad and all(p is not gate.weight for p in self._trained):
@@ -67,7 +78,7 @@ class Fit:
                 raise OptionError("the scheduler was made for an optimiser that was not given; pass it in optimizer=")
         first = next(self._network.parameters())
         self._device, self._dtype = first.device, first.dtype
-        self._group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        self._group = process_group(model)
         self._rank = 0 if self._group is None else dist.get_rank(self._group)
         self.history: list[dict[str, Any]] = []
 
@@ -99,15 +110,17 @@ class Fit:
         with tqdm(iter(loader), desc=description, disable=hidden, total=length_hint(loader) or None) as bar:
             for index, raw in enumerate(bar):
                 inputs, labels = to_model(raw, index, self._device, self._dtype)
+                if not len(labels):
+                    continue
                 for optimizer in self._optimizers:
                     optimizer.zero_grad()
-                loss = self._loss(inputs, labels, epoch)
+                loss = self._training.loss(inputs, labels, epoch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if self._max_norm is not None:
                     nn.utils.clip_grad_norm_(self._trained, self._max_norm)
                 for optimizer in self._optimizers:
                     optimizer.step()
-                self._after_step()
+                self._training.after_step()
                 total += loss.detach() * len(labels)
                 samples += len(labels)
         if not samples:
@@ -122,7 +135,8 @@ class Fit:
             )
         for schedule in self._schedules:
             schedule.step()
-        self.history.append({"epoch": epoch, "loss": float(total) / samples, "density": self._gate.density})
+        told = {"epoch": epoch, "gated": self._training.gates(epoch), "loss": float(total) / samples}
+        self.history.append({**told, "density": self._gate.density})
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
@@ -139,7 +153,7 @@ class Fit:
         state = {
             "kind": _KIND, "version": _VERSION, "options": self._options, "network": self._network.state_dict(),
             "gate": self._gate.state_dict(), "optimizers": [found.state_dict() for found in self._optimizers],
-            "schedules": [found.state_dict() for found in self._schedules], "ranks": ranks,
+            "schedules": [found.state_dict() for found in self._schedules], "ranks": ranks, "layer": self._gate.layer,
         }  # fmt: skip
         with replacing(path) as beside:
             torch.save(state, beside)
@@ -166,14 +180,16 @@ class Fit:
             state = torch.load(path, map_location=self._device, weights_only=True)
             if (state["kind"], state["version"]) != (_KIND, _VERSION):
                 raise ValueError(f"kind and version are {state['kind']}, {state['version']}")
-            odd = sorted(key for key, value in self._options.items() if state["options"].get(key) != value)
+            odd = {k: (state["options"].get(k), v) for k, v in self._options.items() if state["options"].get(k) != v}
             if odd:
-                raise ValueError(f"it was made with other options: {odd}")
+                told = ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in sorted(odd.items()))
+                raise ValueError(f"it was made with other options: {told}")
             found = [state["gate"], state["network"], *state["optimizers"], *state["schedules"]]
             for part, saved in zip(parts, found, strict=True):
                 part.load_state_dict(saved)
             mine = state["ranks"][self._rank]
             self._gate.counts.copy_(mine["counts"])
+            self._gate.layer = state["layer"]
             set_random(mine, self._device, loader)
             self.history = mine["history"]
         except Exception as error:  # torch.load tells a broken file by many kinds of error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.class_filters import ClassFilters, check_names
+from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, check_names
 from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.stream import check_labels, check_range
@@ -107,7 +107,7 @@ class LabelSensitiveGate(nn.Module):
 
     Attributes:
         weight: G, ``(C, K)`` float32.
-        counts: ``(C,)`` int64, samples that passed in train mode; under DDP this process's.
+        counts: ``(C,)`` int64, samples that passed in train mode with gradients; under DDP this process's.
         layer: The head before which it stands, known once it has been trained.
 
     Raises:
@@ -135,7 +135,7 @@ class LabelSensitiveGate(nn.Module):
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         # what a column that dies in a step goes back to
         self.register_buffer("_previous", weight.clone(), persistent=False)
-        self.layer = "unknown"
+        self.layer = UNKNOWN_LAYER
 
     @classmethod
     def fixed(cls, num_classes: int, num_channels: int, exclusive: int = 6) -> "LabelSensitiveGate":
@@ -206,7 +206,7 @@ class LabelSensitiveGate(nn.Module):
                 f"features are on {features.device}, the gate on {self.weight.device}; "
                 f"gate.to({str(features.device)!r})"
             )
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.counts += torch.bincount(labels, minlength=self.num_classes)
         return gated(features, labels, self.weight)
 
@@ -267,8 +267,9 @@ class LabelSensitiveGate(nn.Module):
         return tight._set(torch.where(own.any(0), own, True).to(self.weight))
 
     def parameter_group(self, lr: float) -> dict[str, Any]:
-        """Its own group for any torch optimiser: no momentum, which would fight the projection, and no weight decay."""
-        return {"params": [self.weight], "lr": lr, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+        """Its own group for SGD or Adam: no momentum, which would fight the projection, and no weight decay."""
+        still = {"momentum": 0.0, "nesterov": False, "betas": (0.0, 0.999), "weight_decay": 0.0}
+        return {"params": [self.weight], "lr": lr, **still}
 
     def class_filters(self, class_names: Sequence[str] | None = None) -> ClassFilters:
         """The gate as the answer every method gives: ``scores`` and ``mass`` are G, ``counts`` what it was trained on.

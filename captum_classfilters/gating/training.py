@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.borrow import borrowed, process_group, unwrap, without_compile
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
@@ -85,7 +85,7 @@ class LabelSensitiveTraining:
         layer: nn.Module | str | None = None,
     ) -> None:
         _check_options(gate, period, gate_phase, warmup, weight, sparsity, penalty, scheme)
-        if isinstance(model, nn.DataParallel):
+        if isinstance(without_compile(model), nn.DataParallel):
             raise OptionError("DataParallel copies the head in every step; wrap the model in DistributedDataParallel")
         if not isinstance(model, nn.Module):
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
@@ -100,7 +100,7 @@ class LabelSensitiveTraining:
         if gate.weight.device != device:
             raise DeviceError(f"the model is on {device}, the gate on {gate.weight.device}; gate.to({str(device)!r})")
         self._head: Head | None = None
-        self._group: Any = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        self._group: Any = process_group(model)
         if self._group is not None:
             self._share_gate()
         # of the step in progress
@@ -136,6 +136,8 @@ class LabelSensitiveTraining:
         self._gated = self._gated or gated
         try:
             if not gated:
+                # a gradient left from a gated step, or the momentum of an optimiser that has one, is not to move it
+                self.gate.weight.grad = None
                 loss = _cross_entropy(self.model(*inputs), labels)
             elif self.scheme == "joint":
                 loss = self._joint(head, inputs, labels)
@@ -148,23 +150,22 @@ class LabelSensitiveTraining:
         return loss
 
     def after_step(self) -> None:
-        """After each step of the optimiser: project the gate if it was trained, check that all is finite.
+        """After each step of the optimiser: project the gate; after a gated step, check that all is finite.
 
         Raises:
-            NonFiniteError: The step left NaN or infinity; network and gate are as before it. The optimiser's own state
-                is not known here.
+            NonFiniteError: A gated step left NaN or infinity; network and gate are as before it. The optimiser's own
+                state is not known here.
         """
         gated, self._gated = self._gated, False
-        if gated:
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-                self._before.restore()
-                raise NonFiniteError(
-                    f"the gate or the network became NaN or infinite in epoch {self._epoch}, step {self._step}; both "
-                    "are as before that step. Lower the gate's learning rate or sparsity, clip gradients, and make a "
-                    "new optimiser: its momentum is not finite either"
-                )
-            if self.gate.weight.requires_grad:
-                self.gate.project_()
+        if gated and not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            self._before.restore()
+            raise NonFiniteError(
+                f"the gate or the network became NaN or infinite in epoch {self._epoch}, step {self._step}; both are "
+                "as before that step. Lower the gate's learning rate or sparsity, clip gradients, and make a new "
+                "optimiser: its momentum is not finite either"
+            )
+        if self.gate.weight.requires_grad:
+            self.gate.project_()
         self._before, self._step = _Before(), self._step + 1
         # under an autocast around the whole loop, low-precision copies of the weights would outlive the step
         torch.clear_autocast_cache()
@@ -190,7 +191,8 @@ class LabelSensitiveTraining:
 
         Args:
             loader: Batches ``(inputs, labels)``, read once for each epoch; under DDP each rank's own.
-            epochs: How many, those of the checkpoint included. The last one should be plain.
+            epochs: How many, those of the checkpoint included. The last one should be plain. Without an optimizer of
+                your own they cannot be more than when the checkpoint was written: the cosine was made for so many.
             lr: Of SGD with momentum 0.9, the paper's optimiser; it falls to 0 as a cosine over the epochs.
             gate_lr: The gate's; None: ``lr``, as in the paper.
             optimizer: One or several of your own, in the place of that, the gate among their parameters.
@@ -200,7 +202,8 @@ class LabelSensitiveTraining:
             show_progress: A tqdm bar for each epoch.
 
         Returns:
-            ``epoch``, mean ``loss`` and the gate's ``density`` of every epoch.
+            ``epoch``, ``gated``, mean ``loss`` (of a gated epoch with the penalty, so not to be compared with a plain
+            one's) and the gate's ``density`` of every epoch.
 
         Raises:
             NonFiniteError: A loss or the gate is NaN or infinite, and network and gate are as before that step; or the
@@ -229,7 +232,7 @@ class LabelSensitiveTraining:
         # of a run that ended in the middle of a step
         self._epoch, self._step, self._before = -1, 0, _Before()
         run = Fit(
-            self.model, self.gate, self.loss, self.after_step, options,
+            self.model, self.gate, self, options,
             optimizers=optimizers, schedules=schedules, max_norm=max_norm,
         )  # fmt: skip
         run.run(loader, int(epochs), None if checkpoint is None else Path(checkpoint), show_progress)

@@ -247,7 +247,10 @@ def named_tables(filters: Any, taken: Sequence[str]) -> dict[str, ClassFilters]:
     if isinstance(filters, ClassFilters):
         filters = {filters.method: filters}
     if not isinstance(filters, Mapping) or not all(isinstance(table, ClassFilters) for table in filters.values()):
-        raise OptionError(f"filters must be a ClassFilters or {{name: ClassFilters}}, got {type(filters).__name__}")
+        remedy = "; pass its table, .class_filters()" if hasattr(filters, "class_filters") else ""
+        raise OptionError(
+            f"filters must be a ClassFilters or {{name: ClassFilters}}, got {type(filters).__name__}{remedy}"
+        )
     found = {str(name): table for name, table in filters.items() if table.method != "random"}
     if not found:
         raise OptionError("no table was given but the random selector's, for which the control stands; pass another")

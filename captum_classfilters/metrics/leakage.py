@@ -14,6 +14,7 @@ from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.metrics.accuracy import check_draws
+from captum_classfilters.metrics.gates import as_gate
 from captum_classfilters.metrics.intervals import mean_interval, wilson
 
 _FEATURES = ("own", "other classes", "noise")
@@ -36,7 +37,7 @@ def gate_leakage(
 
     Args:
         model: The network; borrowed.
-        filters: The gate's table, ``gate.class_filters()``; scores are what features are multiplied by.
+        filters: The gate's table, ``gate.class_filters()``; of another table each channel is divided by its largest.
         loader: Batches ``(inputs, labels)``.
         layer: The head, if it cannot be found.
         draws: Random gates, at least 5: the same table, its classes shuffled within every channel.
@@ -52,19 +53,18 @@ def gate_leakage(
         Student-t over draws for random; ``chance``, ``1 / C``; ``samples``.
 
     Raises:
-        OptionError: Draws out of range, negative scores, or a single class.
+        OptionError: Draws out of range, or a single class.
         ShapeError: A table of another network.
     """
     check_draws(draws)
-    if bool((one_table(filters).scores < 0).any()) or filters.num_classes < 2:
-        raise OptionError(
-            "a gate of at least two classes and without negative values was expected; pass gate.class_filters()"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    tables = {"own": filters.scores}
+    if one_table(filters).num_classes < 2:
+        raise OptionError("a gate of at least two classes was expected, for labels of others are told; got one")
+    # apart, so that the labels told do not depend on how large batches are
+    labelled, noisy = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    tables = {"own": as_gate(filters.scores)}
     for draw in range(draws):
-        order = torch.rand(filters.scores.shape, generator=generator).argsort(0)
-        tables[f"random {draw}"] = filters.scores.gather(0, order)
+        order = torch.rand(filters.scores.shape, generator=labelled).argsort(0)
+        tables[f"random {draw}"] = tables["own"].gather(0, order)
     hits = {(features, name): 0 for features in _FEATURES for name in ("none", *tables)}
     samples = 0
     with batches(model, loader, layer=layer, show_progress=show_progress, description="gate_leakage") as stream:
@@ -73,9 +73,9 @@ def gate_leakage(
             labels: Tensor = batch.labels  # type: ignore[assignment]
             samples += len(labels)
             shown = batch.features.to(batch.head.weight.dtype)
-            step = torch.randint(1, filters.num_classes, labels.shape, generator=generator).to(labels.device)
+            step = torch.randint(1, filters.num_classes, labels.shape, generator=labelled).to(labels.device)
             told = {"own": labels, "other classes": (labels + step) % filters.num_classes, "noise": labels}
-            seen = {"own": shown, "other classes": shown, "noise": _noise(shown, generator)}
+            seen = {"own": shown, "other classes": shown, "noise": _noise(shown, noisy)}
             for features in _FEATURES:
                 for name in ("none", *tables):
                     rows = tables[name].to(shown)[told[features]] if name in tables else 1.0

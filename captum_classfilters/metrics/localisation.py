@@ -223,7 +223,8 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
             "boxes must have x1 < x2 and y1 < y2, got one that has not; where they are x, y, width, height, use "
             "torchvision.ops.box_convert"
         )
-    if max(shape[1:]) > 1 and not bool((boxes > 1).any()):
+    fractional = bool((boxes != boxes.round()).any())
+    if max(shape[1:]) > 1 and fractional and not bool((boxes > 1).any()):
         raise ShapeError(
             f"boxes must be in pixels, got none above {float(boxes.max()):.4g}; where they are shares of the image, "
             f"multiply by its width {shape[2]} and height {shape[1]}"
@@ -252,7 +253,7 @@ def _frame(scores: Mapping[str, Any], areas: Any, names: list[str], draws: int) 
     for name in [*names, "all channels"]:
         pointed, iou = scores[name].T
         low, high = wilson(pointed.sum(), samples)
-        half = 1.96 * iou.std(ddof=1) / np.sqrt(samples)
+        half = 1.96 * iou.std(ddof=1) / np.sqrt(samples) if samples > 1 else np.nan
         rows.append((name, pointed.mean(), float(low), float(high), iou.mean(), iou.mean() - half, iou.mean() + half))
     control = np.stack([scores[f"random {draw}"].mean(0) for draw in range(draws)])
     (pointing, iou), (low, iou_low), (high, iou_high) = mean_interval(control)

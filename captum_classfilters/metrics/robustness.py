@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from captum.robust import Perturbation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -73,6 +74,12 @@ def attack_success(
     controls = {name: f"random ({name})" for name in _check_names(attacks, "attacks")}
     for control in set(controls.values()) & set(attacks):
         raise OptionError(f"an attack may not be named {control!r}: the result uses that name itself; rename it")
+    for name, attack in attacks.items():
+        if isinstance(attack, Perturbation):
+            kind = type(attack).__name__
+            raise OptionError(
+                f"attack {name!r} is one on a single network; pass what makes it for each: lambda model: {kind}(model)"
+            )
     bounds = (lower_bound, upper_bound)
     oracles = {name: Oracle(model, batch_size) for name, model in models.items()}
     images, labels = _all_right(oracles, loader, bounds, max_images)

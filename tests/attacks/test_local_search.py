@@ -7,7 +7,7 @@ from torch import nn
 
 from captum_classfilters.attacks import LocalSearch
 from captum_classfilters.attacks.local_search import cyclic, pert
-from captum_classfilters.attacks.oracle import in_top
+from captum_classfilters.attacks.oracle import check_images, in_top
 from captum_classfilters.core.errors import LabelError, OptionError, ShapeError
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -268,3 +268,14 @@ def test_it_refuses_options_out_of_range(options, message):
         LocalSearch(Constant(), **options)
     with pytest.raises(OptionError, match="the model must be"):
         LocalSearch("model")(torch.zeros(1, 1, 2, 2), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bounds"),
+    [(torch.float32, (-123.68, 151.061)), (torch.bfloat16, (-0.3, 0.3)), (torch.float16, (0.0, 1.0))],
+)
+def test_rounding_to_the_images_dtype_is_not_out_of_range(dtype, bounds):
+    images = torch.tensor(bounds).to(dtype).reshape(1, 1, 1, 2)
+    check_images(images, *bounds)
+    with pytest.raises(OptionError, match="must lie in"):
+        check_images(images * 1.05 + 0.05, *bounds)

@@ -51,13 +51,13 @@ def test_it_is_the_loop_of_the_class_s_docstring(gate_lr, small_cnn, gate):
             optimizer.step()
             training.after_step()
             losses.append(float(loss.detach()) / (COUNT // len(y)))
-        expected.append({"epoch": epoch, "loss": sum(losses), "density": other.density})
+        expected.append({"epoch": epoch, "gated": epoch == 1, "loss": sum(losses), "density": other.density})
         for group, start in zip(optimizer.param_groups, (0.2, gate_lr or 0.2), strict=True):
             group["lr"] = start * (1 + math.cos(math.pi * (epoch + 1) / 4)) / 2
     # the cosine of torch is computed from its last value
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gate.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
-    assert [sorted(row) for row in found] == [["density", "epoch", "loss"]] * 4
+    assert [sorted(row) for row in found] == [["density", "epoch", "gated", "loss"]] * 4
     for row, wanted in zip(found, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)
 
@@ -274,3 +274,24 @@ def test_several_generators_are_where_a_training_without_a_checkpoint_leaves_the
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
     assert draws() == draws(checkpoint=tmp_path / "checkpoint.pt")
+
+
+def test_a_finished_training_that_is_opened_again_gives_the_same_table(batches, small_cnn, tmp_path):
+    def fitted():
+        training = LabelSensitiveTraining(small_cnn(), LabelSensitiveGate(4, 6, generator=torch.Generator()))
+        return training, training.fit(batches, 2, checkpoint=tmp_path / "run.pt")
+
+    (first, told), (again, told_again) = fitted(), fitted()
+    assert told == told_again
+    assert (again.gate.layer, first.gate.layer) == ("fc", "fc")
+    assert torch.equal(again.gate.class_filters().scores, first.gate.class_filters().scores)
+    assert torch.equal(again.gate.counts, first.gate.counts)
+
+
+def test_a_batch_of_no_samples_is_passed_over(batches, small_cnn, gate):
+    empty = (batches[0][0][:0], batches[0][1][:0])
+    model, twin, other = small_cnn(), small_cnn(), copy.deepcopy(gate)
+    model.dropout.p = twin.dropout.p = 0.0
+    LabelSensitiveTraining(model, gate).fit([empty, *batches], 2)
+    LabelSensitiveTraining(twin, other).fit(batches, 2)
+    assert torch.equal(gate.weight, other.weight)

@@ -262,3 +262,35 @@ def test_the_model_is_given_back(scheme, ending, model, gate, images):
             training.loss(images(), labels, 1)
         assert torch.equal(gate.counts, counts)
     Snapshot.of(model).assert_same(before)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_plain_epoch_does_not_move_the_gate_whatever_the_optimiser_keeps(kind, model, gate, images):
+    training = LabelSensitiveTraining(model, gate)
+    groups = [{"params": model.parameters()}, gate.parameter_group(0.1)]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9) if kind == "sgd" else torch.optim.Adam(groups, lr=0.01)
+    for epoch, moves in ((1, True), (2, False)):
+        for _ in range(3):
+            before = gate.weight.detach().clone()
+            optimizer.zero_grad(set_to_none=False)
+            training.loss(images(), LABELS, epoch).backward()
+            optimizer.step()
+            training.after_step()
+            assert torch.equal(gate.weight, before) is not moves
+            assert bool((gate.weight.amax(0) == 1).all())
+
+
+def test_under_adam_the_gate_has_no_momentum(gate):
+    optimizer = torch.optim.Adam([gate.parameter_group(0.1)])
+    gate.weight.grad = torch.ones_like(gate.weight)
+    optimizer.step()
+    assert torch.equal(optimizer.state[gate.weight]["exp_avg"], gate.weight.grad)
+
+
+def test_judging_is_not_counted_as_training(model, gate, images):
+    training = LabelSensitiveTraining(model, gate)
+    with torch.no_grad():
+        training.loss(images(), LABELS, 1)
+    assert gate.counts.tolist() == [0] * 4
+    training.loss(images(), LABELS, 1)
+    assert gate.counts.tolist() == [2, 1, 2, 1]

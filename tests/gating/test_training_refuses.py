@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from gating_loop import LABELS, assert_states_equal, optimizer_of
+from torch import distributed as dist
 from torch import nn
 
 from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters.core.borrow import process_group
 from captum_classfilters.core.errors import DeviceError, HeadError, LabelError, NonFiniteError, OptionError, ShapeError
 
 # -- what is not finite ------------------------------------------------------------------------------------------------
@@ -104,6 +106,19 @@ def test_a_gate_of_another_size_or_place_is_refused(model, images):
         LabelSensitiveTraining(lambda x: x, LabelSensitiveGate(4, 6))
     with pytest.raises(OptionError, match=r"wrap the model in DistributedDataParallel"):
         LabelSensitiveTraining(nn.DataParallel(model), LabelSensitiveGate(4, 6))
+
+
+def test_wrappers_are_seen_through_compilation(model, gate, tmp_path):
+    with pytest.raises(OptionError, match=r"wrap the model in DistributedDataParallel"):
+        LabelSensitiveTraining(torch.compile(nn.DataParallel(model), backend="eager"), gate)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        compiled = torch.compile(wrapped, backend="eager")
+        assert process_group(compiled) is process_group(wrapped) is wrapped.process_group
+        assert process_group(model) is None
+    finally:
+        dist.destroy_process_group()
 
 
 def test_epochs_are_counted_from_0(model, gate, images):

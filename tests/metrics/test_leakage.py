@@ -93,13 +93,24 @@ def test_no_gate_no_effect_and_the_draws_are_the_seed_s(small_cnn, images):
     assert not first.equals(other)
 
 
+def test_any_table_is_read_as_a_gate_and_labels_told_do_not_depend_on_batches(small_cnn, images):
+    model, (x, y) = small_cnn(), batches(images)[0]
+    filters = matched(model)
+    votes = dataclasses.replace(filters, scores=filters.scores * 7 - 2)
+    split = list(zip(x.split(7), y.split(7), strict=True))
+    whole, parts = (gate_leakage(model, filters, loader) for loader in ([(x, y)], split))
+    shown = whole.features != "noise"
+    assert whole[shown].equals(parts[shown])
+    assert gate_leakage(model, votes, [(x, y)]).equals(whole)
+
+
 def test_bad_input_is_refused(small_cnn, images):
     gate = LabelSensitiveGate(4, 7)
     gate.layer = "fc"
     with pytest.raises(ShapeError, match="4 classes x 7 channels"):
         gate_leakage(small_cnn(), gate.class_filters(), batches(images))
-    with pytest.raises(OptionError, match=r"pass gate.class_filters\(\)"):
-        gate_leakage(small_cnn(), dataclasses.replace(matched(small_cnn()), scores=-torch.ones(4, 6)), batches(images))
+    with pytest.raises(OptionError, match=r"got LabelSensitiveGate; pass its table, .class_filters\(\)"):
+        gate_leakage(small_cnn(), gate, batches(images))
     with pytest.raises(OptionError, match="draws must be at least 5"):
         gate_leakage(small_cnn(), matched(small_cnn()), batches(images), draws=4)
 

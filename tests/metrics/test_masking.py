@@ -211,3 +211,11 @@ def test_masking_refuses_what_it_cannot_do(task):
     other = ClassFilters(filters.scores[:, :5], filters.mass[:, :5], filters.counts, "margin", "fc", NAMES)
     with pytest.raises(ShapeError, match="4 classes x 5 channels"):
         metrics.class_masking(model, other, [data], k=2)
+
+
+def test_a_gate_itself_is_refused_with_a_remedy_and_its_table_goes_by_its_shape(small_cnn, images):
+    gate, loader = LabelSensitiveGate.fixed(4, 6, exclusive=1), [(images(8), torch.arange(8) % 4)]
+    with pytest.raises(OptionError, match=r"got LabelSensitiveGate; pass its table, .class_filters\(\)"):
+        metrics.class_masking(small_cnn(), gate, loader, threshold=0.5)
+    # never trained, so of no layer: the shape decides
+    assert metrics.class_masking(small_cnn(), gate.class_filters(), loader, threshold=0.5).channels.max() == 3

@@ -197,3 +197,9 @@ def test_it_refuses_what_it_cannot_compare():
         attack_success(models, [(torch.zeros(1, 1, 2, 2), torch.tensor([2]))], attacks)
     with pytest.raises(ShapeError, match="batch 0 has 2 inputs"):
         attack_success(models, [((torch.zeros(1, 1, 2, 2),) * 2, torch.tensor([0]))], attacks)
+
+
+def test_an_attack_on_one_network_is_refused_for_what_makes_it(small_cnn, images):
+    model = small_cnn()
+    with pytest.raises(OptionError, match=r"pass what makes it for each: lambda model: LocalSearch\(model\)"):
+        attack_success({"a": model}, [(images(4), torch.arange(4))], {"ls": LocalSearch(model)})
