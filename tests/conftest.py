@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from captum_classfilters import LabelSensitiveGate
+
 # The networks here are small: threads would cost more than they bring
 torch.set_num_threads(1)
 
@@ -103,6 +105,20 @@ def small_cnn() -> Callable[..., SmallCNN]:
         return seeded(model, seed).eval()
 
     return make
+
+
+@pytest.fixture
+def model(small_cnn: Callable[..., SmallCNN]) -> SmallCNN:
+    """For training: in train mode, dropout off, so that two passes are the same."""
+    network = small_cnn().train()
+    network.dropout.p = 0.0
+    return network
+
+
+@pytest.fixture
+def gate() -> LabelSensitiveGate:
+    """Fits `small_cnn`: C = 4, K = 6."""
+    return LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
