@@ -278,6 +278,15 @@ def check_names(names: Sequence[str]) -> None:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
 
+def names_of(given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """The class names that were given, checked, or numbers in their place."""
+    names = tuple(map(str, range(classes))) if given is None else tuple(given)
+    if len(names) != classes:
+        raise OptionError(f"class_names must be {classes}, one for each class; got {len(names)}")
+    check_names(names)
+    return names
+
+
 def one_table(filters: Any) -> ClassFilters:
     """Refuse what is not a single table, such as the dict of several that `attribute` can return."""
     if not isinstance(filters, ClassFilters):

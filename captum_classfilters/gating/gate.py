@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, check_names
+from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of
 from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.stream import check_labels, check_range
@@ -282,10 +282,7 @@ class LabelSensitiveGate(nn.Module):
         Raises:
             OptionError: Names are repeated, or not C of them.
         """
-        names = tuple(map(str, range(self.num_classes))) if class_names is None else tuple(class_names)
-        if len(names) != self.num_classes:
-            raise OptionError(f"class_names must be {self.num_classes} names, one for each class; got {len(names)}")
-        check_names(names)
+        names = names_of(class_names, self.num_classes)
         table = self.weight.detach().cpu().double()
         meta = {"merge": "never", "density": self.density, "trained": self.weight.requires_grad}
         return ClassFilters(table, table.clone(), self.counts.cpu().clone(), "gate", self.layer, names, meta)

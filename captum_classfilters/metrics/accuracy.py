@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, names_of
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
@@ -111,12 +111,7 @@ class _Small(NamedTuple):
 def _class_names(given: Sequence[str] | None, tables: Mapping[str, ClassFilters], classes: int) -> Sequence[str]:
     if tables:
         return next(iter(tables.values())).class_names
-    if given is None:
-        return tuple(map(str, range(classes)))
-    if len(given) != classes:
-        raise OptionError(f"class_names must be {classes}, one for each class; got {len(given)}")
-    check_names(given)
-    return given
+    return names_of(given, classes)
 
 
 def _refitter(head: Head, moments: HeadMoments | None) -> Refitter | None:

@@ -9,7 +9,7 @@ import pandas as pd
 from sklearn.feature_selection import mutual_info_classif
 from torch import nn
 
-from captum_classfilters.class_filters import check_names
+from captum_classfilters.class_filters import names_of
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import batches
 
@@ -62,7 +62,7 @@ def mutual_information(
     sample = _Sample(max_samples, seed)
     with batches(model, loader, layer=layer, show_progress=show_progress, description="mutual_information") as stream:
         for batch in stream:
-            names = _names(class_names, batch.head.num_classes)
+            names = names_of(class_names, batch.head.num_classes)
             sample.add(batch.features.float().cpu().numpy(), batch.labels.cpu().numpy())  # type: ignore[union-attr]
     features, labels = sample.features, sample.labels
     present = np.unique(labels)
@@ -151,12 +151,3 @@ class _Sample:
     def labels(self) -> Any:
         self._shrink()
         return self._parts[0][1]
-
-
-def _names(given: Sequence[str] | None, classes: int) -> Sequence[str]:
-    if given is None:
-        return tuple(map(str, range(classes)))
-    if len(given) != classes:
-        raise OptionError(f"class_names must be {classes}, one for each class; got {len(given)}")
-    check_names(given)
-    return given

@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_size_is_refused_and_nothing_lost(gate):
         (lambda g: g.penalty(0.3, "square"), OptionError, r"kind must be one of \['abs', 'hinge'\], got 'square'"),
         (lambda g: g.tighten(0.0), OptionError, r"threshold must lie in \(0, 1\], got 0.0"),
         (lambda g: g.exclusive(1.1), OptionError, "got 1.1"),
-        (lambda g: g.class_filters("abc"), OptionError, "must be 4 names, one for each class; got 3"),
+        (lambda g: g.class_filters("abc"), OptionError, "class_names must be 4, one for each class; got 3"),
         (lambda g: g.class_filters("aabc"), OptionError, "must be unique"),
         (lambda g: LabelSensitiveGate(0, 6), OptionError, "num_classes must be an integer of at least 1, got 0"),
         (lambda g: LabelSensitiveGate(4, 6.0), OptionError, "num_channels must be an integer"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from training import Method, Standard
+from training import Standard
 
 from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.gating.training import SPARSITY
@@ -20,7 +20,7 @@ def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate-lr", type=float, default=0.1, help="peak of the gate's one-cycle schedule")
     parser.add_argument("--sparsity", type=float, default=SPARSITY, help="the paper's a; 0: no penalty")
     parser.add_argument("--density", type=float, default=0.2, help="target mean of the gate")
-    parser.add_argument("--exclusive", type=int, help="fixed gate: channels of each class (default: K // (C + C // 2))")
+    parser.add_argument("--exclusive", type=int, help="fixed gate: channels of each class (default: 15 K / 16 C)")
 
 
 class Gated:
@@ -71,6 +71,3 @@ def told_by(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "lsg":
         about |= {"sparsity": options.sparsity, "density": options.density, "gate_lr": options.gate_lr}
     return about
-
-
-__all__ = ["METHODS", "Gated", "Method", "add_gate_arguments", "method_of", "told_by"]
