@@ -10,15 +10,15 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from captum_classfilters.assets.networks import SmallAlexNet, SmallResNet
+from captum_classfilters.assets.networks import SmallAlexNet, SmallInception, SmallResNet, SmallVGG
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.files import read, write
 
 _HERE = Path(__file__).parent
 # the kind was named when there was one architecture
 _NETWORK, _NETWORK_VERSION = "SmallResNet", 1
-_ARCHITECTURES = {"SmallResNet": SmallResNet, "SmallAlexNet": SmallAlexNet}
-Network: TypeAlias = SmallResNet | SmallAlexNet
+_ARCHITECTURES = {kind.__name__: kind for kind in (SmallResNet, SmallAlexNet, SmallVGG, SmallInception)}
+Network: TypeAlias = SmallResNet | SmallAlexNet | SmallVGG | SmallInception
 _IMAGES, _IMAGES_VERSION = "ImageSample", 1
 SEEDS = (0, 1, 2)
 # Which trainings of which method ship

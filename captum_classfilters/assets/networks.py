@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64)
 ALEXNET_WIDTHS = (48, 96, 192, 192, 256)
+VGG_WIDTHS = ((32, 32), (64, 64), (128, 128, 128))
+# of each module: 1x1, before 3x3, 3x3, before two 3x3, two 3x3, after pooling
+INCEPTION_WIDTHS = (
+    ((16, 16, 32, 8, 16, 16), (24, 24, 48, 12, 24, 24)),
+    ((32, 32, 64, 16, 32, 32), (48, 32, 64, 16, 48, 32)),
+)
 
 
 class Normalise(nn.Module):
@@ -152,6 +158,120 @@ class SmallAlexNet(nn.Module):
         """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
         logits: Tensor = self.fc(torch.flatten(self.avgpool(self.features(self.normalise(images))), 1))
         return logits
+
+
+class SmallVGG(nn.Module):
+    """Stages of 3x3 convolutions with batch norm, each halved by max pooling, as VGG (Simonyan and Zisserman 2015).
+
+    Differs: slim, and an average over positions with one linear layer in the place of three.
+
+    Args:
+        num_classes: C.
+        mean: Mean of each colour channel of images in [0, 1]; its length is the number of colours.
+        std: Deviation of each colour channel.
+        widths: For each stage, the channels of its convolutions; the last is K.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        *,
+        widths: Sequence[Sequence[int]] = VGG_WIDTHS,
+    ) -> None:
+        super().__init__()
+        self.widths = tuple(tuple(stage) for stage in widths)
+        self.normalise = Normalise(mean, std)
+        layers: list[nn.Module] = []
+        inputs = len(mean)
+        for index, stage in enumerate(self.widths):
+            layers += [nn.MaxPool2d(2)] if index else []
+            for outputs in stage:
+                layers += [nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                inputs = outputs
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, num_classes)
+
+    def config(self) -> dict[str, Any]:
+        """What builds it again."""
+        return {"widths": [list(stage) for stage in self.widths]}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(self.features(self.normalise(images))), 1))
+        return logits
+
+
+class Inception(nn.Module):
+    """Four branches side by side: 1x1, 3x3, two 3x3, and pooling; the latter three with a 1x1 convolution."""
+
+    def __init__(self, inputs: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        one, before_three, three, before_five, five, pooled = widths
+        self.branch1 = _conv_norm(inputs, one, 1)
+        self.branch2 = nn.Sequential(_conv_norm(inputs, before_three, 1), _conv_norm(before_three, three, 3))
+        self.branch3 = nn.Sequential(
+            _conv_norm(inputs, before_five, 1), _conv_norm(before_five, five, 3), _conv_norm(five, five, 3)
+        )
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv_norm(inputs, pooled, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, inputs, H, W)`` to as many channels as the branches give together."""
+        return torch.cat([self.branch1(images), self.branch2(images), self.branch3(images), self.branch4(images)], 1)
+
+
+class SmallInception(nn.Module):
+    """Inception modules with batch norm in stages, as GoogLeNet (Szegedy et al. 2015), for small images.
+
+    Differs: narrow, fewer modules, two 3x3 convolutions in the place of 5x5, no auxiliary heads.
+
+    Args:
+        num_classes: C.
+        mean: Mean of each colour channel of images in [0, 1]; its length is the number of colours.
+        std: Deviation of each colour channel.
+        widths: For each stage, the six widths of each of its modules; see `Inception`.
+        stem: Channels of the first convolution.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        *,
+        widths: Sequence[Sequence[Sequence[int]]] = INCEPTION_WIDTHS,
+        stem: int = 32,
+    ) -> None:
+        super().__init__()
+        self.widths = tuple(tuple(tuple(module) for module in stage) for stage in widths)
+        self.stem = stem
+        self.normalise = Normalise(mean, std)
+        layers: list[nn.Module] = [_conv_norm(len(mean), stem, 3)]
+        inputs = stem
+        for stage in self.widths:
+            layers.append(nn.MaxPool2d(2))
+            for module in stage:
+                layers.append(Inception(inputs, module))
+                inputs = module[0] + module[2] + module[4] + module[5]
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, num_classes)
+
+    def config(self) -> dict[str, Any]:
+        """What builds it again."""
+        return {"widths": [[list(module) for module in stage] for stage in self.widths], "stem": self.stem}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, colours, H, W)`` in [0, 1] to logits ``(N, C)``."""
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(self.features(self.normalise(images))), 1))
+        return logits
+
+
+def _conv_norm(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, 1, size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:

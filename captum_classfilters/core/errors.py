@@ -13,6 +13,10 @@ class HeadError(ClassFiltersError, ValueError):
     """The classifier head could not be found, or is not one this package can read."""
 
 
+class LayerError(ClassFiltersError, ValueError):
+    """A layer does not exist, is of the wrong kind, or is used in a way that cannot be followed."""
+
+
 class ShapeError(ClassFiltersError, ValueError):
     """A tensor has the wrong shape or dtype."""
 
@@ -47,6 +51,10 @@ class DeviceError(ClassFiltersError, ValueError):
 
 class UnseenClassWarning(UserWarning):
     """A class had no sample in the loader."""
+
+
+class UngatedLayerWarning(UserWarning):
+    """A convolution is used in a way that gating cannot follow, and was left alone."""
 
 
 class SingularMomentsWarning(UserWarning):

@@ -147,7 +147,7 @@ class _Reader:
         self._dtype = first.dtype if first is not None else torch.get_default_dtype()
 
     def read(self, inputs: tuple[Any, ...], labels: Tensor | None, index: int) -> Batch:
-        inputs = tuple(self._to_model(value) for value in inputs)
+        inputs = tuple(value_to_model(value, self._device, self._dtype) for value in inputs)
         self._seen.clear()
         output = self._forward(*inputs, *self._args)
         if self._head is None:
@@ -169,7 +169,8 @@ class _Reader:
                 "look at "
                 "that batch and at the layers before it"
             )
-        return Batch(head, inputs, features, logits, self._move(labels), maps, largest)
+        labels = None if labels is None else labels.to(self._device, non_blocking=True)
+        return Batch(head, inputs, features, logits, labels, maps, largest)
 
     def _found(self, output: Any) -> Any:
         found = self._search.found(output)  # type: ignore[union-attr]
@@ -201,14 +202,13 @@ class _Reader:
         # a copy: an in-place operation may follow
         self._seen["maps"] = self._head.feature_map.read(output).clone()  # type: ignore[union-attr]
 
-    def _to_model(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != self._dtype:
-            value = value.to(self._dtype)
-        return self._move(value)
 
-    def _move(self, value: Any) -> Any:
-        # asynchronous where the loader pinned its memory, an ordinary copy where not
-        return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+def value_to_model(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tensor of a batch where the model is, of its dtype if it is floating; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    # asynchronous where the loader pinned its memory, an ordinary copy where not
+    return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
 
 
 def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...], Any]:

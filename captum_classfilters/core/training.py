@@ -12,19 +12,13 @@ import torch
 from torch import Tensor
 
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError
-from captum_classfilters.core.stream import check_labels, unpack
+from captum_classfilters.core.stream import check_labels, unpack, value_to_model
 
 
 def to_model(raw: Any, index: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
     """One batch of a loader as ``(inputs, labels)``: inputs where the model is and of its dtype, labels checked."""
     inputs, labels = unpack(raw, True, index)
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
-
-    moved = tuple(move(value) for value in inputs)
+    moved = tuple(value_to_model(value, device, dtype) for value in inputs)
     return moved, check_labels(labels, len(moved[0]), index).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Training with a label-sensitive gate, as a `training.Method` of the recipes."""
+"""Training with a label-sensitive gate, as a `training.Method` of the recipes; which method is meant by the options."""
 
 import argparse
 from functools import partial
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from decoupled import path_method
 from training import Standard
 
 from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.gating.training import SPARSITY
 
-METHODS = ("std", "lsg", "fixed-gate")
+METHODS = ("std", "lsg", "fixed-gate", "decoupled", "l1")
 
 
 def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +35,16 @@ class Gated:
             gate = LabelSensitiveGate.fixed(classes, channels, exclusive)
         else:
             gate = LabelSensitiveGate(classes, channels, generator=torch.Generator().manual_seed(options.seed))
+        self._model = model
         self.gate = gate.to(next(model.parameters()).device)
         self._gate_lr = options.gate_lr
         self._training = LabelSensitiveTraining(model, self.gate, sparsity=options.sparsity, density=options.density)
 
     def groups(self) -> list[dict[str, Any]]:
         return [self.gate.parameter_group(self._gate_lr)] if self.gate.weight.requires_grad else []
+
+    def predictor(self) -> nn.Module:
+        return self._model  # without the gate: it would read the label
 
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         return self._training.loss(inputs, labels, epoch)
@@ -62,6 +67,8 @@ class Gated:
 
 def method_of(options: argparse.Namespace) -> Any:
     """What `training.train` takes: the method that the command line asks for."""
+    if options.method in ("decoupled", "l1"):
+        return path_method(options)
     return Standard if options.method == "std" else partial(Gated, options=options)
 
 
@@ -70,4 +77,9 @@ def told_by(options: argparse.Namespace) -> dict[str, Any]:
     about: dict[str, Any] = {"method": options.method}
     if options.method == "lsg":
         about |= {"sparsity": options.sparsity, "density": options.density, "gate_lr": options.gate_lr}
+    if options.method == "decoupled":
+        names = ("information_weight", "divergence_weight", "sparsity_weight", "target_rate", "mix")
+        about |= {name: getattr(options, name) for name in names}
+    if options.method == "l1":
+        about |= {"macs": options.macs}
     return about

@@ -1,8 +1,10 @@
-"""Train a small residual network, or one like AlexNet, with or without a gate; stops and resumes without loss.
+"""Train a small network, with or without gates; stops and resumes without loss.
 
     python tutorials/recipes/train_fashion_mnist.py --depth 20 --seed 0 --out runs/resnet20-s0
     python tutorials/recipes/train_fashion_mnist.py --method lsg --seed 0 --out runs/lsg-s0
     python tutorials/recipes/train_fashion_mnist.py --network alexnet --method fixed-gate --out runs/alexnet-fixed
+    python tutorials/recipes/train_fashion_mnist.py --method decoupled --from runs/resnet20-s0/network.safetensors \
+        --epochs 8 --lr 0.05 --out runs/decoupled-s0
 
 Writes ``OUT/network.safetensors`` (what `captum_classfilters.assets.load_network` reads) and, after every epoch,
 ``OUT/resume.pt``. The network is the one of the last epoch; test images are looked at once, at the end.
@@ -14,12 +16,15 @@ from functools import partial
 
 import torch
 from data import load
+from decoupled import add_path_arguments, starting
 from gated import add_gate_arguments, method_of, told_by
 from torch import Tensor
 from torch.nn import functional as F
 from training import add_arguments, train
 
-from captum_classfilters.assets.networks import SmallAlexNet, SmallResNet
+from captum_classfilters.assets.networks import SmallAlexNet, SmallInception, SmallResNet, SmallVGG
+
+NETWORKS = {"resnet": SmallResNet, "alexnet": SmallAlexNet, "vgg": SmallVGG, "inception": SmallInception}
 
 
 def augment(images: Tensor, generator: torch.Generator, pad: int = 2) -> Tensor:
@@ -38,13 +43,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion_mnist", help="fashion_mnist, cifar10, cifar100 or a folder")
     parser.add_argument("--root", default="data", help="where torchvision keeps or downloads data sets")
-    parser.add_argument("--network", default="resnet", choices=["resnet", "alexnet"])
+    parser.add_argument("--network", default="resnet", choices=list(NETWORKS))
     parser.add_argument("--depth", type=int, default=20, help="of the resnet: 20, 32, 44, 56, ...")
     add_gate_arguments(parser)
+    add_path_arguments(parser)
     add_arguments(parser, epochs=15)
     options = parser.parse_args()
-    network = partial(SmallResNet, options.depth) if options.network == "resnet" else SmallAlexNet
     data = load(options.data, options.root)
+    options.image_shape = tuple(data.train.images.shape[1:])
+    kind = NETWORKS[options.network]
+    network = partial(kind, options.depth) if options.network == "resnet" else kind
+    if options.method in ("decoupled", "l1"):
+        network = starting(options.start)
     train(options, data, network, augment, meta=told_by(options), method=method_of(options))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.assets import Network, save_network
+from captum_classfilters.core.training import get_random, set_random
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0.1) -> None:
@@ -35,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0
 
 
 class Method(Protocol):
-    """What a way of training adds to the loop: a loss, what follows a step, and parameters of its own."""
+    """What a way of training adds to the loop: a loss, what follows a step, and parameters of its own.
+
+    ``predictor`` is the module whose test accuracy is told; ``groups`` are the optimizer's, besides the network's.
+    """
 
     def groups(self) -> list[dict[str, Any]]: ...
+    def predictor(self) -> nn.Module: ...
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor: ...
     def after_step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -54,6 +59,9 @@ class Standard:
 
     def groups(self) -> list[dict[str, Any]]:
         return []
+
+    def predictor(self) -> nn.Module:
+        return self._model
 
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(self._model(inputs).float(), labels)
@@ -123,7 +131,7 @@ def train(
     *,
     images_per_epoch: int | None = None,
     meta: Mapping[str, Any] | None = None,
-    method: Callable[[nn.Module], Method] = Standard,
+    method: Callable[[Any], Method] = Standard,
 ) -> None:
     """Train, from where ``options.out`` stands.
 
@@ -157,6 +165,7 @@ def train(
         state = torch.load(resume, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         way.load_state_dict(state["method"])
+        set_random(state["random"], device, None)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"].cpu())
@@ -186,6 +195,7 @@ def train(
             {
                 "model": model.state_dict(), "method": way.state_dict(), "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
+                "random": get_random(device, None),
             },
             beside,
         )  # fmt: skip
@@ -201,7 +211,7 @@ def train(
         "lr": options.lr,
         "weight_decay": options.weight_decay,
         "torch": torch.__version__,
-        "test_accuracy": accuracy(model, *(part[: options.limit] for part in data.test), device),
+        "test_accuracy": accuracy(way.predictor(), *(part[: options.limit] for part in data.test), device),
         **(meta or {}),
     }
     way.save(options.out)

@@ -1,0 +1,213 @@
+"""What a model calls in one forward, in order: its layers and functions, and which result goes where.
+
+Read by symbolic tracing, or where Python code depends on values, by running an example. `units.py` finds in it what
+can be gated, `flow.py` which channels stay zero.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import LayerError
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+# in their names, of functions and of modules of other packages: torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d
+_NORM_WORDS = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "frozenbatchnorm")
+
+
+class Call(NamedTuple):
+    """One call; results are numbered, and the model's input comes from no call."""
+
+    op: str  # "conv", "norm", or the name of a function or module class, in small letters and without underscores
+    inputs: tuple[int, ...]
+    output: int
+    module: str = ""  # dotted name, where it is a module that is called
+    dim: int | None = None  # of cat
+
+
+class Calls(NamedTuple):
+    """All calls of a forward, and the results that it returns."""
+
+    calls: tuple[Call, ...]
+    returned: frozenset[int]
+    graph: fx.Graph | None  # None: found by running
+
+    def users(self, result: int) -> list[Call]:
+        """The calls that take this result; one that takes it twice comes once."""
+        return [call for call in self.calls if result in call.inputs]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Batch, group, instance or layer normalisation, of torch or by its class's name."""
+    return isinstance(module, _NORMS) or type(module).__name__.lower().startswith(_NORM_WORDS)
+
+
+def calls_of(model: nn.Module, example: Any = None) -> Calls:
+    """The calls of ``model``, in eval mode: traced, or seen while ``example`` runs.
+
+    Args:
+        model: Any; it is given back as it was.
+        example: The arguments of one forward, for a model that cannot be traced; None: trace.
+
+    Raises:
+        LayerError: It cannot be traced and there is no example.
+    """
+    if example is not None:
+        return _by_running(model, example if isinstance(example, tuple) else (example,))
+    with borrowed(model, grad=torch.is_grad_enabled()):
+        try:
+            graph = Tracer().trace(model, concrete_args=_defaults(model))
+        except Exception as error:  # anything a forward may do to a symbol in the place of a tensor
+            raise LayerError(
+                f"{type(model).__name__} cannot be traced: {_first_line(error)}{_where(error)}; pass example_input= "
+                "with one batch, and its layers are found by running it"
+            ) from error
+    return _from_graph(model, graph)
+
+
+class Tracer(fx.Tracer):
+    """Looks into everything but torch's own layers, norms, and modules that hold no others."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calls of ``m`` stay one call."""
+        return super().is_leaf_module(m, module_qualified_name) or is_norm(m) or next(m.children(), None) is None
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Arguments of the forward that have a default keep it: a flag may be asked for its value."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code at which tracing ended."""
+    frames = [frame for frame in inspect.getinnerframes(error.__traceback__) if "/torch/" not in frame.filename]
+    frames = [frame for frame in frames if frame.filename != __file__] if error.__traceback__ else []
+    line = (frames[-1].code_context or [""])[0].strip() if frames else ""
+    return f' (at "{line}")' if line else ""
+
+
+def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
+    numbers = {node: index for index, node in enumerate(graph.nodes)}
+    calls, returned = [], frozenset[int]()
+    for node in graph.nodes:
+        inputs = tuple(numbers[source] for source in node.all_input_nodes)
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            calls.append(Call(_op_of(module), inputs, numbers[node], str(node.target)))
+        elif node.op in ("call_function", "call_method"):
+            op = _named(node.target)
+            calls.append(Call(op, inputs, numbers[node], dim=_dim(op, node.args, node.kwargs)))
+        elif node.op == "output":
+            returned = frozenset(inputs)
+    return Calls(tuple(calls), returned, graph)
+
+
+def _op_of(module: nn.Module) -> str:
+    if isinstance(module, CONVS):
+        return "conv"
+    return "norm" if is_norm(module) else _named(type(module))
+
+
+def _named(target: Any) -> str:
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.replace("_", "").lower()
+
+
+def _dim(op: str, args: Any, kwargs: Any) -> int | None:
+    if op not in ("cat", "concat", "concatenate"):
+        return None
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return dim if isinstance(dim, int) else None
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down what runs; inside a convolution or a norm nothing is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.inside = 0
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Any] = []  # while they live, no other tensor has their id
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            return self.renumber(tensor)
+        return self._numbers[id(tensor)]
+
+    def renumber(self, tensor: Tensor) -> int:
+        """A new number for what a call gave, though it be the tensor that it took: an operation in place."""
+        self._numbers[id(tensor)] = len(self._kept)
+        self._kept.append(tensor)
+        return self._numbers[id(tensor)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = tuple(dict.fromkeys(self.number(tensor) for tensor in _tensors((args, kwargs))))
+        result = func(*args, **kwargs)
+        outputs = list(_tensors(result))
+        if outputs and not self.inside:
+            op = _named(func)
+            output = self.renumber(outputs[0])
+            self.calls.append(Call(op, inputs, output, dim=_dim(op, args, kwargs)))
+            for further in outputs[1:]:
+                self.calls.append(Call(op, inputs, self.renumber(further)))
+        return result
+
+
+def _by_running(model: nn.Module, example: tuple[Any, ...]) -> Calls:
+    recorder = _Recorder()
+    names = {module: name for name, module in model.named_modules()}
+    with borrowed(model) as borrow:
+        for module in names:
+            if isinstance(module, CONVS) or is_norm(module):
+                borrow.before(module, _entering(recorder))
+                borrow.after(module, _leaving(recorder, names))
+        with recorder:
+            result = model(*example)
+    returned = frozenset(recorder.number(tensor) for tensor in _tensors(result))
+    return Calls(tuple(recorder.calls), returned, None)
+
+
+def _entering(recorder: _Recorder) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        recorder.inside += 1
+
+    return hook
+
+
+def _leaving(recorder: _Recorder, names: dict[nn.Module, str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.inside -= 1
+        if not recorder.inside and isinstance(output, Tensor):
+            inputs = tuple(dict.fromkeys(recorder.number(tensor) for tensor in _tensors(args)))
+            recorder.calls.append(Call(_op_of(module), inputs, recorder.renumber(output), names[module]))
+
+    return hook
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif hasattr(value, "to_tuple"):
+        with suppress(TypeError):
+            yield from _tensors(value.to_tuple())

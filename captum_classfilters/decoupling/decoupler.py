@@ -1,0 +1,384 @@
+"""The network with its gates: `PathDecoupler` wraps a model; hooks stand on it only while a forward runs.
+
+What one forward needs lives in a `_Run`, found through a context variable: threads, DataParallel's replicas and nested
+calls each see their own. N samples, C classes, L gated layers with K_l channels.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.stream import check_labels, check_range
+from captum_classfilters.decoupling import losses, saved
+from captum_classfilters.decoupling.calls import Calls, calls_of
+from captum_classfilters.decoupling.controller import MIXES, Controller, pooled
+from captum_classfilters.decoupling.losses import DIRECTIONS, DecouplingLoss
+from captum_classfilters.decoupling.units import Unit, find_units
+
+if TYPE_CHECKING:
+    from captum_classfilters.decoupling.macs import Costs
+    from captum_classfilters.decoupling.paths import Paths
+
+Gates = tuple[Tensor, ...]
+
+
+class _Run:
+    """One forward: its gates, and what else is asked of it."""
+
+    def __init__(self, frozen: Gates | None, logits: bool = False, pooled: bool = False) -> None:
+        self.frozen = frozen
+        self.gates: dict[int, Tensor] = {}
+        self.logits: dict[int, Tensor] | None = {} if logits else None
+        self.pooled: dict[int, Tensor] | None = {} if pooled else None
+        self.masked: set[int] = set()
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("captum_classfilters_run", default=None)
+# gates that one decoupler's forwards are to take in this thread
+_FROZEN: ContextVar["tuple[PathDecoupler, Gates] | None"] = ContextVar("captum_classfilters_frozen", default=None)
+
+
+class PathDecoupler(nn.Module):
+    """A model in which every image opens the channels it needs: its calculation path.
+
+    A small controller before each gated convolution reads that convolution's input and opens or closes its channels;
+    these are multiplied on the norm that follows the convolution, or on the convolution where none does. Train with
+    `loss`, then read `paths`, skip work with `skipping`.
+
+    Source: "Interpretable neural network decoupling", section 3. Differs: gates stand on the norm, since a mask before
+    it would not close a channel; 1x1 convolutions of shortcuts and of squeeze-and-excitation are free by default.
+
+    Args:
+        model: The network, kept as ``.model`` and never changed: its modules, parameters and their order stay.
+        layers: Names or modules of the convolutions to gate; None: all but the first and the last, as in the paper.
+        reduction: gamma of eq. 2.
+        mix: Which half of the gates is hard in training: ``"sample"``, ``"channel"`` or ``"element"``; see
+            `controller.random_half`.
+        num_classes: C, which `loss` needs; None: as many as the last linear layer gives.
+        generator: Of the controllers' initial weights; None: torch's own. Noise in training is torch's own, as dropout's.
+        example_input: One batch for a model that cannot be traced: its layers are found by running it.
+
+    Attributes:
+        model: What was given.
+        units: The gated convolutions in order: ``Unit(conv, site)``, dotted names in ``model``.
+        controllers: One `Controller` for each unit; its output is the gates, so Captum's ``LayerActivation`` reads them.
+        readers: For each unit, W_cla of eq. 9 as a linear layer; None where C is not known.
+
+    Raises:
+        LayerError: Nothing to gate, a layer that does not exist, is no convolution or cannot be followed; the model
+            cannot be traced.
+        OptionError: ``reduction`` or ``mix`` is out of range.
+
+    Example:
+        >>> from captum_classfilters.assets import load_demo_network, load_images
+        >>> model, _ = load_demo_network()
+        >>> decoupler = PathDecoupler(model).eval()
+        >>> len(decoupler.units), decoupler.units[0]
+        (17, Unit(conv='layer1.0.conv1', site='layer1.0.bn1'))
+        >>> decoupler(load_images().images[:2].float() / 255).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module | str] | None = None,
+        *,
+        reduction: int = 4,
+        mix: str = "sample",
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+        example_input: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
+        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
+            raise OptionError(f"reduction must be an integer of at least 1, got {reduction!r}")
+        if mix not in MIXES:
+            raise OptionError(f"mix must be one of {list(MIXES)}, got {mix!r}")
+        self.model = unwrap(model)
+        calls = calls_of(self.model, example_input)
+        self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
+        self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
+        classes = num_classes or _classes(self.model, calls)
+        self.readers = nn.ModuleList(self._reader(each, classes) for each in self._controllers()) if classes else None
+        # not self.train(): batch norms that were frozen by hand stay so
+        self.training = self.model.training
+        self.controllers.train(self.training)
+
+    def _controller(self, unit: Unit, reduction: int, mix: str, generator: torch.Generator | None) -> Controller:
+        conv: Any = self.model.get_submodule(unit.conv)
+        controller = Controller(conv.in_channels, conv.out_channels, reduction, mix)
+        controller.reset(generator)
+        # in float32 though the model be in half precision: that is what gates are computed in
+        return controller.to(conv.weight.device, torch.promote_types(conv.weight.dtype, torch.float32))
+
+    def _reader(self, controller: Controller, num_classes: int) -> nn.Linear:
+        like = controller.excite.weight
+        return nn.Linear(controller.excite.out_features, num_classes, bias=False).to(like.device, like.dtype)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the gated convolutions, in order."""
+        return tuple(unit.conv for unit in self.units)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """How many channels each of them has."""
+        return tuple(controller.excite.out_features for controller in self._controllers())
+
+    def _controllers(self) -> Iterator[Controller]:
+        return iter(self.controllers)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives, with its channels gated: logits ``(N, C)`` for a classifier."""
+        return self._forward(_Run(self._frozen()), args, kwargs)
+
+    def gates(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates]:
+        """One forward's ``(output, gates)``: gates ``(N, K_l)`` for each layer; with gradients where they are on."""
+        run = _Run(self._frozen())
+        output = self._forward(run, args, kwargs)
+        return output, self._in_order(run.gates)
+
+    def gate_logits(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates]:
+        """One forward's ``(output, g)``: g of eq. 2, ``(N, K_l)`` float32 for each layer; positive is open."""
+        run = _Run(None, logits=True)
+        output = self._forward(run, args, kwargs)
+        return output, self._in_order(run.logits or {})
+
+    def loss(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        *,
+        information_weight: float = 1.0,
+        divergence_weight: float = 1.0,
+        sparsity_weight: float = 0.003,
+        target_rate: float = 0.0,
+        direction: str = "z_y",
+    ) -> DecouplingLoss:
+        """Run the network and give eq. 12; nothing of the forward stays behind.
+
+        Source: "Interpretable neural network decoupling", section 3.2. The paper does not give its weights. Of those
+        tried here, an information weight of .1 or less left the gates the same for every image.
+
+        Args:
+            inputs: What the model takes; a tuple for several.
+            labels: ``(N,)`` int64.
+            information_weight: lambda_m.
+            divergence_weight: lambda_k.
+            sparsity_weight: lambda_s.
+            target_rate: R in [0, 1]; 0: as sparse as the other losses let it become.
+            direction: See `losses.divergence_loss`.
+
+        Raises:
+            OptionError: A weight is negative, ``target_rate`` or ``direction`` is out of range.
+            LabelError: Labels do not fit.
+            NonFiniteError: Gates or logits are not finite.
+        """
+        weights = {
+            "information_weight": information_weight,
+            "divergence_weight": divergence_weight,
+            "sparsity_weight": sparsity_weight,
+        }
+        for name, value in weights.items():
+            if not value >= 0:
+                raise OptionError(f"{name} must be at least 0, got {value!r}")
+        if not 0 <= target_rate <= 1:
+            raise OptionError(f"target_rate is a share of channels in [0, 1], got {target_rate!r}")
+        if direction not in DIRECTIONS:
+            raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        run = _Run(self._frozen(), pooled=True)
+        logits = self._forward(run, args, {})
+        labels = check_labels(labels, len(logits)).to(logits.device)
+        check_range(labels, logits.shape[1])
+        rows = []
+        for index, reader in enumerate(self._readers_for(logits.shape[1])):
+            z = run.gates[index]
+            response = run.pooled[index]  # type: ignore[index]
+            rows.append(
+                (
+                    losses.mutual_information_loss(z, reader.weight, labels),  # type: ignore[arg-type]
+                    losses.divergence_loss(z, response, direction),
+                    losses.sparsity_loss(z, target_rate),
+                    (z.detach() > 0.5).to(z.dtype).mean(),
+                )
+            )
+        found = losses.combine(F.cross_entropy(logits.float(), labels), rows, **weights)
+        if not torch.isfinite(found.total):
+            raise NonFiniteError(self._what_is_not_finite(run, logits))
+        return found
+
+    def _readers_for(self, num_classes: int) -> nn.ModuleList:
+        if self.readers is None:
+            raise OptionError(
+                f"the model does not end in a Linear layer, so the number of classes was not known in advance: make the "
+                f"PathDecoupler with num_classes={num_classes}"
+            )
+        if (known := self.readers[0].out_features) != num_classes:
+            raise ShapeError(f"the model gives {num_classes} classes, the readers of eq. 9 were made for {known}")
+        return self.readers
+
+    def _frozen(self) -> Gates | None:
+        found = _FROZEN.get()
+        return found[1] if found is not None and found[0] is self else None
+
+    @contextmanager
+    def frozen(self, gates: Gates) -> Iterator[None]:
+        """Inside, forwards take these gates for their own: with one row for all samples, or a row for each.
+
+        Hard gates have no meaningful derivative; on a frozen path the network is an ordinary one, and Integrated
+        Gradients are complete. ``with decoupler.frozen(decoupler.gates(x)[1]): ...``. A method that makes several
+        copies of each image, as Integrated Gradients does, needs one path: give one image, or the same row for all.
+
+        Raises:
+            ShapeError: Gates do not fit the layers.
+        """
+        expected = self.channels
+        if len(gates) != len(expected):
+            raise ShapeError(f"expected gates for {len(expected)} layers, got {len(gates)}; see decoupler.layers")
+        for name, channels, gate in zip(self.layers, expected, gates, strict=True):
+            if gate.dim() != 2 or gate.shape[1] != channels:
+                raise ShapeError(f"gates of {name} must have shape (N, {channels}), got {tuple(gate.shape)}")
+        token = _FROZEN.set((self, tuple(gate.detach() for gate in gates)))
+        try:
+            yield
+        finally:
+            _FROZEN.reset(token)
+
+    def paths(self, loader: Iterable[Any], *, logits: bool = False, show_progress: bool = False) -> "Paths":
+        """The calculation path of every image, packed to one bit for each channel.
+
+        Args:
+            loader: Batches of ``(inputs, labels)`` or of inputs alone; read once.
+            logits: Also keep g of eq. 2, as float16.
+            show_progress: A tqdm bar.
+        """
+        from captum_classfilters.decoupling.paths import collect
+
+        return collect(self, loader, logits=logits, show_progress=show_progress)
+
+    def costs(self, *args: Any) -> "Costs":
+        """What the convolutions of this network cost, from one forward without gates of ``args``, one image."""
+        from captum_classfilters.decoupling.paths import costs_of
+
+        return costs_of(self, args)
+
+    def controllers_state_dict(self) -> dict[str, Tensor]:
+        """What was trained beside the model: controllers, and readers if there are any."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def load_controllers_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `controllers_state_dict` gave.
+
+        Raises:
+            ShapeError: It is of another network or other layers; nothing is changed then.
+        """
+        saved.load_controllers(self, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the controllers to a file, with the names of their layers; the model is yours to save."""
+        saved.save(self, path)
+
+    def load(self, path: str | os.PathLike[str]) -> "PathDecoupler":
+        """Read what `save` wrote into this decoupler, whose layers must be the same; returns itself."""
+        return saved.load(self, path)
+
+    def _forward(self, run: _Run, args: Any, kwargs: Any) -> Any:
+        token = _RUN.set(run)
+        try:
+            with ExitStack() as stack, borrowed(self.model, train=True):
+                for index, (unit, controller) in enumerate(zip(self.units, self._controllers(), strict=True)):
+                    conv, site = self.model.get_submodule(unit.conv), self.model.get_submodule(unit.site)
+                    opens = conv.register_forward_pre_hook(_opens(run, index, controller, unit.conv))
+                    stack.callback(opens.remove)
+                    closes = site.register_forward_hook(_closes(run, index, unit.site))
+                    stack.callback(closes.remove)
+                output = self.model(*args, **kwargs)
+        finally:
+            _RUN.reset(token)
+        if missing := [unit.conv for index, unit in enumerate(self.units) if index not in run.masked]:
+            raise LayerError(
+                f"{missing[0]} did not run in this forward, as it did when the layers were found (in eval mode); "
+                "make a PathDecoupler with layers= without it"
+            )
+        return output
+
+    def _in_order(self, found: dict[int, Tensor]) -> Gates:
+        return tuple(found[index] for index in range(len(self.units)))
+
+    def _what_is_not_finite(self, run: _Run, logits: Tensor) -> str:
+        for index, name in enumerate(self.layers):
+            if not torch.isfinite(run.gates[index]).all():
+                return (
+                    f"the gates of {name} are not finite: its input overflowed or holds NaN; use bfloat16 or float32 for "
+                    "the features, a smaller learning rate, or clip gradients"
+                )
+        what = "logits" if not torch.isfinite(logits).all() else "the loss"
+        return f"{what} of this batch: NaN or infinity; look at inputs and learning rate"
+
+
+def _classes(model: nn.Module, calls: Calls) -> int | None:
+    """C, if the result is a linear layer's."""
+    for call in calls.calls:
+        if call.output in calls.returned and call.op == "linear" and call.module:
+            return int(model.get_submodule(call.module).out_features)  # type: ignore[arg-type]
+    return None
+
+
+def _opens(run: _Run, index: int, controller: Controller, name: str) -> Callable[..., None]:
+    """Before a convolution: its gates, from its input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if _RUN.get() is not run:
+            return
+        features = args[0]
+        if features.dim() != len(module.kernel_size) + 2:  # type: ignore[arg-type]
+            raise ShapeError(f"{name} got an image without a batch, {tuple(features.shape)}; pass (N, C, ...)")
+        if run.frozen is not None:
+            run.gates[index] = _repeated(run.frozen[index], len(features), name).to(features.device)
+        elif run.logits is not None:
+            run.logits[index] = controller.logits(features)
+            run.gates[index] = controller.gates(run.logits[index])
+        else:
+            # called, not taken apart: Captum's LayerActivation hooks it to read the gates
+            run.gates[index] = controller(features)
+
+    return hook
+
+
+def _repeated(gates: Tensor, count: int, name: str) -> Tensor:
+    if count % len(gates):
+        raise ShapeError(f"the frozen gates of {name} are of {len(gates)} images, and {count} came; freeze their own")
+    return gates.repeat(count // len(gates), 1)
+
+
+def _closes(run: _Run, index: int, name: str) -> Callable[..., Any]:
+    """After the norm, or the convolution: its channels times the gates."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if _RUN.get() is not run:
+            return None
+        if index not in run.gates:
+            raise LayerError(f"{name} ran before its convolution; make a PathDecoupler with layers= without it")
+        gates = run.gates[index]
+        if not isinstance(output, Tensor) or output.shape[:2] != gates.shape:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise LayerError(f"the output of {name} should be {tuple(gates.shape)} with positions behind, got {found}")
+        run.masked.add(index)
+        if run.pooled is not None:
+            # eq. 1 has a ReLU; where the network has it later, as before a sum, the response is the same
+            run.pooled[index] = pooled(output.relu(), gates.dtype)
+        return output * gates.to(output.dtype).reshape(*gates.shape, *(1,) * (output.dim() - 2))
+
+    return hook

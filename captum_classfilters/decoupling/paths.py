@@ -1,0 +1,321 @@
+"""`Paths`: which channels every image of a loader opened, one bit for each; and `collect`, the pass that reads them.
+
+N images, C classes, L layers with K_l channels, K in all.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import (
+    EmptyLoaderError,
+    LabelError,
+    LayerError,
+    MergeError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.stream import check_labels, unpack, value_to_model
+from captum_classfilters.decoupling.calls import calls_of
+from captum_classfilters.decoupling.macs import Costs, count_costs
+from captum_classfilters.decoupling.saved import fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from captum_classfilters.decoupling.decoupler import PathDecoupler
+
+_KIND, _VERSION = "Paths", 1
+STATES = ("energetic", "silent", "dynamic")
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """The calculation paths of N images.
+
+    Source: "Interpretable neural network decoupling", section 4.2: a path is all gates of one image, layer by layer.
+
+    Attributes:
+        codes: ``(N, ceil(K / 8))`` uint8: the gates of all layers in a row, eight to a byte, the first in its lowest bit.
+        predictions: ``(N,)`` int64, what the gated network said.
+        labels: ``(N,)`` int64; None where the loader gave none.
+        layers: Names of the gated convolutions.
+        channels: K_l of each.
+        num_classes: C.
+        fingerprint: Of the controllers: paths of another network do not go with these.
+        costs: What convolutions cost, for `macs`.
+        logits: g of eq. 2, ``(N, K)`` float16, if it was asked for.
+    """
+
+    codes: Tensor
+    predictions: Tensor
+    labels: Tensor | None
+    layers: tuple[str, ...]
+    channels: tuple[int, ...]
+    num_classes: int
+    fingerprint: str
+    costs: Costs
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __repr__(self) -> str:
+        return (
+            f"Paths({len(self)} images, {len(self.layers)} layers, {sum(self.channels)} channels, "
+            f"{self.bits().float().mean():.0%} open)"
+        )
+
+    def __getitem__(self, rows: Any) -> "Paths":
+        """Some of the images: a slice, indices or a boolean mask."""
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1 or None)
+        picked = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
+            for name in ("codes", "predictions", "labels", "logits")
+        }
+        return replace(self, **picked)
+
+    def bits(self, layer: str | int | None = None) -> Tensor:
+        """The gates, ``(N, K)`` bool; of one layer ``(N, K_l)``."""
+        unpacked = np.unpackbits(self.codes.numpy(), axis=1, count=sum(self.channels), bitorder="little")
+        everything = torch.from_numpy(unpacked).bool()
+        return everything if layer is None else everything[:, self._columns(layer)]
+
+    def gates(self) -> tuple[Tensor, ...]:
+        """``(N, K_l)`` bool for each layer, as `PathDecoupler.gates` gives them."""
+        return self.bits().split(list(self.channels), 1)
+
+    def rates(self) -> tuple[Tensor, ...]:
+        """For each layer the share of images that open each channel, ``(K_l,)`` float64."""
+        return tuple(gate.double().mean(0) for gate in self.gates())
+
+    def states(self) -> "pd.DataFrame":
+        """How many filters of each layer are energetic (open for every image), silent (for none) or dynamic.
+
+        Source: "Interpretable neural network decoupling", section 4.2, fig. 4. Which are which depends on the images: the
+        more there are, the more are dynamic.
+
+        Returns:
+            One row for each layer: the three counts, ``channels``, and ``open``, the mean share of open ones.
+        """
+        import pandas as pd
+
+        rows = []
+        for name, rate in zip(self.layers, self.rates(), strict=True):
+            energetic, silent = int((rate == 1).sum()), int((rate == 0).sum())
+            rows.append((name, energetic, silent, len(rate) - energetic - silent, len(rate), float(rate.mean())))
+        return pd.DataFrame(rows, columns=["layer", *STATES, "channels", "open"]).set_index("layer")
+
+    def macs(self, *, controllers: bool = True) -> Tensor:
+        """Multiplications of each image's path, ``(N,)`` int64; ``costs.dense`` is the network's without gates."""
+        return self.costs.of(self.gates(), controllers=controllers)
+
+    def distances(self, other: "Paths | None" = None) -> Tensor:
+        """Hamming distances between paths, ``(N, M)`` int32: of these to each other, or to ``other``'s."""
+        if other is not None:
+            self._check_same_network(other)
+        mine = self.bits().float()
+        theirs = mine if other is None else other.bits().float()
+        # of open gates: mine + theirs - 2 shared; float32 is exact below 2**24
+        shared = mine @ theirs.T
+        return (mine.sum(1)[:, None] + theirs.sum(1) - 2 * shared).round().int()
+
+    def profiles(self) -> tuple[Tensor, Tensor]:
+        """For each class the share of its images that open each channel: ``((C, K) float64, (C,) counts)``.
+
+        A class without images is NaN.
+        """
+        labels = self._need_labels("profiles")
+        members = torch.nn.functional.one_hot(labels, self.num_classes).double()
+        counts = members.sum(0)
+        return (members.T @ self.bits().double()) / counts[:, None], counts.long()
+
+    def class_filters(self, layer: str | int, class_names: Sequence[str] = ()) -> ClassFilters:
+        """Which filters of a layer work for which class: how much oftener its images open them than others' do.
+
+        The score of class c and filter k is the share of c's images that open k, less the mean of that share over the
+        other classes seen; the share itself breaks ties. 1 is a filter for this class alone.
+
+        Args:
+            layer: A name of `layers`, or its index.
+            class_names: C names; by default numbers.
+
+        Raises:
+            OptionError: There is no such layer; fewer than two classes have images.
+        """
+        profiles, counts = self.profiles()
+        share = profiles[:, self._columns(layer)]
+        seen = counts > 0
+        if seen.sum() < 2:
+            raise OptionError(f"expected images of at least two classes, got {int(seen.sum())}; show some of another")
+        share = torch.where(seen[:, None], share, 0.0)
+        others = (share.sum(0) - share) / (seen.sum() - 1)
+        scores = torch.where(seen[:, None], share - others, 0.0)
+        names = tuple(class_names) or tuple(str(index) for index in range(self.num_classes))
+        name = self.layers[self._index(layer)]
+        return ClassFilters(scores, share, counts, "paths", name, names, {"merge": "none"})
+
+    def embed(self, *, components: int = 300, perplexity: float = 30.0, seed: int = 0) -> Tensor:
+        """Paths as points of a plane, ``(N, 2)`` float32: PCA, then t-SNE, both of scikit-learn.
+
+        Source: "Interpretable neural network decoupling", section 4.2, fig. 3. No difference. Quadratic in N: some
+        thousands of images are enough.
+
+        Raises:
+            OptionError: There are fewer images than ``perplexity`` asks for.
+        """
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+
+        if len(self) <= perplexity:
+            raise OptionError(f"perplexity must be less than the number of images, {len(self)}, got {perplexity}")
+        bits = self.bits().float().numpy()
+        reduced = PCA(min(components, *bits.shape), random_state=seed).fit_transform(bits)
+        return torch.from_numpy(TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors with a JSON header."""
+        tensors = {name: value for name in ("codes", "predictions", "labels", "logits")
+                   if (value := getattr(self, name)) is not None}  # fmt: skip
+        meta = {
+            "layers": list(self.layers), "channels": list(self.channels), "num_classes": self.num_classes,
+            "fingerprint": self.fingerprint, "costs": self.costs.as_json(),
+        }  # fmt: skip
+        write(path, tensors, kind=_KIND, version=_VERSION, meta=meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Paths":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, FileFormatError: There is no such file, or it is none of these.
+        """
+        tensors, meta = read(path, kind=_KIND, version=_VERSION)
+        return cls(
+            tensors["codes"], tensors["predictions"], tensors.get("labels"), tuple(meta["layers"]),
+            tuple(meta["channels"]), meta["num_classes"], meta["fingerprint"], Costs.from_json(meta["costs"]),
+            tensors.get("logits"),
+        )  # fmt: skip
+
+    @staticmethod
+    def merge(*parts: "Paths") -> "Paths":
+        """The images of all parts, in their order.
+
+        Raises:
+            MergeError: No parts, parts of different networks, or of which some have labels or logits and some not.
+        """
+        if not parts:
+            raise MergeError("merge needs at least one part, got none")
+        first = parts[0]
+        merged: dict[str, Any] = {}
+        for part in parts[1:]:
+            first._check_same_network(part)
+        for name in ("codes", "predictions", "labels", "logits"):
+            values = [getattr(part, name) for part in parts]
+            missing = sum(value is None for value in values)
+            if missing not in (0, len(parts)):
+                raise MergeError(f"{missing} of {len(parts)} parts have no {name}; collect all with or all without")
+            merged[name] = None if missing else torch.cat(values)
+        return replace(first, **merged)
+
+    def _check_same_network(self, other: "Paths") -> None:
+        if not isinstance(other, Paths):
+            raise MergeError(f"expected Paths, got {type(other).__name__}")
+        if self.layers != other.layers or self.channels != other.channels:
+            raise MergeError("these paths are of other layers; collect both with the same decoupler")
+        if self.fingerprint != other.fingerprint:
+            raise MergeError(
+                f"these paths are of another network's controllers (fingerprints {self.fingerprint} and "
+                f"{other.fingerprint}); collect both with the same decoupler"
+            )
+
+    def _index(self, layer: str | int) -> int:
+        if isinstance(layer, str) and layer in self.layers:
+            return self.layers.index(layer)
+        if isinstance(layer, int) and not isinstance(layer, bool) and -len(self.layers) <= layer < len(self.layers):
+            return layer % len(self.layers)
+        shown = ", ".join(self.layers[:5])
+        raise OptionError(f"there is no gated layer {layer!r}; there are {len(self.layers)}: {shown}, ...")
+
+    def _columns(self, layer: str | int) -> slice:
+        ends = list(accumulate(self.channels))
+        index = self._index(layer)
+        return slice(ends[index] - self.channels[index], ends[index])
+
+    def _need_labels(self, what: str) -> Tensor:
+        if self.labels is None:
+            raise LabelError(f"{what} need labels, and the loader gave none; pass batches of (inputs, labels)")
+        return self.labels
+
+
+def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, show_progress: bool) -> Paths:
+    """See `PathDecoupler.paths`."""
+    if not isinstance(loader, Iterable):
+        raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+    first = next(decoupler.model.parameters())
+    codes, predictions, labels, kept = [], [], [], []
+    costs, classes = None, 0
+    with borrowed(decoupler), tqdm(iter(loader), disable=not show_progress, desc="paths") as bar:
+        for index, raw in enumerate(bar):
+            inputs, given = unpack(raw, False, index)
+            inputs = tuple(value_to_model(value, first.device, first.dtype) for value in inputs)
+            if not len(inputs[0]):
+                continue
+            output, gates = decoupler.gate_logits(*inputs) if logits else decoupler.gates(*inputs)
+            if not isinstance(output, Tensor) or output.dim() != 2:
+                raise ShapeError(f"expected logits (N, C) from the model, got {_shape(output)}")
+            row = torch.cat(gates, 1)
+            if not torch.isfinite(row).all():
+                raise NonFiniteError(_where_not_finite(decoupler, gates, index))
+            classes = output.shape[1]
+            codes.append(torch.from_numpy(np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")))
+            predictions.append(output.argmax(1).cpu())
+            if given is not None:
+                labels.append(check_labels(given, len(row), index).cpu())
+            if logits:
+                kept.append(row.cpu().half())
+            if costs is None:
+                costs = decoupler.costs(*(value[:1] if isinstance(value, Tensor) else value for value in inputs))
+    if costs is None:
+        raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
+    if labels and len(labels) != len(codes):
+        raise LabelError(f"{len(labels)} of {len(codes)} batches have labels; give them for all or for none")
+    return Paths(
+        torch.cat(codes), torch.cat(predictions), torch.cat(labels) if labels else None, decoupler.layers,
+        decoupler.channels, classes, fingerprint(decoupler), costs, torch.cat(kept) if logits else None,
+    )  # fmt: skip
+
+
+def costs_of(decoupler: "PathDecoupler", example: tuple[Any, ...]) -> Costs:
+    """See `PathDecoupler.costs`."""
+    try:
+        calls = calls_of(decoupler.model)
+    except LayerError:
+        calls = calls_of(decoupler.model, example)
+    layers = [layer for each in decoupler.controllers for layer in (each.squeeze, each.excite)]
+    work = sum(layer.in_features * layer.out_features for layer in layers)  # type: ignore[operator]
+    return count_costs(decoupler.model, calls, decoupler.units, example, work)  # type: ignore[arg-type]
+
+
+def _shape(output: Any) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _where_not_finite(decoupler: "PathDecoupler", gates: Sequence[Tensor], index: int) -> str:
+    name = next(name for name, gate in zip(decoupler.layers, gates, strict=True) if not torch.isfinite(gate).all())
+    return (
+        f"the gates of {name} are not finite in batch {index}: its input overflowed or holds NaN; look at that batch, or "
+        "run the network in bfloat16 or float32"
+    )
