@@ -20,6 +20,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # in their names, of functions and of modules of other packages: torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d
 _NORM_WORDS = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "frozenbatchnorm")
+_QUESTIONS = ("size", "dim", "numel", "len", "stride", "iscontiguous", "isfloatingpoint")
 
 
 class Call(NamedTuple):
@@ -108,7 +109,7 @@ def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
             module = model.get_submodule(str(node.target))
             calls.append(Call(_op_of(module), inputs, numbers[node], str(node.target)))
         elif node.op in ("call_function", "call_method"):
-            op = _named(node.target)
+            op = named(node.target)
             calls.append(Call(op, inputs, numbers[node], dim=_dim(op, node.args, node.kwargs)))
         elif node.op == "output":
             returned = frozenset(inputs)
@@ -118,10 +119,11 @@ def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
 def _op_of(module: nn.Module) -> str:
     if isinstance(module, CONVS):
         return "conv"
-    return "norm" if is_norm(module) else _named(type(module))
+    return "norm" if is_norm(module) else named(type(module))
 
 
-def _named(target: Any) -> str:
+def named(target: Any) -> str:
+    """The name of a function, method or class in small letters and without underscores."""
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return name.replace("_", "").lower()
 
@@ -134,7 +136,7 @@ def _dim(op: str, args: Any, kwargs: Any) -> int | None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down what runs; inside a convolution or a norm nothing is."""
+    """Writes down what runs; inside a convolution, a norm or a linear layer nothing is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = list(_tensors(result))
         if outputs and not self.inside:
-            op = _named(func)
+            op = named(func)
             output = self.renumber(outputs[0])
             self.calls.append(Call(op, inputs, output, dim=_dim(op, args, kwargs)))
             for further in outputs[1:]:
@@ -173,7 +175,7 @@ def _by_running(model: nn.Module, example: tuple[Any, ...]) -> Calls:
     names = {module: name for name, module in model.named_modules()}
     with borrowed(model) as borrow:
         for module in names:
-            if isinstance(module, CONVS) or is_norm(module):
+            if isinstance(module, (*CONVS, nn.Linear)) or is_norm(module):
                 borrow.before(module, _entering(recorder))
                 borrow.after(module, _leaving(recorder, names))
         with recorder:

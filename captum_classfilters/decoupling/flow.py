@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from captum_classfilters.decoupling.calls import Call, Calls
+from captum_classfilters.decoupling.calls import Call, Calls, named
 from captum_classfilters.decoupling.units import Unit
 
 # ["all", n] | ["gate", l] | ["or", a, b] | ["cat", a, b, ...]; None: not even the number of channels is known
@@ -85,6 +85,12 @@ def _width(expression: Expression | None, units: Sequence[Unit], model: nn.Modul
         return int(model.get_submodule(units[parts[0]].conv).out_channels)  # type: ignore[arg-type]
     widths = [_width(part, units, model) or 0 for part in parts]
     return widths[0] if kind == "or" else sum(widths)
+
+
+def keeps_zero(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node of a traced graph works on each channel alone and leaves zeros zero."""
+    target: Any = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    return named(target) in _KEEP_ZERO
 
 
 def evaluate(expression: Expression, gates: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,100 @@
+"""When skipping is worth it: times measured once, on this machine, for one convolution.
+
+A dense call takes ``a + b n`` for n images. A sliced one takes ``c + (d + e n) f``, f the share of weights that is used:
+d is for selecting them, which a recurring path saves.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MANY = 4
+_REPEATS = 7
+# skipping must promise this much: a guess that is wrong costs more than a small gain
+_MARGIN = 0.95
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds, from a handful of measurements."""
+
+    dense_fixed: float
+    dense_each: float
+    fixed: float
+    selecting: float
+    each: float
+
+    @property
+    def dense_always(self) -> bool:
+        """Skipping even half of inputs and outputs does not pay for one image: gates need not be looked at."""
+        return self.fixed + 0.25 * self.each > _MARGIN * (self.dense_fixed + self.dense_each)
+
+    def dense(self, images: int) -> float:
+        """All channels of so many images."""
+        return (self.dense_fixed + self.dense_each * images) * _MARGIN
+
+    def sliced(self, images: int, inputs: float, outputs: float, kept: bool) -> float:
+        """The open shares of inputs and outputs for images of one path."""
+        share = inputs * outputs
+        return self.fixed + share * (self.each * images + (0.0 if kept else self.selecting))
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few runs."""
+    best = float("inf")
+    for _ in range(_REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def measure(layer: Any, image: Tensor) -> CostModel:
+    """Time a `skip_conv.SkipConv` on maps like ``image``, ``(1, K, ...)``."""
+    from captum_classfilters.decoupling.pieces import Piece
+
+    device = image.device
+    several = image.expand(_MANY, *image.shape[1:]).contiguous()
+    outputs = len(layer.weight)
+    half_in = torch.arange(0, layer.inputs, 2, device=device)
+    half_out = torch.zeros(outputs, dtype=torch.bool, device=device)
+    half_out[::2] = True
+    one_out = torch.zeros_like(half_out)
+    one_out[0] = True
+    gates = torch.ones(_MANY, outputs, dtype=torch.bool, device=device)
+
+    def piece(images: Tensor, index: Tensor) -> Piece:
+        return Piece(None, images.index_select(1, index), index, layer.inputs, b"half")
+
+    def sliced(part: Piece, opened: Tensor, kept: bool) -> Callable[[], Any]:
+        def run() -> None:
+            if not kept:
+                layer.forget()
+            layer._sliced(part, None, opened, b"x")
+
+        return run
+
+    dense_one = seconds(lambda: layer._dense(image, gates[:1]), device)
+    dense_many = seconds(lambda: layer._dense(several, gates), device)
+    one = piece(image, half_in[:1])
+    half, halves = piece(image, half_in), piece(several, half_in)
+    share = len(half_in) / layer.inputs * int(half_out.sum()) / outputs
+    fixed = seconds(sliced(one, one_out, True), device)
+    layer.forget()
+    kept = seconds(sliced(half, half_out, True), device)
+    kept_many = seconds(sliced(halves, half_out, True), device)
+    fresh = seconds(sliced(half, half_out, False), device)
+    layer.forget()
+    dense_each = max(dense_many - dense_one, 0.0) / (_MANY - 1)
+    each = max(kept_many - kept, 0.0) / (_MANY - 1) / share
+    # what one image takes beyond the fixed part, where several are cheaper by the piece
+    each = max(each, (kept - fixed) / share)
+    return CostModel(max(dense_one - dense_each, 0.0), dense_each, fixed, max(fresh - kept, 0.0) / share, each)

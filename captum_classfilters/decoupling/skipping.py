@@ -1,0 +1,278 @@
+"""`skipping`: a copy of a decoupled network that computes only the open work.
+
+The traced network is rewritten: norms are folded into their convolutions, these become `SkipConv`, and what lies between
+them handles `Pieces`. Where a result goes into anything unknown, closed channels are filled with zeros first.
+"""
+
+import operator
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.decoupling import pieces
+from captum_classfilters.decoupling.calls import CONVS, calls_of
+from captum_classfilters.decoupling.controller import Controller
+from captum_classfilters.decoupling.flow import keeps_zero
+from captum_classfilters.decoupling.skip_conv import SkipConv
+from captum_classfilters.decoupling.skip_cost import measure
+
+if TYPE_CHECKING:
+    from captum_classfilters.decoupling.decoupler import PathDecoupler
+    from captum_classfilters.decoupling.paths import Paths
+
+_FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SUMS = (operator.add, operator.iadd, torch.add)
+
+
+class SkippingNetwork(nn.Module):
+    """What `PathDecoupler.skipping` gives: the same outputs for less work, for inference only.
+
+    Attributes:
+        network: The rewritten graph.
+    """
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the decoupler gives in eval mode, without gradients."""
+        with torch.no_grad():
+            return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SkippingNetwork":
+        """Eval mode is all there is."""
+        if mode:
+            raise OptionError("norms are folded into convolutions here; train the PathDecoupler and make skipping() anew")
+        return super().train(False)
+
+    def layers(self) -> dict[str, SkipConv]:
+        """The convolutions that can skip, by the name they have in the model."""
+        return {
+            name.removeprefix("skip_").replace("__", "."): module
+            for name, module in self.network.named_children()
+            if isinstance(module, SkipConv)
+        }
+
+
+def skipping(
+    decoupler: "PathDecoupler", example: tuple[Any, ...], paths: "Paths | None", measured: bool
+) -> SkippingNetwork:
+    """See `PathDecoupler.skipping`."""
+    calls = calls_of(decoupler.model)  # that it can be traced is said here
+    model = deepcopy(decoupler.model).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    network = fx.GraphModule(model, deepcopy(calls.graph))
+    _fold(network)
+    controllers = {unit.conv: deepcopy(each).eval() for unit, each in zip(decoupler.units, decoupler.controllers, strict=True)}
+    closed = _never_open(decoupler, paths)
+    _Rewriter(network, {unit.conv: unit.site for unit in decoupler.units}, controllers, closed).run()
+    made = SkippingNetwork(network)
+    if measured:
+        _measure(made, example)
+    return made
+
+
+def _fold(network: fx.GraphModule) -> None:
+    """Batch norms into the convolutions before them."""
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        source = node.args[0] if node.args else None
+        if type(norm) not in _FOLDED or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv = modules.get(str(source.target))
+        if not isinstance(conv, CONVS) or len(source.users) > 1 or norm.running_mean is None:
+            continue
+        if _times(network, source) > 1 or _times(network, node) > 1:
+            continue
+        _put(network, str(source.target), fuse_conv_bn_eval(conv, norm))
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+    network.recompile()
+
+
+def _times(network: fx.GraphModule, node: fx.Node) -> int:
+    return sum(other.op == "call_module" and other.target == node.target for other in network.graph.nodes)
+
+
+def _put(network: fx.GraphModule, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
+
+
+def _never_open(decoupler: "PathDecoupler", paths: "Paths | None") -> dict[str, Tensor]:
+    """Filters that stay closed whatever the input, by their weights; and those that were closed in all ``paths``."""
+    found = {}
+    for index, (name, controller) in enumerate(zip(decoupler.layers, decoupler.controllers, strict=True)):
+        # hidden units are never negative
+        excite: Any = controller.excite
+        found[name] = (excite.weight <= 0).all(1) & (excite.bias <= 0)
+        if paths is not None:
+            found[name] = found[name] | ~paths.bits(index).any(0).to(found[name].device)
+    return found
+
+
+class _Gate(nn.Module):
+    """The gates of a unit whose norm cannot be folded: its channels are computed, and then closed."""
+
+    def __init__(self, controller: Controller) -> None:
+        super().__init__()
+        self.controller = controller
+
+    def forward(self, features: Tensor, output: Tensor) -> Tensor:
+        """The convolution's input, and what the norm gave."""
+        gates = self.controller(features)
+        return output * gates.to(output.dtype).reshape(*gates.shape, *(1,) * (output.dim() - 2))
+
+
+class _Rewriter:
+    """Goes through the graph once; knows which nodes give pieces."""
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        sites: dict[str, str],
+        controllers: dict[str, Controller],
+        closed: dict[str, Tensor],
+    ) -> None:
+        self._network, self._graph = network, network.graph
+        self._sites, self._controllers, self._closed = sites, controllers, closed
+        self._gives_pieces: set[fx.Node] = set()
+
+    def run(self) -> None:
+        inputs = {}  # of convolutions whose gates are applied elsewhere
+        sites = {site: conv for conv, site in self._sites.items()}
+        for node in list(self._graph.nodes):
+            name = str(node.target)
+            module = self._network.get_submodule(name) if node.op == "call_module" else None
+            if isinstance(module, CONVS) and self._can_skip(module, node, name):
+                self._skip(node, module, name)
+                continue
+            if name in self._controllers and module is not None:
+                inputs[name] = node.args[0]
+            if not self._through_pieces(node):
+                self._fill(node)
+            if module is not None and name in sites and sites[name] in inputs:
+                self._gate(node, sites[name], inputs[sites[name]])
+        self._graph.lint()
+        self._network.recompile()
+        self._network.delete_all_unused_submodules()
+
+    def _can_skip(self, conv: Any, node: fx.Node, name: str) -> bool:
+        """Ungrouped or depthwise, padded with zeros, called once; a gate belongs on its own output."""
+        gated = name in self._controllers
+        folded = not gated or self._folded(name)
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
+        plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros"
+        useful = gated or node.args[0] in self._gives_pieces
+        return bool(plain and folded and useful and _times(self._network, node) == 1)
+
+    def _folded(self, name: str) -> bool:
+        site = self._sites[name]
+        return site == name or all(str(node.target) != site for node in self._graph.nodes)
+
+    def _skip(self, node: fx.Node, conv: nn.Module, name: str) -> None:
+        controller = self._controllers.get(name)
+        own = "skip_" + name.replace(".", "__")
+        self._network.add_submodule(own, SkipConv(conv, controller, self._closed.get(name)))
+        node.target = own
+        if controller is not None:
+            self._gives_pieces.add(node)
+
+    def _through_pieces(self, node: fx.Node) -> bool:
+        """Let a node that works on each channel alone, a sum or a concatenation take pieces; whether it does."""
+        sources = [source for source in node.all_input_nodes if source in self._gives_pieces]
+        if not sources:
+            return True
+        if node.op == "call_function" and node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
+            if all(isinstance(source, fx.Node) for source in node.args):
+                node.target = pieces.plus
+                return True
+            return False
+        if node.op == "call_function" and node.target in (torch.cat, torch.concat) and _dim(node) == 1:
+            node.target, node.args, node.kwargs = pieces.concatenated, (node.args[0],), {}
+            self._gives_pieces.add(node)
+            return True
+        if len(node.all_input_nodes) == 1 and keeps_zero(node, self._network):
+            self._each(node)
+            self._gives_pieces.add(node)
+            return True
+        return False
+
+    def _each(self, node: fx.Node) -> None:
+        function: Any = node.target
+        if node.op == "call_module":
+            function = self._network.get_submodule(str(node.target))
+        elif node.op == "call_method":
+            function = _Method(str(node.target))
+        # a module: the code of a graph cannot name a function among its arguments
+        name = f"each_{node.name}"
+        self._network.add_submodule(name, _Each(function))
+        node.op, node.target = "call_module", name
+
+    def _fill(self, node: fx.Node) -> None:
+        """Zeros for closed channels, before a node that knows nothing of pieces."""
+        for source in list(node.all_input_nodes):
+            if source in self._gives_pieces:
+                with self._graph.inserting_before(node):
+                    filled = self._graph.call_function(pieces.full, (source,))
+                node.replace_input_with(source, filled)
+
+    def _gate(self, node: fx.Node, conv: str, features: Any) -> None:
+        name = "gate_" + conv.replace(".", "__")
+        self._network.add_submodule(name, _Gate(self._controllers[conv]))
+        with self._graph.inserting_after(node):
+            gated = self._graph.call_module(name, (features, node))
+        node.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
+
+
+class _Each(nn.Module):
+    """A module or function that works on each channel alone, for pieces."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return pieces.each(self.function, value, *args, **kwargs)
+
+
+class _Method:
+    """A method of tensors, as a function: ``x.relu()``."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __call__(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return getattr(value, self.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _dim(node: fx.Node) -> Any:
+    return node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+
+
+def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
+    """One forward to see what each convolution gets, and then its times on such maps."""
+    shapes: dict[SkipConv, Any] = {}
+
+    def seen(layer: SkipConv, args: Any) -> None:
+        shapes[layer] = pieces.full(args[0])[:1]
+
+    layers = made.layers().values()
+    with borrowed(made.network) as borrow, torch.no_grad():
+        for layer in layers:
+            borrow.before(layer, seen)
+        made(*example)
+    with torch.no_grad():
+        for layer in layers:
+            layer.forget()
+            layer.costs = measure(layer, shapes[layer])
