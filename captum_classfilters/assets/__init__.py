@@ -21,8 +21,18 @@ _ARCHITECTURES = {kind.__name__: kind for kind in (SmallResNet, SmallAlexNet, Sm
 Network: TypeAlias = SmallResNet | SmallAlexNet | SmallVGG | SmallInception
 _IMAGES, _IMAGES_VERSION = "ImageSample", 1
 SEEDS = (0, 1, 2)
-# Which trainings of which method ship
-METHODS = {"std": SEEDS, "lsg": SEEDS, "fixed-gate": (0,)}
+# Which trainings of which network and method ship
+SHIPPED = {
+    ("resnet20", "std"): SEEDS,
+    ("resnet20", "lsg"): SEEDS,
+    ("resnet20", "fixed-gate"): (0,),
+    ("resnet20", "decoupled"): SEEDS,
+    ("resnet20", "decoupled-r0"): (0,),
+    ("vgg", "decoupled"): (0,),
+    ("inception", "decoupled"): (0,),
+}
+# Those of ResNet-20 with nothing or a gate before the head
+METHODS = {method: SHIPPED["resnet20", method] for method in ("std", "lsg", "fixed-gate")}
 
 
 class ImageSample(NamedTuple):
@@ -40,22 +50,22 @@ class ImageSample(NamedTuple):
         ]
 
 
-def load_demo_network(seed: int = 0, method: str = "std") -> tuple[SmallResNet, dict[str, Any]]:
-    """A ResNet-20 trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
+def load_demo_network(seed: int = 0, method: str = "std", network: str = "resnet20") -> tuple[Network, dict[str, Any]]:
+    """A network trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
 
     Args:
-        seed: Which of the three trainings, 0, 1 or 2.
+        seed: Which of the trainings: 0, 1 or 2 of a ResNet-20; others have fewer, see ``SHIPPED``.
         method: ``"std"``, or ``"lsg"``: trained with a gate, which `gate_file` has; or ``"fixed-gate"``: with one that
-            was set by hand (seed 0 only).
+            was set by hand; ``"decoupled"``: with gates for each image, whose controllers `paths_file` has, and with
+            half of the channels to be open; ``"decoupled-r0"``: with as few as there may be.
+        network: ``"resnet20"``; or, decoupled only, ``"vgg"`` and ``"inception"``.
 
     Example:
         >>> model, meta = load_demo_network()
         >>> meta["test_accuracy"] > 0.93
         True
     """
-    return cast(
-        "tuple[SmallResNet, dict[str, Any]]", load_network(_HERE / f"resnet20_{_run(seed, method)}.safetensors")
-    )
+    return load_network(_HERE / f"{_run(seed, method, network, of_network=True)}.safetensors")
 
 
 def gate_file(seed: int = 0, method: str = "lsg") -> Path:
@@ -65,18 +75,34 @@ def gate_file(seed: int = 0, method: str = "lsg") -> Path:
         >>> gate_file().name
         'gate_lsg_s0.safetensors'
     """
-    if method == "std":
-        raise OptionError('networks of method "std" were trained without a gate; ask for "lsg" or "fixed-gate"')
+    if method not in ("lsg", "fixed-gate"):
+        raise OptionError(f'networks of method "{method}" were trained without a gate; ask for "lsg" or "fixed-gate"')
     return _HERE / f"gate_{_run(seed, method)}.safetensors"
 
 
-def _run(seed: int, method: str) -> str:
-    if method not in METHODS:
-        raise OptionError(f"method must be one of {list(METHODS)}, got {method!r}")
-    seeds = METHODS[method]
+def paths_file(seed: int = 0, method: str = "decoupled", network: str = "resnet20") -> Path:
+    """The controllers that a network of `load_demo_network` was trained with: ``PathDecoupler(model).load(file)``.
+
+    Example:
+        >>> paths_file().name
+        'paths_resnet20_decoupled_s0.safetensors'
+    """
+    if not method.startswith("decoupled"):
+        raise OptionError(f'networks of method "{method}" have no calculation paths; ask for "decoupled"')
+    return _HERE / f"paths_{_run(seed, method, network, of_network=True)}.safetensors"
+
+
+def _run(seed: int, method: str, network: str = "resnet20", of_network: bool = False) -> str:
+    """How a training is called in file names."""
+    if network not in (names := sorted({name for name, _ in SHIPPED})):
+        raise OptionError(f"network must be one of {names}, got {network!r}")
+    if method not in (methods := [way for name, way in SHIPPED if name == network]):
+        raise OptionError(f"method must be one of {methods}, got {method!r}")
+    seeds = SHIPPED[network, method]
     if seed not in seeds:
         raise OptionError(f"seed must be one of {list(seeds)}, got {seed!r}; these are the networks that ship")
-    return f"s{seed}" if method == "std" else f"{method.replace('-', '_')}_s{seed}"
+    run = f"s{seed}" if method == "std" else f"{method.replace('-', '_')}_s{seed}"
+    return f"{network}_{run}" if of_network else run
 
 
 def load_images(split: str = "test") -> ImageSample:

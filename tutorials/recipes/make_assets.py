@@ -2,6 +2,7 @@
 
     python tutorials/recipes/make_assets.py runs/resnet20-s0 runs/resnet20-s1 runs/resnet20-s2
     python tutorials/recipes/make_assets.py runs/lsg-s0 runs/lsg-s1 runs/lsg-s2 runs/fixed-s0
+    python tutorials/recipes/make_assets.py runs/decoupled-s0 runs/decoupled-s1 runs/decoupled-s2 runs/decoupled-vgg
     python tutorials/recipes/make_assets.py --kanji runs/kanji-s0
 
 The kanji of the sample come from faces under the SIL Open Font License or the IPA Font License only.
@@ -10,14 +11,17 @@ The kanji of the sample come from faces under the SIL Open Font License or the I
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import Split, load
 from kanji import Drawn, degrade, load_drawn
 
-from captum_classfilters import assets
+from captum_classfilters import PathDecoupler, assets, metrics
 
 KANJI_CLASSES, KANJI_EACH = 50, 5
+# Of decoupled networks that may ship: mean cross-entropy of the class from gates, share of dynamic filters
+LARGEST_ENTROPY, SMALLEST_DYNAMIC = 1.8, 0.3
 # How the families begin that Debian's copyright files put under the OFL or the IPA licence; fonts rarely say so
 OPEN = (
     "BIZ UD", "DotGothic16", "Hana", "IPA", "Klee One", "LXGW", "M PLUS", "MigMix", "Migu", "Monapo", "Noto",
@@ -62,18 +66,40 @@ def make_kanji(run: Path, data: Path, folder: Path) -> None:
 
 
 def make_fashion_mnist(runs: list[Path], each: int, folder: Path) -> None:
-    for run in runs:
-        model, meta = assets.load_network(run / "network.safetensors")
-        method = "" if (way := meta.get("method", "std")) == "std" else f"{way.replace('-', '_')}_"
-        target = folder / f"resnet{model.depth}_{method}s{meta['seed']}.safetensors"
-        shutil.copyfile(run / "network.safetensors", target)
-        if method:
-            shutil.copyfile(run / "gate.safetensors", folder / f"gate_{method}s{meta['seed']}.safetensors")
-        print(f"{target.name}: test accuracy {meta['test_accuracy']:.4f}")
     data = load("fashion_mnist")
     generator = torch.Generator().manual_seed(0)
     train, test = (sample(split, data.class_names, each, generator) for split in (data.train, data.test))
+    for run in runs:
+        model, meta = assets.load_network(run / "network.safetensors")
+        way = meta.get("method", "std")
+        if way == "decoupled":
+            check_paths(run, model, train)
+            way += "" if meta["target_rate"] else "_r0"
+        method = "" if way == "std" else f"{way.replace('-', '_')}_"
+        kind = {"SmallVGG": "vgg", "SmallInception": "inception"}.get(type(model).__name__) or f"resnet{model.depth}"
+        target = folder / f"{kind}_{method}s{meta['seed']}.safetensors"
+        shutil.copyfile(run / "network.safetensors", target)
+        if way.startswith("decoupled"):
+            shutil.copyfile(run / "paths.safetensors", folder / f"paths_{target.name}")
+        elif method:
+            shutil.copyfile(run / "gate.safetensors", folder / f"gate_{method}s{meta['seed']}.safetensors")
+        print(f"{target.name}: test accuracy {meta['test_accuracy']:.4f}")
     assets.save_images(folder / "fashion_mnist_sample.safetensors", train, test)
+
+
+def check_paths(run: Path, model: Any, train: assets.ImageSample) -> None:
+    """Refuse a training whose gates are the same for every image: judged by images of the training set."""
+    decoupler = PathDecoupler(model).load(run / "paths.safetensors").eval()
+    paths = decoupler.paths(train.batches())
+    entropy = metrics.path_information(decoupler, paths).cross_entropy["all"]
+    states = paths.states()
+    dynamic = states.dynamic.sum() / states.channels.sum()
+    print(f"{run.name}: cross-entropy of gates {entropy:.3f}, dynamic filters {dynamic:.3f}")
+    if entropy > LARGEST_ENTROPY or dynamic < SMALLEST_DYNAMIC:
+        raise SystemExit(
+            f"{run}: a failed training (at most {LARGEST_ENTROPY} and at least {SMALLEST_DYNAMIC} were expected); train "
+            "with a larger --information-weight"
+        )
 
 
 def main() -> None:
