@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
+    from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
+    from captum_classfilters.decoupling import Paths as Paths
     from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
     from captum_classfilters.gating import LabelSensitiveGate as LabelSensitiveGate
     from captum_classfilters.gating import LabelSensitiveTraining as LabelSensitiveTraining
@@ -38,7 +40,9 @@ _HOMES = {
     "InfluentialFeatures": "influential",
     "LabelSensitiveGate": "gating",
     "LabelSensitiveTraining": "gating",
+    "PathAttribution": "decoupling",
     "PathDecoupler": "decoupling",
+    "Paths": "decoupling",
     "attacks": "attacks",
     "decompose": "heads",
     "filter_ambiguity": "gating",

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, filter_ambiguity
+from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, PathDecoupler, filter_ambiguity
+from captum_classfilters.core.stream import check_range
+from captum_classfilters.decoupling import PathAttribution
 
 
 class Row(NamedTuple):
@@ -24,6 +26,23 @@ def any_filters(model: nn.Module) -> ClassFilters:
     """A table that fits the network of the test: 4 classes, 6 channels."""
     scores = torch.arange(24, dtype=torch.float64).reshape(4, 6)
     return ClassFilters(scores, scores.clone(), torch.ones(4, dtype=torch.int64), "histogram", "fc", tuple("abcd"))
+
+
+def decoupler_of(model: nn.Module) -> PathDecoupler:
+    """Gates on both convolutions; the error that a test has set into the model waits for the call to come."""
+    wire: Any = model.pool
+    waiting, wire.error, left = wire.error, None, wire.calls_left
+    with torch.random.fork_rng():  # a new module draws its weights
+        decoupler = PathDecoupler(model, ["conv1", "conv2"])
+    wire.error, wire.calls_left = waiting, left
+    return decoupler
+
+
+def path_attribution(model: nn.Module, images: Tensor, target: int) -> tuple[Tensor, ...]:
+    """Gates know no target: a bad one is an error of the caller's, after the model ran."""
+    found = PathAttribution(decoupler_of(model)).attribute(images)
+    check_range(torch.tensor([target]), 4)
+    return found
 
 
 ROWS = (
@@ -44,6 +63,8 @@ ROWS = (
     ),
     Row("HeadMoments.collect", "loader", lambda model, loader: HeadMoments.collect(model, loader)),
     Row("filter_ambiguity", "loader", lambda model, loader: filter_ambiguity(model, loader, steps=3)),
+    Row("PathDecoupler.paths", "loader", lambda model, loader: decoupler_of(model).paths(loader)),
+    Row("PathAttribution.attribute", "tensor", path_attribution),
 )
 
 

@@ -11,7 +11,7 @@ from captum_classfilters.core.errors import OptionError
 from captum_classfilters.decoupling.decoupler import PathDecoupler
 
 
-class PathAttribution(LayerAttribution):  # type: ignore[misc]
+class PathAttribution(LayerAttribution):
     """Which channels each input opens, for every gated layer at once.
 
     The same numbers as ``LayerActivation(decoupler, list(decoupler.controllers))``; here they come in one pass, in eval
@@ -40,7 +40,7 @@ class PathAttribution(LayerAttribution):  # type: ignore[misc]
         """Gates are no product with an input."""
         return False
 
-    @log_usage()  # type: ignore[untyped-decorator]
+    @log_usage()
     def attribute(
         self, inputs: Any, additional_forward_args: Any = None, *, logits: bool = False
     ) -> tuple[Tensor, ...]:

@@ -20,7 +20,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # in their names, of functions and of modules of other packages: torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d
 _NORM_WORDS = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "frozenbatchnorm")
-_QUESTIONS = ("size", "dim", "numel", "len", "stride", "iscontiguous", "isfloatingpoint")
+_SIZES = ("size", "dim", "numel", "stride", "iscontiguous")
+_RECKONING = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "eq")
 
 
 class Call(NamedTuple):
@@ -94,17 +95,21 @@ def _first_line(error: Exception) -> str:
 
 def _where(error: Exception) -> str:
     """The line of the model's code at which tracing ended."""
-    frames = [frame for frame in inspect.getinnerframes(error.__traceback__) if "/torch/" not in frame.filename]
-    frames = [frame for frame in frames if frame.filename != __file__] if error.__traceback__ else []
+    traced = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    frames = [frame for frame in traced if "/torch/" not in frame.filename and frame.filename != __file__]
     line = (frames[-1].code_context or [""])[0].strip() if frames else ""
     return f' (at "{line}")' if line else ""
 
 
 def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
     numbers = {node: index for index, node in enumerate(graph.nodes)}
-    calls, returned = [], frozenset[int]()
+    calls, returned, sizes = [], frozenset[int](), set[fx.Node]()
     for node in graph.nodes:
-        inputs = tuple(numbers[source] for source in node.all_input_nodes)
+        sources = [source for source in node.all_input_nodes if source not in sizes]
+        inputs = tuple(numbers[source] for source in sources)
+        if _is_size(node, sources):
+            sizes.add(node)
+            continue
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             calls.append(Call(_op_of(module), inputs, numbers[node], str(node.target)))
@@ -114,6 +119,16 @@ def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
         elif node.op == "output":
             returned = frozenset(inputs)
     return Calls(tuple(calls), returned, graph)
+
+
+def _is_size(node: fx.Node, sources: list[fx.Node]) -> bool:
+    """It asks for a shape and for no value, or reckons with shapes alone; running an example does not see these."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    op = named(node.target)
+    if op == "getattr":
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return op in _SIZES or (not sources and bool(node.all_input_nodes) and op in _RECKONING)
 
 
 def _op_of(module: nn.Module) -> str:

@@ -38,7 +38,7 @@ def semantic_hash(logits: Tensor, noise: Tensor, binary: Tensor) -> Tensor:
 
 
 def hard_gates(logits: Tensor) -> Tensor:
-    """``1[g > 0]``, eq. 5, in the dtype of ``logits``; NaN where they are not finite, so that it shows in the output."""
+    """``1[g > 0]``, eq. 5, in the dtype of ``logits``; NaN where they are not finite, to show in the output."""
     return torch.add((logits > 0).to(logits.dtype), logits, alpha=0)
 
 
@@ -85,6 +85,11 @@ def pooled(features: Tensor, dtype: torch.dtype) -> Tensor:
     """
     result: Tensor = _Pool.apply(features, dtype)
     return result
+
+
+def mask(maps: Tensor, gates: Tensor) -> Tensor:
+    """Maps ``(N, K, ...)`` times gates ``(N, K)``: what eq. 5 opens and closes."""
+    return maps * gates.to(maps.dtype).reshape(*gates.shape, *(1,) * (maps.dim() - 2))
 
 
 class Controller(nn.Module):

@@ -1,12 +1,11 @@
 """The network with its gates: `PathDecoupler` wraps a model; hooks stand on it only while a forward runs.
 
-What one forward needs lives in a `_Run`, found through a context variable: threads, DataParallel's replicas and nested
-calls each see their own. N samples, C classes, L gated layers with K_l channels.
+`run.py` has the hooks, `losses.py` the parts of the loss. N samples, C classes, L gated layers with K_l channels.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionEr
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import losses, saved
 from captum_classfilters.decoupling.calls import Calls, calls_of
-from captum_classfilters.decoupling.controller import MIXES, Controller, pooled
+from captum_classfilters.decoupling.controller import MIXES, Controller
 from captum_classfilters.decoupling.losses import DIRECTIONS, DecouplingLoss
+from captum_classfilters.decoupling.run import Gates, Run
 from captum_classfilters.decoupling.units import Unit, find_units
 
 if TYPE_CHECKING:
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
     from captum_classfilters.decoupling.paths import Paths
     from captum_classfilters.decoupling.skipping import SkippingNetwork
 
-Gates = tuple[Tensor, ...]
-
-
-class _Run:
-    """One forward: its gates, and what else is asked of it."""
-
-    def __init__(self, frozen: Gates | None, logits: bool = False, pooled: bool = False) -> None:
-        self.frozen = frozen
-        self.gates: dict[int, Tensor] = {}
-        self.logits: dict[int, Tensor] | None = {} if logits else None
-        self.pooled: dict[int, Tensor] | None = {} if pooled else None
-        self.masked: set[int] = set()
-
-
-_RUN: ContextVar[_Run | None] = ContextVar("captum_classfilters_run", default=None)
 # gates that one decoupler's forwards are to take in this thread
 _FROZEN: ContextVar["tuple[PathDecoupler, Gates] | None"] = ContextVar("captum_classfilters_frozen", default=None)
 
@@ -64,13 +49,13 @@ class PathDecoupler(nn.Module):
         mix: Which half of the gates is hard in training: ``"sample"``, ``"channel"`` or ``"element"``; see
             `controller.random_half`.
         num_classes: C, which `loss` needs; None: as many as the last linear layer gives.
-        generator: Of the controllers' initial weights; None: torch's own. Noise in training is torch's own, as dropout's.
+        generator: Of all initial weights; None: torch's own. Noise in training is torch's own, as dropout's.
         example_input: One batch for a model that cannot be traced: its layers are found by running it.
 
     Attributes:
         model: What was given.
         units: The gated convolutions in order: ``Unit(conv, site)``, dotted names in ``model``.
-        controllers: One `Controller` for each unit; its output is the gates, so Captum's ``LayerActivation`` reads them.
+        controllers: One `Controller` for each unit; its output is the gates: Captum's ``LayerActivation`` reads them.
         readers: For each unit, W_cla of eq. 9 as a linear layer; None where C is not known.
 
     Raises:
@@ -102,18 +87,18 @@ class PathDecoupler(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
-        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-            raise OptionError(f"reduction must be an integer of at least 1, got {reduction!r}")
+        for name, value in (("reduction", reduction), ("num_classes", 1 if num_classes is None else num_classes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
         if mix not in MIXES:
             raise OptionError(f"mix must be one of {list(MIXES)}, got {mix!r}")
-        if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1):
-            raise OptionError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
         self.model = unwrap(model)
         calls = calls_of(self.model, example_input)
         self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
         self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
         classes = num_classes or _classes(self.model, calls)
-        self.readers = nn.ModuleList(self._reader(each, classes) for each in self._controllers()) if classes else None
+        readers = (self._reader(each, classes, generator) for each in self._controllers()) if classes else None
+        self.readers = None if readers is None else nn.ModuleList(readers)
         # not self.train(): batch norms that were frozen by hand stay so
         self.training = self.model.training
         self.controllers.train(self.training)
@@ -125,9 +110,12 @@ class PathDecoupler(nn.Module):
         # in float32 though the model be in half precision: that is what gates are computed in
         return controller.to(conv.weight.device, torch.promote_types(conv.weight.dtype, torch.float32))
 
-    def _reader(self, controller: Controller, num_classes: int) -> nn.Linear:
+    def _reader(self, controller: Controller, num_classes: int, generator: torch.Generator | None) -> nn.Linear:
         like = controller.excite.weight
-        return nn.Linear(controller.excite.out_features, num_classes, bias=False).to(like.device, like.dtype)
+        reader = nn.Linear(controller.excite.out_features, num_classes, bias=False)
+        if generator is not None:
+            nn.init.kaiming_uniform_(reader.weight, 5**0.5, generator=generator)  # as nn.Linear begins
+        return reader.to(like.device, like.dtype)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -144,17 +132,23 @@ class PathDecoupler(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives, with its channels gated: logits ``(N, C)`` for a classifier."""
-        return self._forward(_Run(self._frozen()), args, kwargs)
+        return self._forward(Run(self._frozen()), args, kwargs)
 
     def gates(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates]:
         """One forward's ``(output, gates)``: gates ``(N, K_l)`` for each layer; with gradients where they are on."""
-        run = _Run(self._frozen())
+        run = Run(self._frozen())
         output = self._forward(run, args, kwargs)
         return output, self._in_order(run.gates)
 
     def gate_logits(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates]:
-        """One forward's ``(output, g)``: g of eq. 2, ``(N, K_l)`` float32 for each layer; positive is open."""
-        run = _Run(None, logits=True)
+        """One forward's ``(output, g)``: g of eq. 2, ``(N, K_l)`` float32 for each layer; positive is open.
+
+        Raises:
+            OptionError: Gates are `frozen`, which have no g.
+        """
+        if self._frozen() is not None:
+            raise OptionError("frozen gates are given, not computed, and have no logits; ask outside of frozen()")
+        run = Run(None, logits=True)
         output = self._forward(run, args, kwargs)
         return output, self._in_order(run.logits or {})
 
@@ -201,7 +195,7 @@ class PathDecoupler(nn.Module):
         if direction not in DIRECTIONS:
             raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        run = _Run(self._frozen(), pooled=True)
+        run = Run(self._frozen(), pooled=True)
         logits = self._forward(run, args, {})
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -220,16 +214,16 @@ class PathDecoupler(nn.Module):
                     (z.detach() > 0.5).to(z.dtype).mean(),
                 )
             )
-        found = losses.combine(F.cross_entropy(logits.float(), labels), rows, **weights)
-        if not torch.isfinite(found.total):
+        total = losses.combine(F.cross_entropy(_at_least_float32(logits), labels), rows, **weights)
+        if not torch.isfinite(total.total):
             raise NonFiniteError(self._what_is_not_finite(run, logits))
-        return found
+        return total
 
     def _readers_for(self, num_classes: int) -> nn.ModuleList:
         if self.readers is None:
             raise OptionError(
-                f"the model does not end in a Linear layer, so the number of classes was not known in advance: make the "
-                f"PathDecoupler with num_classes={num_classes}"
+                f"the model does not end in a Linear layer, so the number of classes was not known in advance: make "
+                f"the PathDecoupler with num_classes={num_classes}"
             )
         if (known := self.readers[0].out_features) != num_classes:
             raise ShapeError(f"the model gives {num_classes} classes, the readers of eq. 9 were made for {known}")
@@ -274,9 +268,7 @@ class PathDecoupler(nn.Module):
 
         return collect(self, loader, logits=logits, show_progress=show_progress)
 
-    def skipping(
-        self, *example_input: Any, paths: "Paths | None" = None, measured: bool = True
-    ) -> "SkippingNetwork":
+    def skipping(self, *example_input: Any, paths: "Paths | None" = None, measured: bool = True) -> "SkippingNetwork":
         """A copy that computes only what is open: the same outputs as this in eval mode, for inference.
 
         Norms are folded into convolutions; closed outputs are left out and so are the next convolution's inputs; images
@@ -327,19 +319,9 @@ class PathDecoupler(nn.Module):
         """Read what `save` wrote into this decoupler, whose layers must be the same; returns itself."""
         return saved.load(self, path)
 
-    def _forward(self, run: _Run, args: Any, kwargs: Any) -> Any:
-        token = _RUN.set(run)
-        try:
-            with ExitStack() as stack, borrowed(self.model, train=True):
-                for index, (unit, controller) in enumerate(zip(self.units, self._controllers(), strict=True)):
-                    conv, site = self.model.get_submodule(unit.conv), self.model.get_submodule(unit.site)
-                    opens = conv.register_forward_pre_hook(_opens(run, index, controller, unit.conv))
-                    stack.callback(opens.remove)
-                    closes = site.register_forward_hook(_closes(run, index, unit.site))
-                    stack.callback(closes.remove)
-                output = self.model(*args, **kwargs)
-        finally:
-            _RUN.reset(token)
+    def _forward(self, run: Run, args: Any, kwargs: Any) -> Any:
+        with borrowed(self.model, train=True), run.hooked(self.model, self.units, tuple(self._controllers())):
+            output = self.model(*args, **kwargs)
         if missing := [unit.conv for index, unit in enumerate(self.units) if index not in run.masked]:
             raise LayerError(
                 f"{missing[0]} did not run in this forward, as it did when the layers were found (in eval mode); "
@@ -350,12 +332,12 @@ class PathDecoupler(nn.Module):
     def _in_order(self, found: dict[int, Tensor]) -> Gates:
         return tuple(found[index] for index in range(len(self.units)))
 
-    def _what_is_not_finite(self, run: _Run, logits: Tensor) -> str:
+    def _what_is_not_finite(self, run: Run, logits: Tensor) -> str:
         for index, name in enumerate(self.layers):
             if not torch.isfinite(run.gates[index]).all():
                 return (
-                    f"the gates of {name} are not finite: its input overflowed or holds NaN; use bfloat16 or float32 for "
-                    "the features, a smaller learning rate, or clip gradients"
+                    f"the gates of {name} are not finite: its input overflowed or holds NaN; use bfloat16 or float32 "
+                    "for the features, a smaller learning rate, or clip gradients"
                 )
         what = "logits" if not torch.isfinite(logits).all() else "the loss"
         return f"{what} of this batch: NaN or infinity; look at inputs and learning rate"
@@ -369,49 +351,5 @@ def _classes(model: nn.Module, calls: Calls) -> int | None:
     return None
 
 
-def _opens(run: _Run, index: int, controller: Controller, name: str) -> Callable[..., None]:
-    """Before a convolution: its gates, from its input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _RUN.get() is not run:
-            return
-        features = args[0]
-        if features.dim() != len(module.kernel_size) + 2:  # type: ignore[arg-type]
-            raise ShapeError(f"{name} got an image without a batch, {tuple(features.shape)}; pass (N, C, ...)")
-        if run.frozen is not None:
-            run.gates[index] = _repeated(run.frozen[index], len(features), name).to(features.device)
-        elif run.logits is not None:
-            run.logits[index] = controller.logits(features)
-            run.gates[index] = controller.gates(run.logits[index])
-        else:
-            # called, not taken apart: Captum's LayerActivation hooks it to read the gates
-            run.gates[index] = controller(features)
-
-    return hook
-
-
-def _repeated(gates: Tensor, count: int, name: str) -> Tensor:
-    if count % len(gates):
-        raise ShapeError(f"the frozen gates of {name} are of {len(gates)} images, and {count} came; freeze their own")
-    return gates.repeat(count // len(gates), 1)
-
-
-def _closes(run: _Run, index: int, name: str) -> Callable[..., Any]:
-    """After the norm, or the convolution: its channels times the gates."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if _RUN.get() is not run:
-            return None
-        if index not in run.gates:
-            raise LayerError(f"{name} ran before its convolution; make a PathDecoupler with layers= without it")
-        gates = run.gates[index]
-        if not isinstance(output, Tensor) or output.shape[:2] != gates.shape:
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise LayerError(f"the output of {name} should be {tuple(gates.shape)} with positions behind, got {found}")
-        run.masked.add(index)
-        if run.pooled is not None:
-            # eq. 1 has a ReLU; where the network has it later, as before a sum, the response is the same
-            run.pooled[index] = pooled(output.relu(), gates.dtype)
-        return output * gates.to(output.dtype).reshape(*gates.shape, *(1,) * (output.dim() - 2))
-
-    return hook
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

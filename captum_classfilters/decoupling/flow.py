@@ -17,12 +17,14 @@ from captum_classfilters.decoupling.units import Unit
 Expression = list[Any]
 
 # A channel of zeros comes out as zeros, at the same place
-_KEEP_ZERO = frozenset(
-    "relu relu6 silu swish hardswish gelu leakyrelu elu celu selu prelu mish tanh hardtanh identity dropout dropout2d "
-    "featuredropout alphadropout stochasticdepth droppath maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d "
-    "adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d "
-    "contiguous clone detach float half bfloat16 interpolate upsample neg abs sqrt square".split()
-)
+_KEEP_ZERO = frozenset((
+    "relu", "relu6", "silu", "swish", "hardswish", "gelu", "leakyrelu", "elu", "celu", "selu", "prelu", "mish",
+    "tanh", "identity", "dropout", "dropout2d", "featuredropout", "alphadropout", "stochasticdepth", "droppath",
+    "maxpool1d", "maxpool2d", "maxpool3d", "avgpool1d", "avgpool2d", "avgpool3d", "adaptiveavgpool1d",
+    "adaptiveavgpool2d", "adaptiveavgpool3d", "adaptivemaxpool1d", "adaptivemaxpool2d", "adaptivemaxpool3d",
+    "contiguous", "clone", "detach", "float", "half", "bfloat16", "interpolate", "upsample", "neg", "abs", "sqrt",
+    "square",
+))  # fmt: skip
 _SUMS = frozenset(("add", "iadd", "sub", "isub"))
 _PRODUCTS = frozenset(("mul", "imul", "multiply"))
 _CATS = frozenset(("cat", "concat", "concatenate"))
@@ -41,7 +43,16 @@ def open_inputs(model: nn.Module, calls: Calls, units: Sequence[Unit]) -> dict[s
             fits = call.module not in found and _width(source, units, model) == conv.in_channels
             found[call.module] = source if fits and source is not None else ["all", conv.in_channels]
         known[call.output] = _after(call, sources, gates, model, units)
+        if _is_in_place(calls, call):
+            known[call.inputs[0]] = known[call.output]
     return found
+
+
+def _is_in_place(calls: Calls, call: Call) -> bool:
+    """It changes what it takes, and a traced graph goes on naming that; seen while running, it has a new number."""
+    target = list(calls.graph.nodes)[call.output].target if calls.graph and not call.module else ""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return bool(call.inputs) and (name.endswith("_") or name in ("iadd", "isub", "imul"))
 
 
 def _after(

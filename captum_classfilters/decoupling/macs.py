@@ -58,10 +58,10 @@ class Costs(NamedTuple):
     def of_conv(self, conv: ConvCost, gates: Sequence[Tensor]) -> Tensor:
         """MACs of one convolution, ``(N,)`` int64."""
         count = len(gates[0])
-        inputs = evaluate(conv.inputs, gates).reshape(count, conv.groups, -1).sum(2)
+        inputs = evaluate(conv.inputs, gates).reshape(count, conv.groups, conv.in_channels // conv.groups).sum(2)
         if conv.gate is None:
             return conv.each * inputs.sum(1) * (conv.out_channels // conv.groups)
-        outputs = gates[conv.gate].reshape(count, conv.groups, -1).sum(2)
+        outputs = gates[conv.gate].reshape(count, conv.groups, conv.out_channels // conv.groups).sum(2)
         return conv.each * (inputs * outputs).sum(1)
 
     def as_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from captum_classfilters.core.errors import (
     ShapeError,
 )
 from captum_classfilters.core.files import read, write
-from captum_classfilters.core.stream import check_labels, unpack, value_to_model
+from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 from captum_classfilters.decoupling.calls import calls_of
 from captum_classfilters.decoupling.macs import Costs, count_costs
 from captum_classfilters.decoupling.saved import fingerprint
@@ -47,7 +48,7 @@ class Paths:
     Source: "Interpretable neural network decoupling", section 4.2: a path is all gates of one image, layer by layer.
 
     Attributes:
-        codes: ``(N, ceil(K / 8))`` uint8: the gates of all layers in a row, eight to a byte, the first in its lowest bit.
+        codes: ``(N, ceil(K / 8))`` uint8: the gates of all layers in a row, eight to a byte, the first lowest.
         predictions: ``(N,)`` int64, what the gated network said.
         labels: ``(N,)`` int64; None where the loader gave none.
         layers: Names of the gated convolutions.
@@ -78,10 +79,11 @@ class Paths:
         )
 
     def __getitem__(self, rows: Any) -> "Paths":
-        """Some of the images: a slice, indices or a boolean mask."""
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
-        picked = {
+        """Some of the images: a slice, an index, indices or a boolean mask."""
+        if isinstance(rows, Integral):
+            index = range(len(self))[int(rows)]  # IndexError where there is none, which ends a loop over the images
+            rows = slice(index, index + 1)
+        picked: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
             for name in ("codes", "predictions", "labels", "logits")
         }
@@ -95,7 +97,7 @@ class Paths:
 
     def gates(self) -> tuple[Tensor, ...]:
         """``(N, K_l)`` bool for each layer, as `PathDecoupler.gates` gives them."""
-        return self.bits().split(list(self.channels), 1)
+        return tuple(torch.split(self.bits(), list(self.channels), 1))
 
     def rates(self) -> tuple[Tensor, ...]:
         """For each layer the share of images that open each channel, ``(K_l,)`` float64."""
@@ -104,8 +106,8 @@ class Paths:
     def states(self) -> "pd.DataFrame":
         """How many filters of each layer are energetic (open for every image), silent (for none) or dynamic.
 
-        Source: "Interpretable neural network decoupling", section 4.2, fig. 4. Which are which depends on the images: the
-        more there are, the more are dynamic.
+        Source: "Interpretable neural network decoupling", section 4.2, fig. 4. Which are which depends on the images:
+        the more there are, the more are dynamic.
 
         Returns:
             One row for each layer: the three counts, ``channels``, and ``open``, the mean share of open ones.
@@ -279,11 +281,14 @@ def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, 
             row = torch.cat(gates, 1)
             if not torch.isfinite(row).all():
                 raise NonFiniteError(_where_not_finite(decoupler, gates, index))
+            if not torch.isfinite(output).all():
+                raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
             classes = output.shape[1]
             codes.append(torch.from_numpy(np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")))
             predictions.append(output.argmax(1).cpu())
             if given is not None:
                 labels.append(check_labels(given, len(row), index).cpu())
+                check_range(labels[-1], classes, index)
             if logits:
                 kept.append(row.cpu().half())
             if costs is None:
@@ -304,9 +309,9 @@ def costs_of(decoupler: "PathDecoupler", example: tuple[Any, ...]) -> Costs:
         calls = calls_of(decoupler.model)
     except LayerError:
         calls = calls_of(decoupler.model, example)
-    layers = [layer for each in decoupler.controllers for layer in (each.squeeze, each.excite)]
-    work = sum(layer.in_features * layer.out_features for layer in layers)  # type: ignore[operator]
-    return count_costs(decoupler.model, calls, decoupler.units, example, work)  # type: ignore[arg-type]
+    controllers: Any = decoupler.controllers
+    work = sum(each.squeeze.weight.numel() + each.excite.weight.numel() for each in controllers)
+    return count_costs(decoupler.model, calls, decoupler.units, example, work)
 
 
 def _shape(output: Any) -> str:
@@ -316,6 +321,6 @@ def _shape(output: Any) -> str:
 def _where_not_finite(decoupler: "PathDecoupler", gates: Sequence[Tensor], index: int) -> str:
     name = next(name for name, gate in zip(decoupler.layers, gates, strict=True) if not torch.isfinite(gate).all())
     return (
-        f"the gates of {name} are not finite in batch {index}: its input overflowed or holds NaN; look at that batch, or "
-        "run the network in bfloat16 or float32"
+        f"the gates of {name} are not finite in batch {index}: its input overflowed or holds NaN; look at that batch, "
+        "or run the network in bfloat16 or float32"
     )

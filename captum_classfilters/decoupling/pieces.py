@@ -57,9 +57,11 @@ def plus(first: Tensor | Pieces, second: Tensor | Pieces) -> Tensor:
     base = full(second)
     if isinstance(first, Tensor):
         return first + base
-    if len(first) == 1 and first[0].rows is None and first[0].open is None:
-        return first[0].values + base
-    out = base.clone() if isinstance(second, Tensor) else base
+    values = first[0].values
+    shape = (images_in(first), first[0].channels, *values.shape[2:])
+    if (len(first) == 1 and first[0].open is None) or base.shape != shape or base.dtype != values.dtype:
+        return full(first) + base  # as torch adds: of other shapes, too
+    out = base.clone() if isinstance(second, Tensor) or base is second[0].values else base
     for piece in first:
         _add_into(out, piece)
     return out
@@ -98,7 +100,8 @@ def pooled(value: Tensor | Pieces, dtype: torch.dtype) -> Tensor:
 
 
 def _mean(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.mean(tuple(range(2, values.dim())), dtype=dtype)
+    positions = (2, 3) if values.dim() == 4 else tuple(range(2, values.dim()))
+    return values.mean(positions) if values.dtype == dtype else values.mean(positions, dtype=dtype)
 
 
 def _add_into(out: Tensor, piece: Piece) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from captum_classfilters.core.errors import FileFormatError, ShapeError
@@ -56,7 +57,9 @@ def fingerprint(decoupler: "PathDecoupler") -> str:
     digest = hashlib.sha256(repr((decoupler.layers, decoupler.channels)).encode())
     for name, value in decoupler.controllers_state_dict().items():
         if name.startswith("controllers."):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            # numpy knows no bfloat16
+            whole = value.detach().cpu().to(torch.promote_types(value.dtype, torch.float32))
+            digest.update(whole.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

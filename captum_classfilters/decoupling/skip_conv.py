@@ -3,6 +3,7 @@
 `pieces.py` says in what shape maps come and go, `skip_cost.py` when all channels at once are faster.
 """
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -15,7 +16,11 @@ from captum_classfilters.decoupling.pieces import Piece, Pieces, full, images_in
 from captum_classfilters.decoupling.skip_cost import CostModel
 
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_VECTOR = 16
+_SEEN = 1000  # paths that a convolution remembers to have met once
 _KEPT_BYTES = 2**25  # of slices of recurring paths, for each convolution
+# of what is kept: threads may share a network; not an attribute, since locks cannot be copied
+_LOCK = threading.Lock()
 
 
 class SkipConv(nn.Module):
@@ -29,7 +34,12 @@ class SkipConv(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    dense_weight: Tensor
     live: Tensor | None
+    squeeze: Tensor
+    squeeze_bias: Tensor
+    excite: Tensor
+    excite_bias: Tensor
 
     def __init__(self, conv: Any, controller: Controller | None, closed: Tensor | None = None) -> None:
         super().__init__()
@@ -42,33 +52,74 @@ class SkipConv(nn.Module):
         bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
         self.register_buffer("weight", conv.weight.detach().contiguous())
         self.register_buffer("bias", bias.detach().contiguous())
-        self.controller = controller
-        self.register_buffer("live", None if closed is None or not closed.any() else (~closed).nonzero().flatten())
+        self.gated = controller is not None
+        live = None if closed is None or not closed.any() else (~closed).nonzero().flatten()
+        # one stays where none is left: a convolution needs a filter
+        self.register_buffer("live", live if live is None or len(live) else live.new_zeros(1))
         if self.live is not None:
             self.weight, self.bias = self.weight[self.live], self.bias[self.live]
+        # in the memory format of the maps
+        self.register_buffer("dense_weight", self.weight)
+        if controller is not None:
+            self._take(controller)
+        self._gather()
         self.costs: CostModel | None = None  # None: always skip
+        self.prefers_dense = False
+        self.by_product: set[str] = set()  # of "dense" and "sliced": which are faster as a matrix product
+        self.next: list[SkipConv] = []  # those that get this one's output, and work less for it
         self._kept: OrderedDict[tuple[bytes, bytes], Any] = OrderedDict()
         self._kept_bytes = 0
+        self._seen: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+
+    def _take(self, controller: Controller) -> None:
+        """The controller's weights as a product takes them, of the outputs that can open."""
+        excite, bias = controller.excite.weight.detach(), controller.excite.bias.detach()
+        if self.live is not None:
+            excite, bias = excite[self.live], bias[self.live]
+        self.register_buffer("squeeze", controller.squeeze.weight.detach().t().contiguous())
+        self.register_buffer("squeeze_bias", controller.squeeze.bias.detach().clone())
+        self.register_buffer("excite", excite.t().contiguous())
+        self.register_buffer("excite_bias", bias.clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SkipConv":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._gather()
+        self.forget()
+        return self
+
+    def _gather(self) -> None:
+        """The buffers that every call needs, at hand: a module takes as long to look one up as to multiply with it."""
+        self._own = (self.dense_weight, self.bias)
+        if self.gated:
+            self._gate = (self.squeeze, self.squeeze_bias, self.excite, self.excite_bias, self.weight.device.type)
 
     def forward(self, value: Tensor | Pieces) -> Tensor | Pieces:
         """Maps in; maps out, all channels of them if nothing is gated."""
-        if self.controller is None:
+        if not self.gated:
             return self._ungated(value)
         gates = self._gates(value)
-        if self.costs is not None and self.costs.dense_always:
+        if self.prefers_dense or not len(gates):
             return self._dense(value, gates)
         groups = self._groups(value, gates)
         if self.costs is not None and not self._worth(groups, images_in(value)):
             return self._dense(value, gates)
         return [self._sliced(piece, rows, opened, key) for piece, rows, opened, key in groups]
 
+    def look_at(self, value: Tensor | Pieces) -> None:
+        """Whether such a batch is better computed whole: later ones are then not even looked at."""
+        self.prefers_dense = False
+        if self.gated and self.costs is not None:
+            groups = self._groups(value, self._gates(value))
+            self.prefers_dense = not self._worth(groups, images_in(value))
+
     def _gates(self, value: Tensor | Pieces) -> Tensor:
-        """Which of the live outputs are open, ``(N, K)`` bool."""
-        controller: Any = self.controller
-        with torch.autocast(self.weight.device.type, enabled=False):
-            hidden = controller.squeeze(pooled(value, controller.squeeze.weight.dtype)).relu_()
-            logits = controller.excite(hidden)
-        return logits > 0  # type: ignore[no-any-return]
+        """Which outputs are open, ``(N, K)`` bool: eq. 5, in as few calls as it takes."""
+        squeeze, squeeze_bias, excite, excite_bias, device = self._gate
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._gates(value)
+        hidden = torch.addmm(squeeze_bias, pooled(value, squeeze.dtype), squeeze).relu_()
+        return torch.addmm(excite_bias, hidden, excite) > 0
 
     def _groups(self, value: Tensor | Pieces, gates: Tensor) -> list[Any]:
         """Images of one piece with the same gates: ``(piece, rows within it, their gates, key)``."""
@@ -93,75 +144,111 @@ class SkipConv(nn.Module):
         for piece, rows, _, key in groups:
             count = len(piece.values) if rows is None else len(rows)
             inputs = 1.0 if piece.open is None else len(piece.open) / self.inputs
-            # gates are bytes of 0 and 1
-            spent += costs.sliced(count, inputs, key.count(1) / len(key), (piece.key, key) in self._kept)
+            # a key has a byte for each gate, 0 or 1
+            outputs = self._rounded(key.count(1)) / len(key)
+            spent += costs.sliced(count, inputs, outputs, (piece.key, key) in self._kept)
+            spent -= sum(other.costs.gain(count, outputs) for other in self.next if other.costs is not None)
         return bool(spent < costs.dense(images))
 
     def _sliced(self, piece: Piece, rows: list[int] | None, gates: Tensor, key: bytes) -> Piece:
         values = piece.values
         if rows is not None:
             values = values[rows[0] : rows[0] + 1] if len(rows) == 1 else values[rows]
-        opened, weight, bias, empty = self._slice(piece, gates, key)
+        opened, weight, bias = self._slice(piece, gates, key)
         if self.depthwise:
             values = full([piece._replace(rows=None, values=values)]).index_select(1, opened)
-        out = self._function(
-            values, weight, bias, self._stride, self._padding, self._dilation, len(weight) if self.depthwise else 1
-        )
-        if empty:
-            out = torch.zeros_like(out)
+        out = self._convolve("sliced", values, weight, bias)
         absolute = piece.rows if rows is None else tuple(row if piece.rows is None else piece.rows[row] for row in rows)
         return Piece(absolute, out, opened, self.channels, key)
 
     def _slice(self, piece: Piece, gates: Tensor, key: bytes) -> Any:
         """Open channels, their weights and biases; those of recurring paths are kept."""
         where = (piece.key, key)
-        if where in self._kept:
-            self._kept.move_to_end(where)
-            return self._kept[where]
+        with _LOCK:
+            if where in self._kept:
+                self._kept.move_to_end(where)
+                return self._kept[where]
         local = gates.nonzero().flatten()
-        empty = not len(local)
-        if empty:  # one channel of zeros stands for none
-            local = torch.zeros(1, dtype=torch.int64, device=gates.device)
+        open_ones = len(local)
+        if lacking := self._rounded(open_ones) - open_ones:
+            local = torch.cat([local, (~gates).nonzero().flatten()[:lacking]])
         weight = self.weight.index_select(0, local)
         if piece.open is not None and not self.depthwise:
             # rows of one kernel each: contiguous, and one selection for both
             kernels = self.weight.view(len(self.weight) * self.inputs, -1)
             index = (local[:, None] * self.inputs + piece.open).flatten()
             weight = kernels.index_select(0, index).view(len(local), len(piece.open), *self._shape[1:])
+        bias = self.bias.index_select(0, local)
+        weight[open_ones:], bias[open_ones:] = 0, 0
         opened = local if self.live is None else self.live.index_select(0, local)
-        found = (opened, weight, self.bias.index_select(0, local), empty)
-        self._keep(where, found)
+        found = (opened, weight, bias)
+        with _LOCK:
+            self._keep(where, found)
         return found
+
+    def _rounded(self, channels: int) -> int:
+        """A multiple of what a vector instruction takes, filled up with zeros.
+
+        Kernels pad to it anyway, and every new number of channels would have to have its kernel compiled.
+        """
+        step = _VECTOR if len(self.weight) >= 4 * _VECTOR else _VECTOR // 2
+        return min(max(1, -(-channels // step)) * step, len(self.weight))
+
+    def _convolve(self, which: str, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if which in self.by_product:
+            return _product(values, weight, bias, self._stride, self._padding, self._dilation)
+        groups = len(weight) if self.depthwise else 1
+        return self._function(values, weight, bias, self._stride, self._padding, self._dilation, groups)
+
+    @property
+    def can_be_product(self) -> bool:
+        """Whether `_product` computes the same: in two dimensions, ungrouped."""
+        return len(self._shape) == 3 and not self.depthwise and not isinstance(self._padding, str)
+
+    def set_format(self, memory_format: torch.memory_format) -> None:
+        """Lay the weights of whole calls out as the maps are."""
+        self.dense_weight = self.weight
+        if self.weight.dim() == 4:
+            self.dense_weight = self.weight.contiguous(memory_format=memory_format)
+        self._gather()
+        self.forget()
 
     def forget(self) -> None:
         """Drop the slices of recurring paths."""
-        self._kept.clear()
-        self._kept_bytes = 0
+        with _LOCK:
+            self._kept.clear()
+            self._seen.clear()
+            self._kept_bytes = 0
 
     def _keep(self, where: tuple[bytes, bytes], found: Any) -> None:
+        """From the second time on: to keep what never comes again costs more than it saves."""
+        if where not in self._seen:
+            self._seen[where] = None
+            if len(self._seen) > _SEEN:
+                self._seen.popitem(last=False)
+            return
         size = found[1].numel() * found[1].element_size()
-        if size > _KEPT_BYTES:
+        if size > _KEPT_BYTES or where in self._kept:  # another thread's
             return
         self._kept[where] = found
         self._kept_bytes += size
         while self._kept_bytes > _KEPT_BYTES:
-            _, (_, weight, _, _) = self._kept.popitem(last=False)
+            _, (_, weight, _) = self._kept.popitem(last=False)
             self._kept_bytes -= weight.numel() * weight.element_size()
 
-    def _dense(self, value: Tensor | Pieces, gates: Tensor) -> Pieces:
+    def _dense(self, value: Tensor | Pieces, gates: Tensor) -> Tensor | Pieces:
         values = full(value)
         if self.depthwise and self.live is not None:
             values = values.index_select(1, self.live)
-        groups = len(self.weight) if self.depthwise else 1
-        out = self._function(values, self.weight, self.bias, self._stride, self._padding, self._dilation, groups)
-        out = out * gates.to(out.dtype).reshape(*gates.shape, *(1,) * (out.dim() - 2))
-        return [Piece(None, out, self.live, self.channels, b"" if self.live is None else b"live")]
+        weight, bias = self._own
+        out = self._convolve("dense", values, weight, bias)
+        out.mul_(gates.to(out.dtype).view(*gates.shape, *(1,) * (out.dim() - 2)))
+        return out if self.live is None else [Piece(None, out, self.live, self.channels, b"live")]
 
     def _ungated(self, value: Tensor | Pieces) -> Tensor:
         everything = self.weight.new_ones(len(self.weight), dtype=torch.bool)
-        if isinstance(value, Tensor) or self.costs is None or not self._worth_ungated(value):
-            values = full(value)
-            return self._function(values, self.weight, self.bias, self._stride, self._padding, self._dilation)
+        if isinstance(value, Tensor) or (self.costs is not None and not self._worth_ungated(value)):
+            return self._convolve("dense", full(value), *self._own)
         pieces = [self._sliced(piece, None, everything, b"") for piece in value]
         if len(pieces) == 1:
             return pieces[0].values
@@ -175,3 +262,22 @@ class SkipConv(nn.Module):
             if piece.open is not None
         )
         return bool(0 < spent < costs.dense(images_in(value)))
+
+
+def _product(values: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """A convolution as a matrix product: on small maps faster, since weights are not laid out anew for each call."""
+    kernel = weight.shape[2:]
+    if all(size == 1 for size in (*kernel, *stride)) and not any(padding):
+        shape, columns = values.shape[2:], values.flatten(2)
+    else:
+        sizes = zip(values.shape[2:], kernel, stride, padding, dilation, strict=True)
+        shape = torch.Size(
+            (size + 2 * pad - step * (side - 1) - 1) // stride + 1 for size, side, stride, pad, step in sizes
+        )
+        columns = F.unfold(values, kernel, dilation, padding, stride)
+    flat = weight.flatten(1)
+    if len(values) == 1:
+        out = torch.addmm(bias[:, None], flat, columns[0])
+    else:
+        out = torch.matmul(flat, columns) + bias[:, None]
+    return out.view(len(values), len(weight), *shape)

@@ -1,26 +1,27 @@
 """`skipping`: a copy of a decoupled network that computes only the open work.
 
-The traced network is rewritten: norms are folded into their convolutions, these become `SkipConv`, and what lies between
-them handles `Pieces`. Where a result goes into anything unknown, closed channels are filled with zeros first.
+The traced network is rewritten: norms are folded into their convolutions, these become `SkipConv`, and what lies
+between them handles `Pieces`. Where a result goes into anything unknown, closed channels are filled with zeros first.
 """
 
 import operator
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.errors import MergeError, OptionError
 from captum_classfilters.decoupling import pieces
 from captum_classfilters.decoupling.calls import CONVS, calls_of
-from captum_classfilters.decoupling.controller import Controller
+from captum_classfilters.decoupling.controller import Controller, mask
 from captum_classfilters.decoupling.flow import keeps_zero
+from captum_classfilters.decoupling.saved import fingerprint
 from captum_classfilters.decoupling.skip_conv import SkipConv
-from captum_classfilters.decoupling.skip_cost import measure
+from captum_classfilters.decoupling.skip_cost import measure, seconds
 
 if TYPE_CHECKING:
     from captum_classfilters.decoupling.decoupler import PathDecoupler
@@ -50,7 +51,9 @@ class SkippingNetwork(nn.Module):
     def train(self, mode: bool = True) -> "SkippingNetwork":
         """Eval mode is all there is."""
         if mode:
-            raise OptionError("norms are folded into convolutions here; train the PathDecoupler and make skipping() anew")
+            raise OptionError(
+                "norms are folded into convolutions here; train the PathDecoupler and make skipping() anew"
+            )
         return super().train(False)
 
     def layers(self) -> dict[str, SkipConv]:
@@ -66,13 +69,17 @@ def skipping(
     decoupler: "PathDecoupler", example: tuple[Any, ...], paths: "Paths | None", measured: bool
 ) -> SkippingNetwork:
     """See `PathDecoupler.skipping`."""
+    if measured and not example:
+        raise OptionError("skipping() needs one batch to time the layers with, got none; pass it, or measured=False")
     calls = calls_of(decoupler.model)  # that it can be traced is said here
     model = deepcopy(decoupler.model).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    network = fx.GraphModule(model, deepcopy(calls.graph))
+    network = fx.GraphModule(model, deepcopy(cast("fx.Graph", calls.graph)))
     _fold(network)
-    controllers = {unit.conv: deepcopy(each).eval() for unit, each in zip(decoupler.units, decoupler.controllers, strict=True)}
+    controllers: dict[str, Any] = {
+        name: deepcopy(each).eval() for name, each in zip(decoupler.layers, decoupler.controllers, strict=True)
+    }
     closed = _never_open(decoupler, paths)
     _Rewriter(network, {unit.conv: unit.site for unit in decoupler.units}, controllers, closed).run()
     made = SkippingNetwork(network)
@@ -85,12 +92,13 @@ def _fold(network: fx.GraphModule) -> None:
     """Batch norms into the convolutions before them."""
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        norm: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
         if type(norm) not in _FOLDED or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
-        conv = modules.get(str(source.target))
-        if not isinstance(conv, CONVS) or len(source.users) > 1 or norm.running_mean is None:
+        conv: Any = modules.get(str(source.target))
+        # not a subclass, which may do more with its weights than multiply
+        if type(conv) not in CONVS or len(source.users) > 1 or norm.running_mean is None:
             continue
         if _times(network, source) > 1 or _times(network, node) > 1:
             continue
@@ -111,6 +119,8 @@ def _put(network: fx.GraphModule, name: str, module: nn.Module) -> None:
 
 def _never_open(decoupler: "PathDecoupler", paths: "Paths | None") -> dict[str, Tensor]:
     """Filters that stay closed whatever the input, by their weights; and those that were closed in all ``paths``."""
+    if paths is not None and paths.fingerprint != fingerprint(decoupler):
+        raise MergeError("the paths are of another network's controllers; collect them with this decoupler")
     found = {}
     for index, (name, controller) in enumerate(zip(decoupler.layers, decoupler.controllers, strict=True)):
         # hidden units are never negative
@@ -131,7 +141,7 @@ class _Gate(nn.Module):
     def forward(self, features: Tensor, output: Tensor) -> Tensor:
         """The convolution's input, and what the norm gave."""
         gates = self.controller(features)
-        return output * gates.to(output.dtype).reshape(*gates.shape, *(1,) * (output.dim() - 2))
+        return mask(output, gates)
 
 
 class _Rewriter:
@@ -145,7 +155,10 @@ class _Rewriter:
         closed: dict[str, Tensor],
     ) -> None:
         self._network, self._graph = network, network.graph
-        self._sites, self._controllers, self._closed = sites, controllers, closed
+        left = {str(node.target) for node in self._graph.nodes}
+        # where a norm was folded, its convolution gives what it gave
+        self._sites = {conv: site if site in left else conv for conv, site in sites.items()}
+        self._controllers, self._closed = controllers, closed
         self._gives_pieces: set[fx.Node] = set()
 
     def run(self) -> None:
@@ -154,31 +167,58 @@ class _Rewriter:
         for node in list(self._graph.nodes):
             name = str(node.target)
             module = self._network.get_submodule(name) if node.op == "call_module" else None
-            if isinstance(module, CONVS) and self._can_skip(module, node, name):
+            if type(module) in CONVS and self._can_skip(module, node, name):
                 self._skip(node, module, name)
                 continue
-            if name in self._controllers and module is not None:
-                inputs[name] = node.args[0]
             if not self._through_pieces(node):
                 self._fill(node)
+            if name in self._controllers and module is not None:
+                inputs[name] = node.args[0]
             if module is not None and name in sites and sites[name] in inputs:
                 self._gate(node, sites[name], inputs[sites[name]])
+        self._link()
+        self._lead_in()
         self._graph.lint()
         self._network.recompile()
         self._network.delete_all_unused_submodules()
 
+    def _link(self) -> None:
+        """Tell each convolution which others get its open channels."""
+        sources: dict[fx.Node, list[SkipConv]] = {}
+        for node in self._graph.nodes:
+            before = [conv for source in node.all_input_nodes for conv in sources.get(source, [])]
+            module = self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, SkipConv):
+                for conv in before:
+                    conv.next.append(module)
+                before = [module]
+            sources[node] = before if node in self._gives_pieces else []
+
+    def _lead_in(self) -> None:
+        """What comes before the first gate runs channels last, where pooling and few input channels are faster."""
+        ahead: set[fx.Node] = set()
+        for node in list(self._graph.nodes):
+            if node.op == "placeholder" or (node.all_input_nodes and ahead.issuperset(node.all_input_nodes)):
+                module = self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
+                if not isinstance(module, SkipConv):
+                    ahead.add(node)
+        for node in ahead:
+            begins, ends = node.op == "placeholder", any(user not in ahead for user in node.users)
+            if begins or ends:
+                name = f"format_{node.name}"
+                self._network.add_submodule(name, Format(leads_in=begins and not ends))
+                with self._graph.inserting_after(node):
+                    changed = self._graph.call_module(name, (node,))
+                node.replace_all_uses_with(changed, delete_user_cb=lambda user, new=changed: user is not new)
+
     def _can_skip(self, conv: Any, node: fx.Node, name: str) -> bool:
         """Ungrouped or depthwise, padded with zeros, called once; a gate belongs on its own output."""
         gated = name in self._controllers
-        folded = not gated or self._folded(name)
+        folded = not gated or self._sites[name] == name
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
         plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros"
         useful = gated or node.args[0] in self._gives_pieces
         return bool(plain and folded and useful and _times(self._network, node) == 1)
-
-    def _folded(self, name: str) -> bool:
-        site = self._sites[name]
-        return site == name or all(str(node.target) != site for node in self._graph.nodes)
 
     def _skip(self, node: fx.Node, conv: nn.Module, name: str) -> None:
         controller = self._controllers.get(name)
@@ -199,14 +239,21 @@ class _Rewriter:
                 return True
             return False
         if node.op == "call_function" and node.target in (torch.cat, torch.concat) and _dim(node) == 1:
-            node.target, node.args, node.kwargs = pieces.concatenated, (node.args[0],), {}
+            values = node.args[0] if node.args else node.kwargs["tensors"]
+            node.target, node.args, node.kwargs = pieces.concatenated, (values,), {}
             self._gives_pieces.add(node)
             return True
-        if len(node.all_input_nodes) == 1 and keeps_zero(node, self._network):
+        if len(node.all_input_nodes) == 1 and keeps_zero(node, self._network) and not self._knows_channels(node):
             self._each(node)
             self._gives_pieces.add(node)
             return True
         return False
+
+    def _knows_channels(self, node: fx.Node) -> bool:
+        """It has weights for each channel, as a PReLU may, or gives more than maps."""
+        module: Any = self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        weighted = module is not None and any(weight.numel() > 1 for weight in module.parameters())
+        return weighted or bool(getattr(module, "return_indices", node.kwargs.get("return_indices", False)))
 
     def _each(self, node: fx.Node) -> None:
         function: Any = node.target
@@ -243,7 +290,23 @@ class _Each(nn.Module):
         self.function = function
 
     def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pieces in, pieces out."""
         return pieces.each(self.function, value, *args, **kwargs)
+
+
+class Format(nn.Module):
+    """The memory format in which maps go on: what leads in to the first gate always has its channels last."""
+
+    def __init__(self, leads_in: bool) -> None:
+        super().__init__()
+        self.leads_in = leads_in
+        self.memory_format = torch.channels_last if leads_in else torch.contiguous_format
+
+    def forward(self, value: Any) -> Any:
+        """A copy, unless it is so already."""
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value.contiguous(memory_format=self.memory_format)
+        return value
 
 
 class _Method:
@@ -261,18 +324,41 @@ def _dim(node: fx.Node) -> Any:
 
 
 def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
-    """One forward to see what each convolution gets, and then its times on such maps."""
-    shapes: dict[SkipConv, Any] = {}
+    """Time the convolutions, and then the whole, in both memory formats; keep the faster."""
+    formats = [module for module in made.network.modules() if isinstance(module, Format) and not module.leads_in]
+    layers = made.layers().values()
+    if not layers:
+        return
+    device = next(iter(layers)).weight.device
+    found = []
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for module in formats:
+                module.memory_format = memory_format
+            for layer, value in _seen_by(made, example).items():
+                layer.set_format(memory_format)
+                layer.costs = measure(layer, pieces.full(value)[:1])
+            # when all are timed: each reckons with those that follow it
+            for layer, value in _seen_by(made, example).items():
+                layer.look_at(value)
+            state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
+            found.append((seconds(lambda: made(*example), device), memory_format, state))
+        _, memory_format, state = min(found, key=lambda each: each[0])
+        for module in formats:
+            module.memory_format = memory_format
+        for layer, (layer.costs, layer.by_product, layer.prefers_dense) in state.items():
+            layer.set_format(memory_format)
+
+
+def _seen_by(made: SkippingNetwork, example: Sequence[Any]) -> dict[SkipConv, Any]:
+    """What each convolution gets."""
+    values: dict[SkipConv, Any] = {}
 
     def seen(layer: SkipConv, args: Any) -> None:
-        shapes[layer] = pieces.full(args[0])[:1]
+        values[layer] = args[0]
 
-    layers = made.layers().values()
-    with borrowed(made.network) as borrow, torch.no_grad():
-        for layer in layers:
+    with borrowed(made.network) as borrow:
+        for layer in made.layers().values():
             borrow.before(layer, seen)
         made(*example)
-    with torch.no_grad():
-        for layer in layers:
-            layer.forget()
-            layer.costs = measure(layer, shapes[layer])
+    return values

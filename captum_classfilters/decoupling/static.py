@@ -30,8 +30,8 @@ def l1_gates(decoupler: PathDecoupler, image: Tensor, macs: float) -> tuple[Tens
         raise OptionError(f"macs is a share in (0, 1], got {macs!r}")
     first = next(decoupler.model.parameters())
     costs = decoupler.costs(image.to(first.device, first.dtype))
-    weights = [decoupler.model.get_submodule(name).weight.detach() for name in decoupler.layers]  # type: ignore[union-attr,operator]
-    norms = [weight.flatten(1).abs().sum(1) for weight in weights]  # type: ignore[operator]
+    weights = [decoupler.model.get_submodule(name).weight.detach() for name in decoupler.layers]
+    norms = [weight.flatten(1).abs().sum(1) for weight in weights]
     low, high = 0.0, 1.0
     for _ in range(_STEPS):
         share = (low + high) / 2
@@ -40,10 +40,10 @@ def l1_gates(decoupler: PathDecoupler, image: Tensor, macs: float) -> tuple[Tens
     gates = _kept(norms, high if macs == 1 else low)
     if float(costs.of(gates, controllers=False)) / costs.dense > macs:
         raise OptionError(
-            f"macs={macs} cannot be reached by pruning {len(norms)} layers: one filter in each and what is not gated take "
-            f"{float(costs.of(gates, controllers=False)) / costs.dense:.3f}; ask for more"
+            f"macs={macs} cannot be reached by pruning {len(norms)} layers: one filter in each and what is not gated "
+            f"take {float(costs.of(gates, controllers=False)) / costs.dense:.3f}; ask for more"
         )
-    return tuple(gate.float().to(weight.device) for gate, weight in zip(gates, weights, strict=True))  # type: ignore[union-attr]
+    return tuple(gate.float().to(weight.device) for gate, weight in zip(gates, weights, strict=True))
 
 
 def _kept(norms: list[Tensor], share: float) -> list[Tensor]:

@@ -56,8 +56,8 @@ def find_units(
         chosen = [name for name in ordered[1:-1] if not _warned(found, convs[name])]
     if not chosen:
         raise LayerError(
-            f"{type(model).__name__} has {len(convs)} convolutions that run as modules, and none to gate after the first "
-            "and the last; name some with layers="
+            f"{type(model).__name__} has {len(convs)} convolutions that run as modules, and none to gate after the "
+            "first and the last; name some with layers="
             if layers is None
             else "layers= is empty; name at least one convolution, or leave layers= away"
         )
@@ -78,7 +78,8 @@ def _name_of(model: nn.Module, layer: Any) -> str:
         return names[0]
     if not isinstance(layer, str):
         raise LayerError(f"layers must be names or modules, got {layer!r}")
-    return layer.removeprefix("model.") if layer.startswith("model.") and not _has(model, layer) else layer
+    inner: str = layer.removeprefix("model.")  # as the decoupler's own modules are named
+    return str(layer) if _has(model, layer) else inner
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -5,34 +5,51 @@ Every table has its random control and its interval.
 
 from captum_classfilters.metrics.ablation import class_ablation
 from captum_classfilters.metrics.accuracy import accuracy_curve
+from captum_classfilters.metrics.concepts import collate_concepts, concept_scores, layer_scores
 from captum_classfilters.metrics.correlation import correlated_share, filter_correlation, inter_class_correlation
+from captum_classfilters.metrics.fields import activation_thresholds, field_iou, receptive_fields
 from captum_classfilters.metrics.gates import density, feature_clusters, gate_similarity
 from captum_classfilters.metrics.information import mutual_information
 from captum_classfilters.metrics.intervals import mean_interval, wilson
 from captum_classfilters.metrics.leakage import gate_leakage
 from captum_classfilters.metrics.localisation import foreground, localisation
 from captum_classfilters.metrics.masking import class_masking, masked_confusion
+from captum_classfilters.metrics.occlusion import Occlusion, occlude, occlusion
+from captum_classfilters.metrics.path_information import path_accuracy, path_information
+from captum_classfilters.metrics.representation import concept_representation
 from captum_classfilters.metrics.robustness import attack_success
 from captum_classfilters.metrics.sets import overlap, stability
 
 __all__ = [
+    "Occlusion",
     "accuracy_curve",
+    "activation_thresholds",
     "attack_success",
     "class_ablation",
     "class_masking",
+    "collate_concepts",
+    "concept_representation",
+    "concept_scores",
     "correlated_share",
     "density",
     "feature_clusters",
+    "field_iou",
     "filter_correlation",
     "foreground",
     "gate_leakage",
     "gate_similarity",
     "inter_class_correlation",
+    "layer_scores",
     "localisation",
     "masked_confusion",
     "mean_interval",
     "mutual_information",
+    "occlude",
+    "occlusion",
     "overlap",
+    "path_accuracy",
+    "path_information",
+    "receptive_fields",
     "stability",
     "wilson",
 ]

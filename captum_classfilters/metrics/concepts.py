@@ -1,12 +1,11 @@
 """Do filters stand for concepts? The receptive field of each filter against masks of concepts that the loader brings.
 
 One filter at a time; what several do together, and covering a concept: `occlusion.py`. Loaders give batches
-``(images, masks)``: images ``(N, c, H, W)``, all of one size; masks a list of one ``{concept: (H, W)}`` for each image, or
-stacked, ``{concept: (N, H, W)}``. Masks are bool, or 0 and 1. An image has no such concept where it has no such key, None,
-or a mask without a pixel. N images, K filters of a layer, T concepts, h x w positions of a map.
+``(images, masks)``: images ``(N, c, H, W)``, all of one size; masks a list of one ``{concept: (H, W)}`` for each image,
+or stacked, ``{concept: (N, H, W)}``. Masks are bool, or 0 and 1. Where the key is missing, or the mask is None or has
+no pixel, the image does not have the concept. N images, K filters of a layer, T concepts.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,137 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
-from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import unpack, value_to_model
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
 from captum_classfilters.core.training import refuse_iterators
-from captum_classfilters.decoupling import PathDecoupler
 from captum_classfilters.metrics.accuracy import check_draws
+from captum_classfilters.metrics.fields import (
+    CELLS,
+    Layers,
+    MapReader,
+    activation_thresholds,
+    check_images,
+    field_iou,
+    network_of,
+    passed,
+    receptive_fields,
+)
 from captum_classfilters.metrics.intervals import draws_interval, mean_interval, wilson
 
-# Numbers of enlarged maps that are held at once
-CELLS = 2**24
-Layers = Iterable[nn.Module | str] | None
 Thresholds = Mapping[str, Tensor]
-
-
-def receptive_fields(maps: Tensor, thresholds: Tensor, size: Sequence[int]) -> Tensor:
-    """Where filters respond: their maps, enlarged to the image, above each filter's threshold.
-
-    Source: "Interpretable neural network decoupling", section 4.2; "Network dissection" (Bau et al. 2017), section 2.2.
-    No difference; bilinear with ``align_corners=False``.
-
-    Args:
-        maps: ``(N, K, h, w)``; a closed filter is 0 everywhere.
-        thresholds: ``(K,)``, as from `activation_thresholds`.
-        size: H and W of the images.
-
-    Returns:
-        ``(N, K, H, W)`` bool.
-
-    Raises:
-        ShapeError: One threshold for each filter is not there.
-
-    Example:
-        >>> receptive_fields(torch.tensor([[[[0.0, 4.0]]]]), torch.tensor([2.0]), (1, 4)).int().tolist()
-        [[[[0, 0, 1, 1]]]]
-    """
-    if maps.dim() != 4 or thresholds.shape != maps.shape[1:2]:
-        raise ShapeError(
-            f"expected maps (N, K, h, w) and thresholds (K,), got {tuple(maps.shape)} and {tuple(thresholds.shape)}; "
-            "pass the thresholds of these filters"
-        )
-    wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    large = F.interpolate(wide, tuple(size), mode="bilinear", align_corners=False)
-    return large > thresholds.to(large)[:, None, None]
-
-
-def field_iou(fields: Tensor, masks: Tensor) -> Tensor:
-    """Intersection over union of every filter's receptive field and every mask of the same image.
-
-    Source: "Interpretable neural network decoupling", section 4.2. No difference.
-
-    Args:
-        fields: ``(N, K, H, W)`` bool.
-        masks: ``(N, T, H, W)`` bool.
-
-    Returns:
-        ``(N, K, T)`` float64; NaN where both are empty.
-
-    Raises:
-        ShapeError: They are of other images or sizes.
-
-    Example:
-        >>> field_iou(torch.tensor([[[[True, True, False]]]]), torch.tensor([[[[False, True, True]]]])).item()
-        0.333...
-    """
-    if fields.dim() != 4 or masks.dim() != 4 or fields.shape[::2] != masks.shape[::2] or fields.shape[3] != masks.shape[3]:
-        raise ShapeError(
-            f"expected fields (N, K, H, W) and masks (N, T, H, W), got {tuple(fields.shape)} and {tuple(masks.shape)}; "
-            "masks must be those of the same images, in their size"
-        )
-    # float32 counts exactly up to 2**24 pixels; half precision, as under autocast, would not
-    with torch.autocast(fields.device.type, enabled=False):
-        shared = torch.bmm(fields.flatten(2).float(), masks.flatten(2).float().mT).double()
-    union = fields.sum((2, 3))[:, :, None] + masks.sum((2, 3))[:, None] - shared
-    return shared / union
-
-
-def activation_thresholds(
-    model: Any, loader: Iterable[Any], layers: Layers = None, *, quantile: float = 0.005, show_progress: bool = False
-) -> dict[str, Tensor]:
-    """For each filter the value that a share ``quantile`` of all its responses exceeds, over all images and positions.
-
-    Exact: the highest values of each filter are kept, ``quantile`` of all that pass by, which is the memory it takes;
-    to know how many, the loader is read once before without running the model. At least one response lies above
-    (ties aside), however small the share. A filter that responds less often has threshold 0.
-
-    Source: "Network dissection" (Bau et al. 2017), section 2.2, P(a > T) = .005; "Interpretable neural network
-    decoupling", section 4.2. Differs: negative responses count as 0, as behind the ReLU of eq. 1.
-
-    Args:
-        model: The network, or a `PathDecoupler`; borrowed.
-        loader: Batches of images ``(N, c, H, W)`` or of tuples that begin with them, all of one size; read twice.
-        layers: Names or modules whose outputs are the maps ``(N, K, h, w)``. Of a decoupler: gated convolutions, whose
-            maps are read behind the gates, on the norm; None: all of them.
-        quantile: Share in (0, 1).
-        show_progress: A tqdm bar.
-
-    Returns:
-        By layer, ``(K,)`` on the model's device.
-
-    Raises:
-        LayerError: A layer does not exist, does not run once in each forward, or gives no maps.
-        OptionError: ``quantile`` is out of range; the loader gives other images when read again.
-        EmptyLoaderError: No images, or an iterator, which can be read only once.
-        ShapeError, NonFiniteError: Images or maps are not as expected.
-    """
-    if not 0 < quantile < 1:
-        raise OptionError(f"quantile is a share of responses in (0, 1), got {quantile!r}")
-    refuse_iterators(loader, "the loader")
-    total, size = 0, None
-    for images in _images(loader, False, ""):
-        size = _same_size(images, size)
-        total += len(images)
-    if not total:
-        raise EmptyLoaderError("the loader gave no image; expected at least one batch")
-    seen, highest = 0, dict[str, Tensor]()
-    with borrowed(unwrap(model)) as borrow:
-        reader = MapReader(model, layers, borrow)
-        for images in _images(loader, show_progress, "thresholds"):
-            seen += len(images)
-            for name, maps in reader.maps(images).items():
-                values = maps.transpose(0, 1).flatten(1)
-                kept = 1 + max(1, math.floor(quantile * total * maps[0, 0].numel() + 1e-9))
-                values = torch.cat([highest[name], values], 1) if name in highest else values
-                highest[name] = values.topk(min(kept, values.shape[1])).values
-    if seen != total:
-        raise OptionError(f"the loader gave {total} images, and {seen} when read again; it must give the same each time")
-    return {name: values[:, -1].clone() for name, values in highest.items()}
 
 
 def concept_scores(
@@ -179,10 +68,10 @@ def concept_scores(
         show_progress: A tqdm bar.
 
     Returns:
-        One row for each filter: ``layer``, ``filter``, ``concept`` (the best; the first by name of equals, None where
-        the score is 0), ``score``, ``low`` and ``high`` (Wilson over that concept's images, as if it had not been chosen),
-        ``images`` (how many have that concept), ``random`` (the score by other images' masks, mean over draws).
-        `layer_scores` gives their means.
+        One row for each filter: ``layer``, ``filter``, ``concept`` (the best; the first by name of equals, missing
+        where the score is 0), ``score``, ``low`` and ``high`` (Wilson over that concept's images, as if it had not been
+        chosen), ``images`` (how many have that concept), ``random`` (the score by other images' masks, mean over
+        draws). `layer_scores` gives their means.
 
     Raises:
         OptionError: An argument out of range; no concept with enough images; fewer than two images.
@@ -203,7 +92,7 @@ def concept_scores(
         share = hits / counts[:, None]
         best = share[0].argmax(0)
         score = share[0].max(0)
-        low, high = wilson(hits[0].max(0, where=best == np.arange(len(names))[:, None], initial=0), counts[best])
+        low, high = wilson(hits[0, best, np.arange(len(best))], counts[best])
         concept = np.where(score > 0, np.array(names, object)[best], None)
         columns = {"concept": concept, "score": score, "low": low, "high": high, "images": counts[best]}
         random = share[1:].max(1).mean(0)
@@ -241,7 +130,8 @@ def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[A
     """Batches of samples ``(image, {concept: mask})``, as a ``DataLoader``'s ``collate_fn``.
 
     Example:
-        >>> images, masks = collate_concepts([(torch.zeros(3, 2, 2), {"eye": torch.ones(2, 2)}), (torch.ones(3, 2, 2), {})])
+        >>> samples = [(torch.zeros(3, 2, 2), {"eye": torch.ones(2, 2)}), (torch.ones(3, 2, 2), {})]
+        >>> images, masks = collate_concepts(samples)
         >>> images.shape, [list(each) for each in masks]
         (torch.Size([2, 3, 2, 2]), [['eye'], []])
     """
@@ -249,88 +139,213 @@ def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[A
     return torch.stack(images), list(masks)
 
 
-class MapReader:
-    """Runs a model and reads the maps of some layers, behind the gates where there are any; negative ones are 0."""
+class Survey(NamedTuple):
+    """What a first look at a loader, without running the model, says of it."""
 
-    def __init__(self, model: Any, layers: Layers, borrow: Borrowed) -> None:
-        self.model = unwrap(model)
-        if not isinstance(self.model, nn.Module):
-            raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
-        self.decoupler = self.model if isinstance(self.model, PathDecoupler) else None
-        self._modules = {name: module for name, module in _network(self.model).named_modules() if name}
-        self.layers = tuple(dict.fromkeys(self._name(layer) for layer in self._asked(layers)))
-        if not self.layers:
-            raise LayerError("layers= is empty; name at least one layer")
-        self._seen: dict[str, Tensor] = {}
-        sites = {unit.conv: unit.site for unit in self.decoupler.units} if self.decoupler else {}
-        for name in self.layers:
-            borrow.after(self._modules[sites.get(name, name)], self._keeping(name))
-        first = next((each for each in self.model.parameters() if each.is_floating_point()), None)
-        self.device = torch.device("cpu") if first is None else first.device
-        self._dtype = torch.get_default_dtype() if first is None else first.dtype
-
-    def _asked(self, layers: Layers) -> list[Any]:
-        if layers is None and self.decoupler is not None:
-            return list(self.decoupler.layers)
-        if layers is None or isinstance(layers, str | nn.Module) or not isinstance(layers, Iterable):
-            got = "none" if layers is None else type(layers).__name__
-            raise LayerError(f"layers must be a list of names or modules, got {got}; say whose maps are to be read")
-        return list(layers)
-
-    def _name(self, layer: Any) -> str:
-        known = self._modules if self.decoupler is None else {name: self._modules[name] for name in self.decoupler.layers}
-        for name, module in known.items():
-            if layer is module or layer == name:
-                return name
-        what = "a layer of the model" if self.decoupler is None else "a gated convolution of the decoupler"
-        shown = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
-        raise LayerError(f"expected {what}, got {shown}; there are {', '.join(list(known)[:6])}, ...")
-
-    def _keeping(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.dim() != 4:
-                got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-                raise LayerError(f"layer {name} must give maps (N, K, h, w), got {got}; name one that does")
-            if name in self._seen:
-                raise LayerError(f"layer {name} runs more than once in a forward; name one before it that runs once")
-            # a new tensor: an operation in place may follow
-            self._seen[name] = output.clone()
-
-        return hook
-
-    def to_model(self, images: Tensor) -> Tensor:
-        """Images where the model is, and of its dtype if they are floating."""
-        moved: Tensor = value_to_model(images, self.device, self._dtype)
-        return moved
-
-    def gates(self, images: Tensor) -> dict[str, Tensor]:
-        """One forward's gates, ``(N, K)`` by layer; empty without a decoupler."""
-        self._seen.clear()
-        if self.decoupler is None:
-            self.model(self.to_model(images))
-            return {}
-        _, gates = self.decoupler.gates(self.to_model(images))
-        return {name: gates[self.decoupler.layers.index(name)] for name in self.layers}
-
-    def read(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One forward's ``(maps, gates)``: maps ``(N, K, h, w)`` by layer, at least float32."""
-        gates = self.gates(images)
-        found = {}
-        for name in self.layers:
-            if name not in self._seen:
-                raise LayerError(f"layer {name} did not run in this forward; it must run once in each")
-            maps = self._seen.pop(name)
-            maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).relu()
-            # the decoupler's own hook comes after the one that kept this
-            found[name] = maps * gates[name].to(maps.dtype)[:, :, None, None] if gates else maps
-            if not bool(torch.isfinite(found[name]).all()):
-                raise NonFiniteError(f"the maps of layer {name} hold NaN or infinity; look at these images")
-        return found, gates
-
-    def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps alone."""
-        return self.read(images)[0]
+    samples: int
+    size: tuple[int, int]
+    counts: dict[str, int]  # by concept, in order of their names: images that have it
+    draws: int  # of the control: one less than the images, if there are few
 
 
-def _network(model: nn.Module) -> nn.Module:
-    return model.model if isinstance(model, PathDecoupler) else model
+class ConceptBatch(NamedTuple):
+    """Images and their masks, padded to the same number for each image."""
+
+    images: Tensor  # (N, c, H, W)
+    masks: Tensor  # (N, M, H, W) bool
+    slots: Tensor  # (N, M) int64: which concept; the last, one past these, is for no mask
+
+
+class Tally(NamedTuple):
+    """Sums over a loader for one layer: first with an image's own masks, then by draw of the control."""
+
+    hits: Tensor  # (1 + draws, T, K) int64: images on which the IoU exceeds what was asked
+    highest: Tensor  # (1 + draws, T) float64: max over images and filters of the IoU
+    total: Tensor  # (1 + draws, T) float64: sum over images of the max over filters
+
+
+def surveyed(loader: Iterable[Any], draws: int) -> Survey:
+    """Count images and concepts, and refuse what is not as expected."""
+    refuse_iterators(loader, "the loader")
+    check_draws(draws)
+    samples, size, counts = 0, None, Counter[str]()
+    for index, raw in enumerate(passed(loader, False, "")):
+        images, masks = _unpacked(raw, index)
+        size = check_images(images, size, index)
+        samples += len(images)
+        for each in masks:
+            counts.update(each.keys())
+    if size is None or not samples:
+        raise EmptyLoaderError("the loader gave no image; expected at least one batch")
+    if not counts:
+        raise OptionError("no image has a concept: expected a mask with a pixel; see the head of metrics.concepts")
+    if samples < 2:
+        raise OptionError("the control judges an image by another's masks: expected at least 2 images, got 1")
+    if not all(isinstance(name, str) for name in counts):
+        raise OptionError(f"concepts must have names, got {next(n for n in counts if not isinstance(n, str))!r}")
+    return Survey(samples, size, {name: counts[name] for name in sorted(counts)}, min(draws, samples - 1))
+
+
+def concept_batches(loader: Iterable[Any], survey: Survey, show_progress: bool, text: str) -> Iterator[ConceptBatch]:
+    """The loader's batches with padded masks."""
+    slot_of = {name: slot for slot, name in enumerate(survey.counts)}
+    seen = Counter[str]()
+    for index, raw in enumerate(passed(loader, show_progress, text)):
+        images, given = _unpacked(raw, index)
+        check_images(images, survey.size, index)
+        most = max(map(len, given), default=0)
+        masks = torch.zeros(len(images), most, *survey.size, dtype=torch.bool)
+        slots = torch.full((len(images), most), len(slot_of))
+        for n, each in enumerate(given):
+            seen.update(each.keys())
+            for m, (name, mask) in enumerate(each.items()):
+                masks[n, m], slots[n, m] = mask, slot_of.get(name, len(slot_of))
+        if len(images):
+            yield ConceptBatch(images, masks, slots)
+    if seen != survey.counts:
+        raise OptionError("the loader gave other masks when read again; it must give the same each time")
+
+
+def tallied(
+    model: Any,
+    loader: Iterable[Any],
+    layers: Layers,
+    survey: Survey,
+    thresholds: Thresholds | None,
+    quantile: float,
+    iou: float,
+    show_progress: bool,
+) -> dict[str, Tally]:
+    """One pass: the IoU of every filter's field and every mask, own and others', summed up by layer."""
+    if thresholds is None:
+        thresholds = activation_thresholds(model, loader, layers, quantile=quantile, show_progress=show_progress)
+    concepts, groups = len(survey.counts), 1 + survey.draws
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    with borrowed(network_of(model)) as borrow:
+        reader = MapReader(model, layers, borrow)
+        check_thresholds(thresholds, reader.layers)
+        stream = concept_batches(loader, survey, show_progress, "concepts")
+        for images, masks, slots in _with_others(stream, survey):
+            masks, rows = masks.to(reader.device), slots.flatten().to(reader.device)
+            for name, maps in reader.maps(images).items():
+                if name not in sums:
+                    cells = groups * (concepts + 1)
+                    integers = torch.zeros(cells, maps.shape[1], dtype=torch.int64, device=maps.device)
+                    sums[name] = (integers, *torch.zeros(2, cells, dtype=torch.float64, device=maps.device))
+                found = _overlaps(maps, thresholds[name].to(maps.device), masks, survey.size)
+                found = found.transpose(1, 2).flatten(0, 1)  # (N M, K)
+                hits, highest, total = sums[name]
+                hits.index_add_(0, rows, (found > iou).long())
+                highest.scatter_reduce_(0, rows, found.amax(1), "amax")
+                total.index_add_(0, rows, found.amax(1))
+    # the last slot of each group was for no mask
+    return {
+        name: Tally(*(each.reshape(groups, concepts + 1, *each.shape[1:])[:, :-1] for each in parts))
+        for name, parts in sums.items()
+    }
+
+
+def _overlaps(maps: Tensor, thresholds: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(N, K, M)`` float64, some filters at a time; a mask without a pixel gives 0."""
+    some = max(1, CELLS // (len(maps) * size[0] * size[1]))
+    found = [
+        field_iou(receptive_fields(maps[:, start : start + some], thresholds[start : start + some], size), masks)
+        for start in range(0, maps.shape[1], some)
+    ]
+    return torch.cat(found, 1).nan_to_num(0.0)
+
+
+def _with_others(stream: Iterable[ConceptBatch], survey: Survey) -> Iterator[ConceptBatch]:
+    """Each image with its own masks and, in groups of slots behind, with those of images 1, 2, ... places before it.
+
+    The first images come once more at the end, to meet the masks of the last.
+    """
+    draws, nothing = survey.draws, len(survey.counts)
+    before = first = None
+    for batch in stream:
+        if before is None or first is None:
+            no_slots = batch.slots.new_full((draws, 0), nothing)
+            before = batch.masks.new_zeros(draws, 0, *survey.size), no_slots
+            first = batch.images[:0], batch.masks[:0], batch.slots[:0]
+        joined = _joined(before, (batch.masks, batch.slots), nothing)
+        yield _grouped(batch.images, *joined, draws, nothing)
+        before = joined[0][-draws:], joined[1][-draws:]
+        if (missing := draws - len(first[0])) > 0:
+            both = _joined(first[1:], (batch.masks[:missing], batch.slots[:missing]), nothing)
+            first = torch.cat([first[0], batch.images[:missing]]), *both
+    if before is not None and first is not None:
+        # their own masks were counted before
+        again = _joined(before, (first[1], torch.full_like(first[2], nothing)), nothing)
+        yield _grouped(first[0], *again, draws, nothing)
+
+
+def _joined(one: Any, other: Any, nothing: int) -> tuple[Tensor, Tensor]:
+    most = max(one[1].shape[1], other[1].shape[1])
+    masks = [F.pad(masks, (0, 0, 0, 0, 0, most - masks.shape[1])) for masks, _ in (one, other)]
+    slots = [F.pad(slots, (0, most - slots.shape[1]), value=nothing) for _, slots in (one, other)]
+    return torch.cat(masks), torch.cat(slots)
+
+
+def _grouped(images: Tensor, masks: Tensor, slots: Tensor, draws: int, nothing: int) -> ConceptBatch:
+    """Masks of ``draws`` images before and of these, cut into own ones and those d places before."""
+    starts = [draws - shift for shift in range(draws + 1)]
+    own = [masks[start : start + len(images)] for start in starts]
+    groups = [slots[start : start + len(images)] + d * (nothing + 1) for d, start in enumerate(starts)]
+    return ConceptBatch(images, torch.cat(own, 1), torch.cat(groups, 1))
+
+
+def check_thresholds(thresholds: Thresholds, layers: Sequence[str]) -> None:
+    """Refuse thresholds that lack a layer."""
+    if missing := [name for name in layers if name not in thresholds]:
+        raise OptionError(
+            f"thresholds have no layer {missing[0]!r}; pass activation_thresholds(model, loader, layers) of these"
+        )
+
+
+def _unpacked(raw: Any, index: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Images, and for each its masks that have a pixel."""
+    if not isinstance(raw, list | tuple) or len(raw) < 2 or not isinstance(raw[0], Tensor):
+        raise ShapeError(
+            f"batch {index} is {type(raw).__name__}; expected (images, masks): a tensor (N, c, H, W) and a list of one "
+            "{concept: (H, W) mask} for each image, or {concept: (N, H, W) masks}; collate_fn=collate_concepts makes "
+            "such of samples (image, {concept: mask})"
+        )
+    images, given = raw[0], raw[1]
+    check_images(images, None, index)
+    if isinstance(given, Mapping):
+        given = {name: masks for name, masks in given.items() if masks is not None}
+        for name, masks in given.items():
+            if len(masks) != len(images):
+                raise ShapeError(
+                    f"the masks of {name!r} in batch {index} are {len(masks)}, for {len(images)} images; stack one for "
+                    "each, without a pixel where the image does not have the concept"
+                )
+        given = [{name: masks[n] for name, masks in given.items()} for n in range(len(images))]
+    if not isinstance(given, list | tuple) or not all(isinstance(each, Mapping) for each in given):
+        raise ShapeError(
+            f"the masks of batch {index} must be a list of one {{concept: mask}} for each image, or "
+            f"{{concept: (N, H, W)}}, got {type(given).__name__}"
+        )
+    if len(given) != len(images):
+        raise ShapeError(f"batch {index} has {len(images)} images and masks of {len(given)}; give {{}} for one without")
+    size = tuple(images.shape[2:])
+    found: list[dict[str, Tensor]] = [{} for _ in given]
+    for each, masks in zip(found, given, strict=True):
+        for name, value in masks.items():
+            if value is not None and bool((mask := _mask(value, name, size, index)).any()):
+                each[name] = mask
+    return images, found
+
+
+def _mask(given: Any, name: Any, size: tuple[int, ...], index: int) -> Tensor:
+    mask = torch.as_tensor(given)
+    if tuple(mask.shape) != size:
+        raise ShapeError(
+            f"the mask of {name!r} in batch {index} must have the image's size {size}, got {tuple(mask.shape)}; resize "
+            "and crop masks with their images (masks by nearest neighbour)"
+        )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ShapeError(
+            f"the mask of {name!r} in batch {index} must be bool, or 0 and 1, got {mask.dtype}; pass mask > 0"
+        )
+    return mask.bool()

@@ -1,11 +1,13 @@
-"""Results in, matplotlib Axes out: tables, curves and the images behind a channel.
+"""Results in, matplotlib Axes out: tables, curves, calculation paths and the images behind a channel.
 
 Every function takes ``ax``, draws there, and returns it; without ``ax`` it makes a figure of fitting size. None shows
 or saves a figure, or changes matplotlib's settings. The only room that imports matplotlib.
 """
 
 from captum_classfilters.visualize.cards import filter_cards
+from captum_classfilters.visualize.costs import macs_accuracy
 from captum_classfilters.visualize.curves import accuracy_curve
+from captum_classfilters.visualize.fields import gate_strip, occlusion, switched_off
 from captum_classfilters.visualize.gates import (
     cluster_centres,
     confusion,
@@ -15,6 +17,7 @@ from captum_classfilters.visualize.gates import (
     similarity,
 )
 from captum_classfilters.visualize.grid import k_grid
+from captum_classfilters.visualize.paths import filter_states, path_embedding, path_profiles
 from captum_classfilters.visualize.tables import class_filters, overlap
 
 __all__ = [
@@ -25,8 +28,15 @@ __all__ = [
     "correlated_share",
     "correlation",
     "filter_cards",
+    "filter_states",
     "gate",
+    "gate_strip",
     "k_grid",
+    "macs_accuracy",
+    "occlusion",
     "overlap",
+    "path_embedding",
+    "path_profiles",
     "similarity",
+    "switched_off",
 ]

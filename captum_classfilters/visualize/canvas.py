@@ -49,7 +49,7 @@ def heat_map(ax: Axes, values: Floats, cmap: str, low: float, high: float, aspec
     ax.grid(False)
     colours = colormaps[cmap].with_extremes(bad=NOTHING)
     shown = np.ma.masked_invalid(values)
-    return ax.imshow(shown, cmap=colours, vmin=low, vmax=high, aspect=aspect, origin="upper")
+    return ax.imshow(shown, cmap=colours, vmin=low, vmax=high, aspect=aspect, origin="upper", interpolation="nearest")
 
 
 def colour_bar(image: AxesImage, ax: Axes, label: str) -> Axes:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_classfilters import LabelSensitiveGate
+from captum_classfilters import LabelSensitiveGate, PathDecoupler
 from captum_classfilters.assets import load_images, load_network
 
 RECIPES = Path(__file__).parents[2] / "tutorials" / "recipes"
@@ -109,6 +109,66 @@ def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(method, i
         assert first.counts.sum() == 512
         noise = LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(0))
         assert not torch.equal(first.weight, noise.weight)
+
+
+@pytest.fixture(scope="module")
+def trained(idx_folder, tmp_path_factory):
+    """A network to begin with, hardly trained."""
+    folder = tmp_path_factory.mktemp("std")
+    common = ["--data", idx_folder, "--depth", 8, "--limit", 256, "--threads", 1, "--device", "cpu", "--out", folder]
+    assert run("train_fashion_mnist.py", *common, "--epochs", 1).returncode == 0
+    return folder / "network.safetensors"
+
+
+def test_decoupling_starts_from_a_network_and_a_stopped_run_resumes_to_the_same_gates(trained, idx_folder, tmp_path):
+    common = ["--data", idx_folder, "--limit", 256, "--threads", 1, "--lr", 0.05, "--device", "cpu", "--epochs", 2]
+    common += ["--method", "decoupled", "--from", trained, "--sparsity-weight", 0.02, "--target-rate", 0.25]
+    whole = run("train_fashion_mnist.py", *common, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
+    assert losses[1] < losses[0]
+    assert run("train_fashion_mnist.py", *common, "--stop-after", 1, "--out", tmp_path / "parts").returncode == 0
+    assert "epoch 1/2" not in run("train_fashion_mnist.py", *common, "--out", tmp_path / "parts").stdout
+    found = []
+    for name in ("whole", "parts"):
+        model, meta = load_network(tmp_path / name / "network.safetensors")
+        found.append(PathDecoupler(model).load(tmp_path / name / "paths.safetensors").eval())
+    for key, value in found[0].state_dict().items():
+        assert torch.equal(value, found[1].state_dict()[key]), key
+    assert (meta["target_rate"], meta["information_weight"]) == (0.25, 1.0)
+    # what the recipe tells is the gated network's accuracy
+    sample = load_images("test")
+    predicted = found[0].paths([sample.images[:256].float() / 255]).predictions
+    assert meta["test_accuracy"] == pytest.approx(float((predicted == sample.labels[:256]).double().mean()), abs=0.01)
+
+
+def test_l1_pruning_closes_filters_for_good_down_to_the_macs_asked_for(trained, idx_folder, tmp_path):
+    done = run(
+        "train_fashion_mnist.py", "--data", idx_folder, "--method", "l1", "--from", trained, "--macs", 0.6,
+        "--limit", 128, "--epochs", 1, "--threads", 1, "--device", "cpu", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, meta = load_network(tmp_path / "network.safetensors")
+    gates = [gate.bool() for gate in torch.load(tmp_path / "gates.pt", weights_only=True)]
+    costs = PathDecoupler(model).costs(torch.zeros(1, 1, 28, 28))
+    assert 0.5 < float(costs.of(gates, controllers=False)) / costs.dense <= 0.6
+    assert meta["macs"] == 0.6
+
+
+def test_decoupling_without_a_network_to_begin_with_is_refused(idx_folder, tmp_path):
+    done = run("train_fashion_mnist.py", "--data", idx_folder, "--method", "decoupled", "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "give its file with --from" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vgg", "SmallVGG"), ("inception", "SmallInception")])
+def test_the_other_families_train(name, kind, idx_folder, tmp_path):
+    done = run(
+        "train_fashion_mnist.py", "--data", idx_folder, "--network", name, "--limit", 128, "--epochs", 1,
+        "--threads", 1, "--device", "cpu", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert type(load_network(tmp_path / "network.safetensors")[0]).__name__ == kind
 
 
 def test_the_other_network_and_a_gate_set_by_hand(idx_folder, tmp_path):

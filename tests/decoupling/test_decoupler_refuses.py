@@ -1,0 +1,186 @@
+"""What `PathDecoupler` refuses, with a remedy; and numbers that are not finite, which it names."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from captum_classfilters import PathDecoupler
+from captum_classfilters.core.errors import LabelError, NonFiniteError, OptionError, ShapeError
+
+BOTH = ["conv1", "conv2"]
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.fixture
+def decoupler(small_cnn):
+    return PathDecoupler(small_cnn(), BOTH, generator=torch.Generator().manual_seed(0))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": 0}, "reduction must be an integer of at least 1, got 0"),
+        ({"reduction": 4.0}, "reduction must be an integer of at least 1, got 4.0"),
+        ({"reduction": True}, "reduction must be an integer of at least 1, got True"),
+        ({"mix": "half"}, r"mix must be one of \['sample', 'channel', 'element'\], got 'half'"),
+        ({"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
+        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1, got 4.0"),
+    ],
+)
+def test_bad_options_of_the_decoupler_are_refused(small_cnn, options, message):
+    with pytest.raises(OptionError, match=message):
+        PathDecoupler(small_cnn(), BOTH, **options)
+
+
+@pytest.mark.parametrize("model", [None, len, torch.ones(1), [nn.Conv2d(1, 1, 1)]], ids=lambda m: type(m).__name__)
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(OptionError, match=f"the model must be an nn.Module, got {type(model).__name__}"):
+        PathDecoupler(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"information_weight": -1.0}, "information_weight must be at least 0, got -1.0"),
+        ({"divergence_weight": math.nan}, "divergence_weight must be at least 0, got nan"),
+        ({"sparsity_weight": -1e-9}, "sparsity_weight must be at least 0, got -1e-09"),
+        ({"target_rate": 1.1}, r"target_rate is a share of channels in \[0, 1\], got 1.1"),
+        ({"target_rate": -0.1}, r"target_rate is a share of channels in \[0, 1\], got -0.1"),
+        ({"target_rate": math.nan}, "target_rate is a share"),
+        ({"direction": "both"}, r"direction must be one of \['z_y', 'y_z'\], got 'both'"),
+    ],
+)
+def test_bad_options_of_the_loss_are_refused_before_the_model_runs(decoupler, images, options, message):
+    runs = []
+    decoupler.model.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(OptionError, match=message):
+        decoupler.loss(images(), LABELS, **options)
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS + 1, r"labels must lie in \[0, 4\), got 4; the head has 4 outputs"),
+        (LABELS - 1, r"labels must lie in \[0, 4\), got -1"),
+        (LABELS[:5], r"labels must have shape \(6,\), got \(5,\); pass one class index per sample"),
+        (nn.functional.one_hot(LABELS), r"got \(6, 4\); they look one-hot: pass class indices, labels.argmax\(1\)"),
+        (LABELS.float(), r"labels must be integers, got torch.float32; pass class indices, labels.long\(\)"),
+        (None, "labels must be integers, got NoneType"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(decoupler, images, labels, message):
+    with pytest.raises(LabelError, match=message):
+        decoupler.loss(images(), labels)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 5])
+def test_readers_of_another_number_of_classes_are_refused(small_cnn, images, classes):
+    decoupler = PathDecoupler(small_cnn(), BOTH, num_classes=classes)
+    with pytest.raises(ShapeError, match=f"the model gives 4 classes, the readers of eq. 9 were made for {classes}"):
+        decoupler.loss(images(), LABELS)
+
+
+class Halved(nn.Module):
+    """Its last step is no linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) / 2
+
+
+def test_a_model_that_ends_otherwise_asks_for_the_number_of_classes(small_cnn, images):
+    model, layers = Halved(small_cnn()), ["inner.conv1", "inner.conv2"]
+    decoupler = PathDecoupler(model, layers)
+    assert decoupler.readers is None
+    assert decoupler(images()).shape == (6, 4)
+    with pytest.raises(OptionError, match=r"not end in a Linear layer.*make the PathDecoupler with num_classes=4"):
+        decoupler.loss(images(), LABELS)
+    assert torch.isfinite(PathDecoupler(model, layers, num_classes=4).loss(images(), LABELS).total)
+
+
+class Twice(Halved):
+    """Logits and something else in train mode, as networks with auxiliary heads."""
+
+    def forward(self, x):
+        return (self.inner(x), None) if self.training else self.inner(x)
+
+
+def test_logits_that_are_none_are_refused(small_cnn, images):
+    decoupler = PathDecoupler(Twice(small_cnn()).eval(), ["inner.conv2"])
+    assert torch.isfinite(decoupler.loss(images(), LABELS).total)
+    with pytest.raises(ShapeError, match=r"loss needs logits \(N, C\) from the model, got tuple; switch auxiliary"):
+        decoupler.train().loss(images(), LABELS)
+    maps = PathDecoupler(nn.Sequential(nn.Conv2d(3, 4, 3)), ["0"], num_classes=4)
+    with pytest.raises(ShapeError, match=r"loss needs logits \(N, C\) from the model, got \(6, 4, 6, 6\)"):
+        maps.loss(images(), LABELS)
+
+
+def test_an_image_without_a_batch_is_refused(decoupler, images):
+    with pytest.raises(ShapeError, match=r"conv1 got an image without a batch, \(3, 8, 8\); pass \(N, C, ...\)"):
+        decoupler(images()[0])
+    assert decoupler(images()[:1]).shape == (1, 4)
+
+
+# -- numbers that are not finite ---------------------------------------------------------------------------------------
+
+
+def overflowing(decoupler, images, what):
+    """A copy, and images at which a convolution's input is NaN or infinite."""
+    decoupler, x = copy.deepcopy(decoupler), images()
+    with torch.no_grad():
+        for controller in decoupler.controllers:
+            controller.squeeze.weight.abs_()  # a negative one may end minus infinity at its ReLU
+    if what == "half precision":
+        decoupler.model.half()
+        with torch.no_grad():
+            decoupler.model.conv1.weight.abs_()
+        return decoupler, (x.abs() * 100 + 60000).half(), "conv2"
+    x[2, 1, 3, 3] = math.nan if what == "NaN" else math.inf
+    return decoupler, x, "conv1"
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("what", ["half precision", "NaN", "infinity"])
+def test_gates_that_are_not_finite_are_named(decoupler, images, what, train):
+    decoupler, x, layer = overflowing(decoupler, images, what)
+    message = f"the gates of {layer} are not finite: its input overflowed or holds NaN; use bfloat16 or float32"
+    if train and what != "NaN":
+        message = "not finite|NaN or infinity"  # sigmoid(inf) is 1: a soft gate survives, the logits do not
+    with pytest.raises(NonFiniteError, match=message):
+        decoupler.train(train).loss(x, LABELS)
+
+
+@pytest.mark.parametrize("what", ["half precision", "NaN", "infinity"])
+def test_a_forward_shows_them_as_nan(decoupler, images, what):
+    decoupler, x, _ = overflowing(decoupler, images, what)
+    output, gates = decoupler.gates(x)
+    assert output[2].isnan().all()
+    assert any(gate[2].isnan().any() for gate in gates)
+    if what != "half precision":
+        others = [0, 1, 3, 4, 5]
+        torch.testing.assert_close(output[others], decoupler(images())[others])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("fc", "logits of this batch: NaN or infinity; look at inputs and learning rate"),
+        ("reader", "the loss of this batch: NaN or infinity"),
+    ],
+)
+def test_a_loss_that_is_not_finite_says_what_is_not(decoupler, images, module, message):
+    weight = decoupler.readers[1].weight if module == "reader" else decoupler.model.fc.weight
+    with torch.no_grad():
+        weight[0] = math.nan
+    with pytest.raises(NonFiniteError, match=message):
+        decoupler.loss(images(), LABELS)

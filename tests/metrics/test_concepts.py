@@ -1,0 +1,406 @@
+"""Receptive fields, thresholds and interpretability scores, on squares of colours whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+from squares import SIDE, Colours, in_batches, painted, square
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from captum_classfilters import PathDecoupler, metrics
+from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
+
+
+@pytest.fixture
+def squares():
+    """Eight images: a red square in each, a green one in half of them; none touches that of another image."""
+    places = [(4 * (n // 4), 4 * (n % 4)) for n in range(8)]
+    masks = [{"red": square(*place)} for place in places]
+    for n in range(0, 8, 2):
+        masks[n]["green"] = square(8 + places[n][0], places[n][1])
+    return painted(masks), masks
+
+
+def numpy_upsample(array, height, width):
+    """Bilinear without aligned corners, in float64, one output pixel at a time."""
+    h, w = array.shape
+    out = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            v = min(max((y + 0.5) * h / height - 0.5, 0), h - 1)
+            u = min(max((x + 0.5) * w / width - 0.5, 0), w - 1)
+            t, left = int(v), int(u)
+            bottom, right = min(t + 1, h - 1), min(left + 1, w - 1)
+            a, b = v - t, u - left
+            upper = array[t, left] * (1 - b) + array[t, right] * b
+            lower = array[bottom, left] * (1 - b) + array[bottom, right] * b
+            out[y, x] = upper * (1 - a) + lower * a
+    return out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("size", [(9, 14), (3, 5), (10, 4)])
+def test_fields_are_enlarged_maps_above_their_filters_threshold(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(2, 3, 3, 5, generator=generator)
+    thresholds = torch.tensor([-0.3, 0.1, 0.6])
+    found = metrics.receptive_fields(maps, thresholds, size)
+    assert found.shape == (2, 3, *size)
+    assert found.dtype == torch.bool
+    for n in range(2):
+        for k in range(3):
+            large = numpy_upsample(maps[n, k].double().numpy(), *size)
+            np.testing.assert_array_equal(found[n, k].numpy(), large > float(thresholds[k]))
+    assert 0 < found.float().mean() < 1
+
+
+def test_a_value_at_the_threshold_is_not_above_it():
+    maps = torch.tensor([[[[1.0, 2.0, 3.0]]]])
+    assert metrics.receptive_fields(maps, torch.tensor([2.0]), (1, 3)).flatten().tolist() == [False, False, True]
+    assert metrics.receptive_fields(maps.half(), torch.tensor([2.0]), (1, 3)).flatten().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_iou_counts_pixels(autocast):
+    generator = torch.Generator().manual_seed(0)
+    fields = torch.rand(3, 4, 60, 70, generator=generator) < 0.4
+    masks = torch.rand(3, 2, 60, 70, generator=generator) < 0.5
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = metrics.field_iou(fields, masks)
+    for n in range(3):
+        for k in range(4):
+            for t in range(2):
+                a, b = fields[n, k].numpy(), masks[n, t].numpy()
+                assert found[n, k, t].item() == pytest.approx((a & b).sum() / (a | b).sum(), rel=1e-12)
+    empty = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    assert torch.isnan(metrics.field_iou(empty, empty)).all()
+    assert metrics.field_iou(empty, ~empty).item() == 0
+
+
+def test_fields_and_iou_on_every_device(device, assert_close):
+    generator = torch.Generator().manual_seed(0)
+    maps, masks = torch.randn(2, 3, 4, 4, generator=generator), torch.rand(2, 2, 8, 8, generator=generator) < 0.5
+    expected = metrics.receptive_fields(maps, torch.zeros(3), (8, 8))
+    with device.mode:
+        fields = metrics.receptive_fields(maps.to(device.name), torch.zeros(3, device=device.name), (8, 8))
+        assert_close(fields, expected.to(device.name))
+        iou = metrics.field_iou(fields, masks.to(device.name))
+        assert_close(iou, metrics.field_iou(expected, masks).to(device.name))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("quantile", [0.005, 0.1, 0.37])
+def test_thresholds_are_numpys_quantile_of_all_responses(small_cnn, images, quantile, batch_size):
+    model, x = small_cnn(), images(16)
+    found = metrics.activation_thresholds(model, list(x.split(batch_size)), ["bn1", "conv2"], quantile=quantile)
+    with torch.no_grad():
+        expected = {"bn1": model.bn1(model.conv1(x))}
+        expected["conv2"] = model.conv2(expected["bn1"].relu())
+    assert list(found) == ["bn1", "conv2"]
+    for name, maps in expected.items():
+        values = maps.relu().transpose(0, 1).flatten(1).numpy()
+        wanted = np.quantile(values, 1 - quantile, axis=1, method="inverted_cdf")
+        np.testing.assert_allclose(found[name].numpy(), wanted, rtol=1e-5, atol=1e-6)
+        above = (torch.from_numpy(values) > found[name][:, None]).sum(1)
+        # float32 of batches of other sizes may move the value that is the threshold itself
+        assert (above <= int(quantile * values.shape[1]) + 1).all()
+
+
+def test_a_share_too_small_for_one_response_still_leaves_one(images, small_cnn):
+    x = images(1)
+    found = metrics.activation_thresholds(small_cnn(), [x], ["bn2"], quantile=1e-6)["bn2"]
+    model = small_cnn()
+    with torch.no_grad():
+        maps = model.bn2(model.conv2(model.bn1(model.conv1(x)).relu())).relu()
+    np.testing.assert_allclose(found, np.sort(maps[0].flatten(1).numpy())[:, -2], rtol=1e-5)
+
+
+def test_scores_of_squares_are_known(squares):
+    images, masks = squares
+    # of 8 x 8 x 8 responses of a filter, 4 of each square are 1: 32 red, 16 green, no blue; the 20th is 1, 1, 0
+    frame = metrics.concept_scores(Colours().eval(), in_batches(images, masks, 3), ["conv"], quantile=16 / 512, iou=0.3)
+    assert frame.columns.tolist() == ["layer", "filter", "concept", "score", "low", "high", "images", "random"]
+    # red: the 17th response is 1, and none is above
+    assert frame.score.tolist() == [0.0, 1.0, 0.0]
+    assert frame.concept.fillna("").tolist() == ["", "green", ""]
+    low, high = metrics.wilson(4, 4)
+    assert (frame.low[1], frame.high[1], frame.images[1]) == (float(low), float(high), 4)
+    frame = metrics.concept_scores(Colours().eval(), in_batches(images, masks, 3), ["conv"], quantile=40 / 512, iou=0.3)
+    assert frame.concept.fillna("").tolist() == ["red", "green", ""]
+    assert frame.score.tolist() == [1.0, 1.0, 0.0]
+    # no square meets that of another image
+    assert frame.random.tolist() == [0.0, 0.0, 0.0]
+
+
+def loop(model, images, masks, threshold, iou, draws):
+    """P of every draw, filter and concept, by loops and in float64: draw d has the masks of d images before."""
+    names = sorted({name for each in masks for name in each})
+    with torch.no_grad():
+        maps = model.bn1(model.conv1(images)).relu().double().numpy()
+    shares = np.zeros((draws + 1, maps.shape[1], len(names)))
+    best = np.zeros((draws + 1, maps.shape[1], len(images), len(names)))
+    for d in range(draws + 1):
+        for k in range(maps.shape[1]):
+            for t, name in enumerate(names):
+                hits = []
+                for n in range(len(images)):
+                    mask = masks[(n - d) % len(images)].get(name)
+                    if mask is not None:
+                        field = numpy_upsample(maps[n, k], *images.shape[2:]) > threshold[k]
+                        union = (field | mask.numpy()).sum()
+                        value = (field & mask.numpy()).sum() / union
+                        best[d, k, n, t] = value
+                        hits.append(value > iou)
+                shares[d, k, t] = np.mean(hits)
+    return names, shares, best
+
+
+@pytest.fixture
+def random_task(small_cnn, images):
+    x = images(7)
+    generator = torch.Generator().manual_seed(3)
+    names = ("eye", "wheel", "cup")
+    masks = []
+    for n in range(7):
+        shown = [names[0], *names[1:][: n % 3]] if n % 4 else [names[2]]
+        masks.append({name: torch.rand(8, 8, generator=generator) < 0.3 for name in shown})
+    return small_cnn(), x, masks
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+def test_scores_and_control_are_those_of_a_loop(random_task, batch_size):
+    model, x, masks = random_task
+    thresholds = metrics.activation_thresholds(model, [x], ["bn1"], quantile=0.2)
+    loader = in_batches(x, masks, batch_size)
+    frame = metrics.concept_scores(model, loader, ["bn1"], thresholds=thresholds, iou=0.13)
+    names, shares, _ = loop(model, x, masks, thresholds["bn1"].double().numpy(), 0.13, 5)
+    np.testing.assert_allclose(frame.score, shares[0].max(1))
+    np.testing.assert_allclose(frame.random, shares[1:].max(2).mean(0))
+    expected = [names[t] if share.max() > 0 else "" for t, share in zip(shares[0].argmax(1), shares[0], strict=True)]
+    assert frame.concept.fillna("").tolist() == expected
+    assert frame.score.nunique() > 1
+    assert frame.random.nunique() > 1
+    own = metrics.concept_scores(model, loader, ["bn1"], quantile=0.2, iou=0.13)
+    assert own.equals(frame)
+    single = metrics.concept_representation(model, loader, ["bn1"], thresholds=thresholds)
+    _, _, best = loop(model, x, masks, thresholds["bn1"].double().numpy(), 0, 5)
+    assert single.concept.tolist() == names
+    counts = np.array([sum(name in each for each in masks) for name in names])
+    assert single.images.tolist() == counts.tolist()
+    np.testing.assert_allclose(single.single_max, best[0].max((0, 1)))
+    np.testing.assert_allclose(single.single_mean, best[0].max(0).sum(0) / counts)
+    np.testing.assert_allclose(single.single_max_random, best[1:].max((1, 2)).mean(0))
+    np.testing.assert_allclose(single.single_mean_random, (best[1:].max(1).sum(1) / counts).mean(0))
+    assert "multiple_mean" not in single
+
+
+def test_concepts_of_few_images_can_be_left_out(random_task):
+    model, x, masks = random_task
+    masks = [{**each, "rare": torch.ones(8, 8)} if n == 0 else each for n, each in enumerate(masks)]
+    frame = metrics.concept_scores(model, [(x, masks)], ["bn1"], quantile=0.3, iou=0.2)
+    assert (frame.concept == "rare").any()
+    frame = metrics.concept_scores(model, [(x, masks)], ["bn1"], quantile=0.3, iou=0.2, min_images=2)
+    assert not (frame.concept == "rare").any()
+    with pytest.raises(OptionError, match=r"min_images=100 images; the most that one has is"):
+        metrics.concept_scores(model, [(x, masks)], ["bn1"], min_images=100)
+
+
+def test_masks_are_read_however_they_come(random_task):
+    model, x, masks = random_task
+    expected = metrics.concept_scores(model, [(x, masks)], ["bn1"])
+    names = {name for each in masks for name in each}
+    stacked = {name: torch.stack([each.get(name, torch.zeros(8, 8)).float() for each in masks]) for name in names}
+    samples = [(image, {name: each.get(name) for name in names}) for image, each in zip(x, masks, strict=True)]
+    loaders = [
+        [(x, stacked)],
+        [(x, stacked | {"nowhere": None}, "labels")],
+        [[x[:0], []], [x, [{name: mask.numpy() for name, mask in each.items()} for each in masks]]],
+        DataLoader(samples, batch_size=3, collate_fn=metrics.collate_concepts),
+    ]
+    for loader in loaders:
+        assert metrics.concept_scores(model, loader, ["bn1"]).equals(expected)
+
+
+def test_means_of_layers_have_the_intervals_of_scipy(random_task):
+    from scipy import stats
+
+    model, x, masks = random_task
+    scores = metrics.concept_scores(model, [(x, masks)], ["bn1", "bn2"], iou=0.1)
+    frame = metrics.layer_scores(scores).set_index("layer")
+    assert frame.index.tolist() == ["bn1", "bn2"]
+    assert frame.filters.tolist() == [5, 6]
+    own = scores[scores.layer == "bn2"]
+    gain = own.score - own.random
+    row = frame.loc["bn2"]
+    assert row.score == pytest.approx(own.score.mean())
+    assert row.random == pytest.approx(own.random.mean())
+    assert row.gain == pytest.approx(gain.mean())
+    interval = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
+    assert (row.gain_low, row.gain_high) == pytest.approx(interval)
+    interval = stats.t.interval(0.95, len(own) - 1, own.score.mean(), stats.sem(own.score))
+    assert (row.low, row.high) == pytest.approx(np.clip(interval, 0, 1))
+    alone = metrics.layer_scores(scores.iloc[:1])
+    assert alone.filters.tolist() == [1]
+    assert alone[["low", "high", "gain_low"]].isna().all(axis=None)
+
+
+def test_a_closed_filter_looks_nowhere(squares):
+    images, masks = squares
+    decoupler = PathDecoupler(Colours(), ["conv"]).eval()
+    loader = in_batches(images, masks, 4)
+    thresholds = {"conv": torch.full((3,), 0.5)}
+    with decoupler.frozen((torch.ones(1, 3),)):
+        opened = metrics.concept_scores(decoupler, loader, thresholds=thresholds)
+    with decoupler.frozen((torch.tensor([[0.0, 1, 1]]),)):
+        closed = metrics.concept_scores(decoupler, loader, thresholds=thresholds)
+        cut = metrics.activation_thresholds(decoupler, loader)
+    assert opened.layer.unique().tolist() == ["conv"]
+    assert opened.score.tolist() == [1, 1, 0]
+    assert closed.score.tolist() == [0, 1, 0]
+    assert cut["conv"][0] == 0
+    plain = metrics.concept_scores(
+        decoupler.model, loader, [unit.site for unit in decoupler.units], thresholds=thresholds
+    )
+    assert plain.equals(opened)
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        maps = self.conv(images)
+        maps += 100
+        return maps.mean((2, 3))
+
+
+def test_maps_are_read_before_an_operation_in_place(images):
+    found = metrics.activation_thresholds(AddsInPlace(), [images()], ["conv"])
+    assert (found["conv"] < 50).all()
+
+
+def test_below_zero_is_nothing():
+    model = Colours().eval()
+    images = -torch.ones(2, 3, SIDE, SIDE)
+    masks = [{"red": square(0, 0)}] * 2
+    frame = metrics.concept_scores(model, [(images, masks)], ["conv"])
+    assert frame.score.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_given_back(random_task, training):
+    model, x, masks = random_task
+    model.train(training)
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metrics.concept_scores(model, [(x, masks)], ["bn1"])
+    with pytest.raises(NonFiniteError, match="maps of layer bn1"):
+        metrics.concept_scores(model, [(x * torch.nan, masks)], ["bn1"])
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.is_grad_enabled()
+
+
+def test_half_and_double_models_take_float_images(random_task):
+    model, x, masks = random_task
+    expected = metrics.concept_scores(model, [(x, masks)], ["bn1"])
+    assert metrics.concept_scores(model.double(), [(x, masks)], ["bn1"]).score.equals(expected.score)
+    assert len(metrics.concept_scores(model.bfloat16(), [(x, masks)], ["bn1"])) == 5
+
+
+def test_a_layer_that_cannot_be_read_is_refused(random_task):
+    model, x, masks = random_task
+    loader = [(x, masks)]
+    for layers, message in [
+        (None, "say whose maps are to be read"),
+        ("bn1", r"must be a list of names or modules, got str"),
+        ([], "layers= is empty"),
+        (["bn9"], r"expected a layer of the model, got 'bn9'; there are conv1, bn1"),
+        ([nn.Conv2d(1, 1, 1)], "got a Conv2d"),
+        (["fc"], r"layer fc must give maps \(N, K, h, w\), got \(7, 4\)"),
+        (["relu"], "layer relu runs more than once"),
+    ]:
+        with pytest.raises(LayerError, match=message):
+            metrics.concept_scores(SharedReLU(model) if layers == ["relu"] else model, loader, layers)
+    assert metrics.concept_scores(model, loader, [model.bn1]).layer.unique().tolist() == ["bn1"]
+    decoupler = PathDecoupler(model, ["conv2"])
+    with pytest.raises(LayerError, match="expected a gated convolution of the decoupler, got 'conv1'"):
+        metrics.concept_scores(decoupler, loader, ["conv1"])
+    model.unused = nn.Conv2d(1, 1, 1)
+    with pytest.raises(LayerError, match="unused did not run"):
+        metrics.concept_scores(model, loader, ["unused"])
+
+
+class SharedReLU(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.conv, self.relu = model.conv1, nn.ReLU()
+
+    def forward(self, images):
+        return self.relu(self.relu(self.conv(images)))
+
+
+def test_bad_loaders_and_options_are_refused(random_task):
+    model, x, masks = random_task
+    loader = [(x, masks)]
+
+    def scores(loader=loader, **options):
+        return metrics.concept_scores(model, loader, ["bn1"], **options)
+
+    small = [{name: mask[:4] for name, mask in each.items()} for each in masks]
+    for bad, error, message in [
+        ([x], ShapeError, r"batch 0 is Tensor; expected \(images, masks\).*collate_concepts"),
+        ([(x, torch.zeros(7, 8, 8))], ShapeError, "must be a list of one {concept: mask} for each image"),
+        ([(x, masks[:3])], ShapeError, "has 7 images and masks of 3; give {}"),
+        ([(x, {"eye": torch.zeros(3, 8, 8)})], ShapeError, "masks of 'eye' in batch 0 are 3, for 7 images"),
+        ([(x, small)], ShapeError, r"must have the image's size \(8, 8\), got \(4, 8\); resize"),
+        ([(x, [{"eye": torch.full((8, 8), 255)}] * 7)], ShapeError, "must be bool, or 0 and 1, got torch.int64"),
+        ([(x, masks), (x[:, :, :4, :4], [{}] * 7)], ShapeError, r"one size, got \(4, 4\) in batch 1 after \(8, 8\)"),
+        ([(x[0], masks)], ShapeError, r"must be a tensor \(N, c, H, W\), got \(3, 8, 8\)"),
+        ([(x, [{}] * 7)], OptionError, "no image has a concept"),
+        ([(x, [{3: torch.ones(8, 8)}] * 7)], OptionError, "concepts must have names, got 3"),
+        ([(x[:1], masks[:1])], OptionError, "expected at least 2 images, got 1"),
+        ([], EmptyLoaderError, "no image"),
+        (iter(loader), EmptyLoaderError, "can be read only once"),
+        (3, OptionError, "expected a DataLoader or a list of batches, got int"),
+        (Forgetful(x, masks), OptionError, "must give the same each time"),
+    ]:
+        with pytest.raises(error, match=message):
+            scores(bad)
+    for options, message in [
+        ({"iou": 1.0}, r"iou must lie in \[0, 1\)"),
+        ({"quantile": 0}, r"quantile is a share of responses in \(0, 1\), got 0"),
+        ({"draws": 2}, "draws"),
+        ({"thresholds": {}}, "thresholds have no layer 'bn1'"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            scores(**options)
+    with pytest.raises(OptionError, match="got function"):
+        metrics.activation_thresholds(lambda x: x, [x], ["bn1"])
+    with pytest.raises(OptionError, match="gave 7 images, and 3 when read again"):
+        metrics.activation_thresholds(model, Forgetful(x, masks), ["bn1"])
+    with pytest.raises(ShapeError, match="pass the thresholds of these filters"):
+        metrics.receptive_fields(torch.zeros(1, 2, 3, 3), torch.zeros(3), (4, 4))
+    with pytest.raises(ShapeError, match="those of the same images"):
+        metrics.field_iou(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4))
+
+
+class Forgetful:
+    """A loader that gives less when it is read again."""
+
+    def __init__(self, x, masks):
+        self.parts = [[(x, masks)], [(x[:3], masks[:3])]]
+
+    def __iter__(self):
+        return iter(self.parts.pop(0) if len(self.parts) > 1 else self.parts[0])
+
+
+def test_upsampling_is_torchs(squares):
+    images, _ = squares
+    maps = F.avg_pool2d(images, 2)
+    large = F.interpolate(maps, (SIDE, SIDE), mode="bilinear")
+    assert torch.equal(metrics.receptive_fields(maps, torch.full((3,), 0.3), (SIDE, SIDE)), large > 0.3)
