@@ -167,7 +167,7 @@ class _Rewriter:
         for node in list(self._graph.nodes):
             name = str(node.target)
             module = self._network.get_submodule(name) if node.op == "call_module" else None
-            if type(module) in CONVS and self._can_skip(module, node, name):
+            if isinstance(module, CONVS) and self._can_skip(module, node, name):
                 self._skip(node, module, name)
                 continue
             if not self._through_pieces(node):
@@ -209,14 +209,14 @@ class _Rewriter:
                 self._network.add_submodule(name, Format(leads_in=begins and not ends))
                 with self._graph.inserting_after(node):
                     changed = self._graph.call_module(name, (node,))
-                node.replace_all_uses_with(changed, delete_user_cb=lambda user, new=changed: user is not new)
+                _put_after(node, changed)
 
     def _can_skip(self, conv: Any, node: fx.Node, name: str) -> bool:
         """Ungrouped or depthwise, padded with zeros, called once; a gate belongs on its own output."""
         gated = name in self._controllers
         folded = not gated or self._sites[name] == name
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-        plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros"
+        plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros" and type(conv) in CONVS
         useful = gated or node.args[0] in self._gives_pieces
         return bool(plain and folded and useful and _times(self._network, node) == 1)
 
@@ -279,7 +279,14 @@ class _Rewriter:
         self._network.add_submodule(name, _Gate(self._controllers[conv]))
         with self._graph.inserting_after(node):
             gated = self._graph.call_module(name, (features, node))
-        node.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
+        _put_after(node, gated)
+
+
+def _put_after(node: fx.Node, new: fx.Node) -> None:
+    """Let all others that take the result of ``node`` take that of ``new``."""
+    for user in list(node.users):
+        if user is not new:
+            user.replace_input_with(node, new)
 
 
 class _Each(nn.Module):

@@ -70,16 +70,16 @@ def _listed(layers: Any) -> list[Any]:
     return list(layers)
 
 
-def _name_of(model: nn.Module, layer: Any) -> str:
+def _name_of(model: nn.Module, layer: nn.Module | str) -> str:
     if isinstance(layer, nn.Module):
-        names = [name for name, module in model.named_modules() if module is layer]
+        names: list[str] = [name for name, module in model.named_modules() if module is layer]
         if not names:
             raise LayerError(f"the {type(layer).__name__} in layers= is not a part of {type(model).__name__}")
         return names[0]
     if not isinstance(layer, str):
         raise LayerError(f"layers must be names or modules, got {layer!r}")
-    inner: str = layer.removeprefix("model.")  # as the decoupler's own modules are named
-    return str(layer) if _has(model, layer) else inner
+    # the decoupler's own modules are named so
+    return layer if _has(model, layer) else layer.removeprefix("model.")
 
 
 def _has(model: nn.Module, name: str) -> bool:

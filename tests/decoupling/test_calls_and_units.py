@@ -110,6 +110,11 @@ class FrozenBatchNorm2d(Frozen):
             [("conv1", "conv1")],
             id="squeeze and excitation",
         ),
+        pytest.param(
+            lambda m, x: m.conv1(x) * m.conv2(x.mean((2, 3)).view(x.shape[0], x.size(1) // 1, 1, 1)).sigmoid(),
+            [("conv1", "conv1")],
+            id="squeeze and excitation of a size that is reckoned with",
+        ),
         pytest.param(sized, PLAIN, id="its size is asked for"),
         pytest.param(
             lambda m, x: m.norm2(m.conv2(m.norm1(m.conv1(x)).relu_()).relu_()) + x.new_zeros(x.shape),

@@ -8,6 +8,8 @@ from test_skipping import assert_same, images, lively, split
 from torch import nn
 from torch.nn import functional as F
 
+from captum_classfilters import PathDecoupler
+from captum_classfilters.core.errors import LayerError, OptionError
 from captum_classfilters.decoupling import pieces, skip_cost
 from captum_classfilters.decoupling.pieces import Piece
 
@@ -325,3 +327,24 @@ def test_several_inputs_keywords_and_what_is_returned_stay():
         assert_same(found["logits"], decoupler(x, y)["logits"])
         assert torch.equal(found["both"][1], y)
     assert set(skipping.layers()) == {"net.a", "net.b", "net.last"}
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, maps):
+        if maps.sum() > 0:
+            return self.fc(self.convs(maps).mean((2, 3)))
+        return self.fc(self.convs(maps).mean((2, 3)))
+
+
+def test_what_cannot_be_is_said():
+    x = images(2, 8)
+    decoupler = PathDecoupler(Branching().eval(), example_input=x)
+    with pytest.raises(LayerError, match=r'Branching cannot be traced: .*\(at "if maps.sum\(\) > 0:"\)'):
+        decoupler.skipping(x)
+    with pytest.raises(OptionError, match=r"needs one batch to time the layers with, got none; pass it, or measured="):
+        graph("norms folded")[0].skipping()

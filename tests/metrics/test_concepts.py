@@ -283,9 +283,9 @@ def test_maps_are_read_before_an_operation_in_place(images):
 
 def test_below_zero_is_nothing():
     model = Colours().eval()
-    images = -torch.ones(2, 3, SIDE, SIDE)
     masks = [{"red": square(0, 0)}] * 2
-    frame = metrics.concept_scores(model, [(images, masks)], ["conv"])
+    # -1 in the square, -2 elsewhere
+    frame = metrics.concept_scores(model, [(painted(masks) - 2, masks)], ["conv"], quantile=0.3)
     assert frame.score.tolist() == [0, 0, 0]
 
 

@@ -142,6 +142,26 @@ def test_decoupling_starts_from_a_network_and_a_stopped_run_resumes_to_the_same_
     assert meta["test_accuracy"] == pytest.approx(float((predicted == sample.labels[:256]).double().mean()), abs=0.01)
 
 
+def test_settling_trains_the_network_and_leaves_its_controllers_as_they_are(trained, idx_folder, tmp_path):
+    common = ["--data", idx_folder, "--limit", 128, "--threads", 1, "--device", "cpu", "--epochs", 1]
+    first = [*common, "--method", "decoupled", "--target-rate", 0.4, "--from", trained, "--out", tmp_path / "first"]
+    assert run("train_fashion_mnist.py", *first).returncode == 0
+    start = tmp_path / "first" / "network.safetensors"
+    done = run("train_fashion_mnist.py", *common, "--method", "settled", "--from", start, "--out", tmp_path / "then")
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        PathDecoupler(load_network(tmp_path / name / "network.safetensors")[0]).load(
+            tmp_path / name / "paths.safetensors"
+        )
+        for name in ("first", "then")
+    )
+    for key, value in before.controllers_state_dict().items():
+        assert torch.equal(value, after.controllers_state_dict()[key]), key
+    assert not torch.equal(before.model.conv1.weight, after.model.conv1.weight)
+    meta = load_network(tmp_path / "then" / "network.safetensors")[1]
+    assert (meta["method"], meta["target_rate"], meta["epochs_before"]) == ("decoupled", 0.4, 1)
+
+
 def test_l1_pruning_closes_filters_for_good_down_to_the_macs_asked_for(trained, idx_folder, tmp_path):
     done = run(
         "train_fashion_mnist.py", "--data", idx_folder, "--method", "l1", "--from", trained, "--macs", 0.6,

@@ -1,7 +1,6 @@
 """Decoupling a trained network, and pruning one to the same size, as `training.Method`s of the recipes."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,13 @@ from torch.nn import functional as F
 from captum_classfilters import PathDecoupler
 from captum_classfilters.assets import Network, load_network
 
+WEIGHTS = ("information_weight", "divergence_weight", "sparsity_weight", "target_rate", "mix")
+
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="start", type=Path, help="network.safetensors to start from (decoupled, l1)")
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="network.safetensors to start from (decoupled, settled, l1)"
+    )
     parser.add_argument("--target-rate", type=float, default=0.5, help="R: share of channels that are to be open")
     parser.add_argument("--information-weight", type=float, default=1.0, help="the paper's lambda_m")
     parser.add_argument("--divergence-weight", type=float, default=1.0, help="lambda_k")
@@ -26,7 +29,7 @@ def add_path_arguments(parser: argparse.ArgumentParser) -> None:
 def starting(path: Path | None) -> Any:
     """What `training.train` takes for a network: the one in that file, whatever the data's statistics."""
     if path is None:
-        raise SystemExit("--method decoupled and l1 start from a trained network: give its file with --from")
+        raise SystemExit("--method decoupled, settled and l1 start from a trained network: give its file with --from")
 
     def network(num_classes: int, mean: list[float], std: list[float]) -> Network:
         model, _ = load_network(path)
@@ -85,6 +88,27 @@ class Decoupled:
         self.decoupler.save(folder / "paths.safetensors")
 
 
+class Settled(Decoupled):
+    """A decoupled network trained on with the gates that it will have: hard, without noise, controllers as they are.
+
+    Not in the paper, where training ends with noisy gates, half of them soft.
+    """
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
+        super().__init__(model, options)
+        self.decoupler.load(options.start.parent / "paths.safetensors")
+        self.decoupler.controllers.eval()
+
+    def groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        return F.cross_entropy(self.decoupler(inputs).float(), labels)
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+
 class Pruned:
     """The filters of smallest l1 norm closed for good in every gated layer (Li et al. 2017), then trained on."""
 
@@ -131,5 +155,12 @@ class _Frozen(nn.Module):
             return self.decoupler(images)  # type: ignore[no-any-return]
 
 
-def path_method(options: argparse.Namespace) -> Any:
-    return partial(Decoupled if options.method == "decoupled" else Pruned, options=options)
+def told_by_paths(options: argparse.Namespace) -> dict[str, Any]:
+    """What the network's file says of how its paths came about."""
+    if options.method == "l1":
+        return {"macs": options.macs}
+    if options.method == "settled":
+        before = load_network(options.start)[1]
+        told = {name: before[name] for name in WEIGHTS}
+        return told | {"method": "decoupled", "seed": before["seed"], "epochs_before": before["epochs"]}
+    return {name: getattr(options, name) for name in WEIGHTS}

@@ -1,23 +1,17 @@
-"""Training with a label-sensitive gate, as a `training.Method` of the recipes; which method is meant by the options."""
+"""Training with a label-sensitive gate, as a `training.Method` of the recipes."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from decoupled import path_method
-from training import Standard
 
 from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.gating.training import SPARSITY
 
-METHODS = ("std", "lsg", "fixed-gate", "decoupled", "l1")
-
 
 def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="std", choices=METHODS, help="lsg: with a gate that is trained as well")
     parser.add_argument("--gate-lr", type=float, default=0.1, help="peak of the gate's one-cycle schedule")
     parser.add_argument("--sparsity", type=float, default=SPARSITY, help="the paper's a; 0: no penalty")
     parser.add_argument("--density", type=float, default=0.2, help="target mean of the gate")
@@ -63,23 +57,3 @@ class Gated:
 
     def save(self, folder: Path) -> None:
         self.gate.save(folder / "gate.safetensors")
-
-
-def method_of(options: argparse.Namespace) -> Any:
-    """What `training.train` takes: the method that the command line asks for."""
-    if options.method in ("decoupled", "l1"):
-        return path_method(options)
-    return Standard if options.method == "std" else partial(Gated, options=options)
-
-
-def told_by(options: argparse.Namespace) -> dict[str, Any]:
-    """What the network's file says of the method."""
-    about: dict[str, Any] = {"method": options.method}
-    if options.method == "lsg":
-        about |= {"sparsity": options.sparsity, "density": options.density, "gate_lr": options.gate_lr}
-    if options.method == "decoupled":
-        names = ("information_weight", "divergence_weight", "sparsity_weight", "target_rate", "mix")
-        about |= {name: getattr(options, name) for name in names}
-    if options.method == "l1":
-        about |= {"macs": options.macs}
-    return about

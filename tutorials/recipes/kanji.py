@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from data import Data, Split
-from gated import add_gate_arguments, method_of, told_by
 from kanji_fonts import PROBES, Face, distinct, draw_all, find_faces, groups_of, printed, similarity, split_groups
+from methods import PLAIN_OR_GATED, add_method_arguments, method_of, told_by
 from torch import Tensor
 from torch.nn import functional as F
 from training import add_arguments, train
@@ -243,7 +243,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draw-only", action="store_true")
     parser.add_argument("--validate", action="store_true", help="judge on held-out training foundries")
     parser.add_argument("--images-per-epoch", type=int, default=None, help="a random so many (default: all)")
-    add_gate_arguments(parser)
+    add_method_arguments(parser, PLAIN_OR_GATED)
     add_arguments(parser, epochs=6)
     return parser.parse_args(given)
 

@@ -97,8 +97,8 @@ def check_paths(run: Path, model: Any, train: assets.ImageSample) -> None:
     print(f"{run.name}: cross-entropy of gates {entropy:.3f}, dynamic filters {dynamic:.3f}")
     if entropy > LARGEST_ENTROPY or dynamic < SMALLEST_DYNAMIC:
         raise SystemExit(
-            f"{run}: a failed training (at most {LARGEST_ENTROPY} and at least {SMALLEST_DYNAMIC} were expected); train "
-            "with a larger --information-weight"
+            f"{run}: a failed training (at most {LARGEST_ENTROPY} and at least {SMALLEST_DYNAMIC} were expected); "
+            "train with a larger --information-weight"
         )
 
 

@@ -1,10 +1,12 @@
-"""Train a small network, with or without gates; stops and resumes without loss.
+r"""Train a small network, with or without gates; stops and resumes without loss.
 
     python tutorials/recipes/train_fashion_mnist.py --depth 20 --seed 0 --out runs/resnet20-s0
     python tutorials/recipes/train_fashion_mnist.py --method lsg --seed 0 --out runs/lsg-s0
     python tutorials/recipes/train_fashion_mnist.py --network alexnet --method fixed-gate --out runs/alexnet-fixed
     python tutorials/recipes/train_fashion_mnist.py --method decoupled --from runs/resnet20-s0/network.safetensors \
-        --epochs 8 --lr 0.05 --out runs/decoupled-s0
+        --epochs 6 --lr 0.05 --information-weight 0.3 --out runs/decoupled-s0
+    python tutorials/recipes/train_fashion_mnist.py --method settled --from runs/decoupled-s0/network.safetensors \
+        --epochs 2 --lr 0.02 --out runs/settled-s0
 
 Writes ``OUT/network.safetensors`` (what `captum_classfilters.assets.load_network` reads) and, after every epoch,
 ``OUT/resume.pt``. The network is the one of the last epoch; test images are looked at once, at the end.
@@ -16,8 +18,8 @@ from functools import partial
 
 import torch
 from data import load
-from decoupled import add_path_arguments, starting
-from gated import add_gate_arguments, method_of, told_by
+from decoupled import starting
+from methods import FROM_TRAINED, PLAIN_OR_GATED, add_method_arguments, method_of, told_by
 from torch import Tensor
 from torch.nn import functional as F
 from training import add_arguments, train
@@ -45,15 +47,14 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="where torchvision keeps or downloads data sets")
     parser.add_argument("--network", default="resnet", choices=list(NETWORKS))
     parser.add_argument("--depth", type=int, default=20, help="of the resnet: 20, 32, 44, 56, ...")
-    add_gate_arguments(parser)
-    add_path_arguments(parser)
+    add_method_arguments(parser, [*PLAIN_OR_GATED, *FROM_TRAINED])
     add_arguments(parser, epochs=15)
     options = parser.parse_args()
     data = load(options.data, options.root)
     options.image_shape = tuple(data.train.images.shape[1:])
     kind = NETWORKS[options.network]
     network = partial(kind, options.depth) if options.network == "resnet" else kind
-    if options.method in ("decoupled", "l1"):
+    if options.method in FROM_TRAINED:
         network = starting(options.start)
     train(options, data, network, augment, meta=told_by(options), method=method_of(options))
 
