@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captum_classfilters import LabelSensitiveGate, assets, metrics
+from captum_classfilters import LabelSensitiveGate, PathDecoupler, assets, metrics
 from captum_classfilters.assets import (
     SEEDS,
     gate_file,
@@ -14,6 +14,7 @@ from captum_classfilters.assets import (
     load_kanji_images,
     load_kanji_network,
     load_network,
+    paths_file,
     save_network,
 )
 from captum_classfilters.assets.networks import SmallAlexNet, SmallResNet
@@ -21,6 +22,12 @@ from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import read, write
 
 SHIPPED = Path(assets.__file__).parent
+DECOUPLED = [
+    (network, method, seed)
+    for (network, method), seeds in assets.SHIPPED.items()
+    for seed in seeds
+    if method.startswith("decoupled")
+]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -156,13 +163,33 @@ def test_the_depth_is_the_number_of_layers_with_weights():
         assert len(layers) - len(shortcuts) == depth
 
 
+@pytest.mark.parametrize(("network", "method", "seed"), DECOUPLED)
+def test_a_decoupled_network_ships_with_its_controllers_and_its_paths_depend_on_the_image(network, method, seed):
+    model, meta = load_demo_network(seed, method, network)
+    decoupler = PathDecoupler(model).load(paths_file(seed, method, network)).eval()
+    assert (meta["method"], meta["seed"]) == ("decoupled", seed)
+    assert meta["target_rate"] == (0 if method == "decoupled-r0" else 0.5)
+    paths = decoupler.paths(load_images("test").batches())
+    right = (paths.predictions == paths.labels).double().mean()
+    assert float(right) == pytest.approx(meta["test_accuracy"], abs=3 * (0.92 * 0.08 / 1000) ** 0.5)
+    # what a training must reach to ship
+    assert metrics.path_information(decoupler, paths).cross_entropy["all"] < 1.8
+    states = paths.states()
+    assert states.dynamic.sum() / states.channels.sum() > 0.3
+    assert float(paths.macs().double().mean()) < 0.6 * paths.costs.dense
+
+
 def test_what_does_not_ship_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"seed must be one of \[0, 1, 2\], got 7"):
         load_demo_network(7)
     with pytest.raises(OptionError, match=r"seed must be one of \[0\], got 1"):
         load_demo_network(1, "fixed-gate")
-    with pytest.raises(OptionError, match=r"method must be one of \['std', 'lsg', 'fixed-gate'\], got 'gate'"):
+    with pytest.raises(OptionError, match=r"method must be one of \['std', 'lsg', .*, got 'gate'"):
         load_demo_network(0, "gate")
+    with pytest.raises(OptionError, match=r"network must be one of .*, got 'resnet50'"):
+        load_demo_network(0, "std", "resnet50")
+    with pytest.raises(OptionError, match="have no calculation paths"):
+        paths_file(0, "lsg")
     with pytest.raises(OptionError, match="were trained without a gate"):
         gate_file(0, "std")
     with pytest.raises(OptionError, match='split must be "train" or "test"'):

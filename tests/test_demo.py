@@ -26,6 +26,7 @@ def test_demo_prints_the_table_and_says_where_the_pictures_are(demo):
     assert done.returncode == 0, done.stderr
     assert "ankle boot" in done.stdout
     assert "random" in done.stdout
+    assert "of another image" in done.stdout
     assert str(out) in done.stdout
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == [
@@ -35,6 +36,7 @@ def test_demo_prints_the_table_and_says_where_the_pictures_are(demo):
         "filter_cards.png",
         "gate.png",
         "overlap.png",
+        "paths.png",
     ]
     assert all((out / name).stat().st_size > 5000 for name in pictures)
     assert ClassFilters.load(out / "filters.safetensors").class_names[9] == "ankle boot"

@@ -23,6 +23,9 @@ _NORM_WORDS = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "frozenbat
 _SIZES = ("size", "dim", "numel", "stride", "iscontiguous")
 _RECKONING = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "eq")
 
+# To a single position, over all of them
+GLOBAL_POOL = "globalpool"
+
 
 class Call(NamedTuple):
     """One call; results are numbered, and the model's input comes from no call."""
@@ -114,7 +117,7 @@ def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
             module = model.get_submodule(str(node.target))
             calls.append(Call(_op_of(module), inputs, numbers[node], str(node.target)))
         elif node.op in ("call_function", "call_method"):
-            op = named(node.target)
+            op = _function_op(node.target, node.args, node.kwargs)
             calls.append(Call(op, inputs, numbers[node], dim=_dim(op, node.args, node.kwargs)))
         elif node.op == "output":
             returned = frozenset(inputs)
@@ -134,7 +137,24 @@ def _is_size(node: fx.Node, sources: list[fx.Node]) -> bool:
 def _op_of(module: nn.Module) -> str:
     if isinstance(module, CONVS):
         return "conv"
-    return "norm" if is_norm(module) else named(type(module))
+    if is_norm(module):
+        return "norm"
+    op = named(type(module))
+    return GLOBAL_POOL if op.startswith("adaptive") and _is_one(getattr(module, "output_size", None)) else op
+
+
+def _function_op(target: Any, args: Any, kwargs: Any) -> str:
+    op = named(target)
+    second = args[1] if len(args) > 1 else None
+    if op.startswith("adaptive") and _is_one(kwargs.get("output_size", second)):
+        return GLOBAL_POOL
+    dims = kwargs.get("dim", second) if op == "mean" else None
+    over_positions = isinstance(dims, list | tuple) and len(dims) > 1 and 0 not in dims and 1 not in dims
+    return GLOBAL_POOL if over_positions else op
+
+
+def _is_one(size: Any) -> bool:
+    return bool(size) and all(side == 1 for side in (size if isinstance(size, list | tuple) else (size,)))
 
 
 def named(target: Any) -> str:
@@ -177,7 +197,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = list(_tensors(result))
         if outputs and not self.inside:
-            op = named(func)
+            op = _function_op(func, args, kwargs)
             output = self.renumber(outputs[0])
             self.calls.append(Call(op, inputs, output, dim=_dim(op, args, kwargs)))
             for further in outputs[1:]:

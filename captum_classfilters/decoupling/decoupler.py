@@ -39,6 +39,9 @@ class PathDecoupler(nn.Module):
     these are multiplied on the norm that follows the convolution, or on the convolution where none does. Train with
     `loss`, then read `paths`, skip work with `skipping`.
 
+    Not for a model that recomputes parts of its forward in the backward pass (activation checkpointing): gates are not
+    there then.
+
     Source: "Interpretable neural network decoupling", section 3. Differs: gates stand on the norm, since a mask before
     it would not close a channel; 1x1 convolutions of shortcuts and of squeeze-and-excitation are free by default.
 
@@ -240,6 +243,8 @@ class PathDecoupler(nn.Module):
         Hard gates have no meaningful derivative; on a frozen path the network is an ordinary one, and Integrated
         Gradients are complete. ``with decoupler.frozen(decoupler.gates(x)[1]): ...``. A method that makes several
         copies of each image, as Integrated Gradients does, needs one path: give one image, or the same row for all.
+
+        Holds in this thread: DataParallel's replicas run in others.
 
         Raises:
             ShapeError: Gates do not fit the layers.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from captum_classfilters.decoupling.calls import Call, Calls, named
+from captum_classfilters.decoupling.calls import GLOBAL_POOL, Call, Calls, named
 from captum_classfilters.decoupling.units import Unit
 
 # ["all", n] | ["gate", l] | ["or", a, b] | ["cat", a, b, ...]; None: not even the number of channels is known
@@ -18,6 +18,7 @@ Expression = list[Any]
 
 # A channel of zeros comes out as zeros, at the same place
 _KEEP_ZERO = frozenset((
+    GLOBAL_POOL,
     "relu", "relu6", "silu", "swish", "hardswish", "gelu", "leakyrelu", "elu", "celu", "selu", "prelu", "mish",
     "tanh", "identity", "dropout", "dropout2d", "featuredropout", "alphadropout", "stochasticdepth", "droppath",
     "maxpool1d", "maxpool2d", "maxpool3d", "avgpool1d", "avgpool2d", "avgpool3d", "adaptiveavgpool1d",

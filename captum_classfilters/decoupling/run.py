@@ -59,6 +59,8 @@ def _opens(run: Run, index: int, controller: Controller, name: str) -> Callable[
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if _RUN.get() is not run:
             return
+        if not args:
+            raise LayerError(f"{name} gets its input by keyword, which a hook does not see; call it with x alone")
         features = args[0]
         if features.dim() != len(module.kernel_size) + 2:  # type: ignore[arg-type]
             raise ShapeError(f"{name} got an image without a batch, {tuple(features.shape)}; pass (N, C, ...)")

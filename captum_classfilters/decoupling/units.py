@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from captum_classfilters.core.errors import LayerError, UngatedLayerWarning
-from captum_classfilters.decoupling.calls import CONVS, Call, Calls, calls_of
+from captum_classfilters.decoupling.calls import CONVS, GLOBAL_POOL, Call, Calls, calls_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ADDITIONS = ("add", "iadd")
-_GLOBAL_POOLS = ("adaptiveavgpool1d", "adaptiveavgpool2d", "adaptiveavgpool3d", "mean", "adaptivemaxpool2d")
 
 
 class Unit(NamedTuple):
@@ -163,7 +162,7 @@ def _is_squeezed(found: Calls, conv: Call) -> bool:
         calls = [made_by[source] for source in sources if source in made_by]
         if len(calls) != len(sources):
             return False  # the model's own input
-        if all(call.op in _GLOBAL_POOLS for call in calls):
+        if all(call.op == GLOBAL_POOL for call in calls):
             return True
         if len(calls) != 1:
             return False

@@ -309,3 +309,35 @@ def test_two_convolutions_are_gated_if_they_are_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
     assert both_ways(model, ["0", "2"]) == [("0", "0"), ("2", "2")]
     assert PathDecoupler(model, ["0"]).readers is None
+
+
+class _Pooled(nn.Module):
+    """Three convolutions behind a pooling to ``size`` positions, two of them gated if these are several."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.pool = pool
+
+    def forward(self, images):
+        return self.last(self.third(self.second(self.pool(self.first(images)))))
+
+
+@pytest.mark.parametrize("by", ["tracing", "running"])
+@pytest.mark.parametrize(
+    ("pool", "gated"),
+    [
+        (nn.AdaptiveAvgPool2d(1), []),
+        (nn.AdaptiveAvgPool2d((1, 1)), []),
+        (nn.AdaptiveAvgPool2d(2), ["second", "third"]),
+        (nn.AdaptiveMaxPool2d((1, 2)), ["second", "third"]),
+    ],
+)
+def test_only_what_sees_a_single_position_counts_as_squeezed(pool, gated, by):
+    model = _Pooled(pool).eval()
+    calls = calls_of(model, torch.rand(1, 3, 4, 4) if by == "running" else None)
+    if gated:
+        assert [unit.conv for unit in find_units(model, calls=calls)] == gated
+    else:
+        with pytest.raises(LayerError, match="none to gate"):
+            find_units(model, calls=calls)

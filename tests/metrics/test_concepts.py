@@ -404,3 +404,13 @@ def test_upsampling_is_torchs(squares):
     maps = F.avg_pool2d(images, 2)
     large = F.interpolate(maps, (SIDE, SIDE), mode="bilinear")
     assert torch.equal(metrics.receptive_fields(maps, torch.full((3,), 0.3), (SIDE, SIDE)), large > 0.3)
+
+
+def test_an_iou_at_the_limit_does_not_exceed_it():
+    masks = [{"red": square(0, 0), "green": square(8, 8)}, {"red": square(4, 4), "green": square(12, 8)}]
+    both = [{"both": each["red"] | each["green"]} for each in masks]
+    thresholds = {"conv": torch.full((3,), 0.5)}
+    for iou, expected in ((0.5, 0.0), (0.49, 1.0)):
+        loader = [(painted(masks), both)]
+        frame = metrics.concept_scores(Colours().eval(), loader, ["conv"], thresholds=thresholds, iou=iou)
+        assert frame.score.tolist() == [expected, expected, 0.0]

@@ -319,3 +319,11 @@ def test_photographs_with_boxes(monkeypatch, small_cnn):
     assert set(frame.concept.dropna()) <= {"head", "eye", "nose", "wheel", "window", "cup"}
     decoupler = PathDecoupler(small_cnn(), ["conv2"])
     assert len(metrics.concept_representation(decoupler, loader)) == 6
+
+
+def test_fields_that_overlap_are_merged(by_hand):
+    mask = square(4, 4)
+    yellow = painted([{"red": mask, "green": mask}])
+    found = metrics.occlusion(by_hand(), yellow, mask[None], thresholds=HALF, value="black")
+    assert found.switched_off[0].tolist() == [[True, True, False]]
+    assert torch.equal(found.merged(), mask[None])
