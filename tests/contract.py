@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, PathDecoupler, filter_ambiguity
+from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, PathDecoupler, filter_ambiguity, metrics
 from captum_classfilters.core.stream import check_range
 from captum_classfilters.decoupling import PathAttribution
 
@@ -65,6 +65,7 @@ ROWS = (
     Row("filter_ambiguity", "loader", lambda model, loader: filter_ambiguity(model, loader, steps=3)),
     Row("PathDecoupler.paths", "loader", lambda model, loader: decoupler_of(model).paths(loader)),
     Row("PathAttribution.attribute", "tensor", path_attribution),
+    Row("metrics.path_accuracy", "loader", lambda model, loader: metrics.path_accuracy(decoupler_of(model), loader)),
 )
 
 

@@ -331,30 +331,45 @@ def _dim(node: fx.Node) -> Any:
 
 
 def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
-    """Time the convolutions, and then the whole, in both memory formats; keep the faster."""
-    formats = [module for module in made.network.modules() if isinstance(module, Format) and not module.leads_in]
+    """Time the convolutions, and then the whole, in both memory formats and with none skipped; keep the fastest."""
     layers = made.layers().values()
     if not layers:
         return
     device = next(iter(layers)).weight.device
+
+    def new_paths() -> None:
+        for layer in layers:
+            layer.forget()
+        made(*example)
+
     found = []
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            for module in formats:
-                module.memory_format = memory_format
+            _set_format(made, memory_format)
             for layer, value in _seen_by(made, example).items():
-                layer.set_format(memory_format)
                 layer.costs = measure(layer, pieces.full(value)[:1])
             # when all are timed: each reckons with those that follow it
             for layer, value in _seen_by(made, example).items():
+                layer.forget()
                 layer.look_at(value)
-            state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
-            found.append((seconds(lambda: made(*example), device), memory_format, state))
+            preferred = {layer: layer.prefers_dense for layer in layers}
+            for whole in (preferred, dict.fromkeys(layers, True)):
+                for layer in layers:
+                    layer.prefers_dense = whole[layer]
+                state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
+                found.append((seconds(new_paths, device), memory_format, state))
         _, memory_format, state = min(found, key=lambda each: each[0])
-        for module in formats:
-            module.memory_format = memory_format
         for layer, (layer.costs, layer.by_product, layer.prefers_dense) in state.items():
-            layer.set_format(memory_format)
+            layer.forget()
+        _set_format(made, memory_format)
+
+
+def _set_format(made: SkippingNetwork, memory_format: torch.memory_format) -> None:
+    for module in made.network.modules():
+        if isinstance(module, Format) and not module.leads_in:
+            module.memory_format = memory_format
+    for layer in made.layers().values():
+        layer.set_format(memory_format)
 
 
 def _seen_by(made: SkippingNetwork, example: Sequence[Any]) -> dict[SkipConv, Any]:

@@ -1,5 +1,6 @@
 """Squares of pure colours, and a network whose filters are these colours: what each responds to is known."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,3 +46,20 @@ def painted(masks):
 
 def in_batches(images, masks, size):
     return [(images[i : i + size], masks[i : i + size]) for i in range(0, len(images), size)]
+
+
+def numpy_upsample(array, height, width):
+    """Bilinear without aligned corners, in float64, one output pixel at a time."""
+    h, w = array.shape
+    out = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            v = min(max((y + 0.5) * h / height - 0.5, 0), h - 1)
+            u = min(max((x + 0.5) * w / width - 0.5, 0), w - 1)
+            t, left = int(v), int(u)
+            bottom, right = min(t + 1, h - 1), min(left + 1, w - 1)
+            a, b = v - t, u - left
+            upper = array[t, left] * (1 - b) + array[t, right] * b
+            lower = array[bottom, left] * (1 - b) + array[bottom, right] * b
+            out[y, x] = upper * (1 - a) + lower * a
+    return out

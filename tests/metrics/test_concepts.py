@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from squares import SIDE, Colours, in_batches, painted, square
+from squares import Colours, in_batches, numpy_upsample, painted, square
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from captum_classfilters import PathDecoupler, metrics
@@ -20,23 +19,6 @@ def squares():
     for n in range(0, 8, 2):
         masks[n]["green"] = square(8 + places[n][0], places[n][1])
     return painted(masks), masks
-
-
-def numpy_upsample(array, height, width):
-    """Bilinear without aligned corners, in float64, one output pixel at a time."""
-    h, w = array.shape
-    out = np.zeros((height, width))
-    for y in range(height):
-        for x in range(width):
-            v = min(max((y + 0.5) * h / height - 0.5, 0), h - 1)
-            u = min(max((x + 0.5) * w / width - 0.5, 0), w - 1)
-            t, left = int(v), int(u)
-            bottom, right = min(t + 1, h - 1), min(left + 1, w - 1)
-            a, b = v - t, u - left
-            upper = array[t, left] * (1 - b) + array[t, right] * b
-            lower = array[bottom, left] * (1 - b) + array[bottom, right] * b
-            out[y, x] = upper * (1 - a) + lower * a
-    return out
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -397,13 +379,6 @@ class Forgetful:
 
     def __iter__(self):
         return iter(self.parts.pop(0) if len(self.parts) > 1 else self.parts[0])
-
-
-def test_upsampling_is_torchs(squares):
-    images, _ = squares
-    maps = F.avg_pool2d(images, 2)
-    large = F.interpolate(maps, (SIDE, SIDE), mode="bilinear")
-    assert torch.equal(metrics.receptive_fields(maps, torch.full((3,), 0.3), (SIDE, SIDE)), large > 0.3)
 
 
 def test_an_iou_at_the_limit_does_not_exceed_it():
