@@ -161,8 +161,6 @@ def states(networks: Sequence[Network], paths: dict[str, Paths]) -> None:
         found = paths[network.name].states()
         shares = found[["energetic", "silent", "dynamic"]].div(found.channels, axis=0)
         columns[network.name] = [" / ".join(f"{value:.2f}" for value in row) for row in shares.to_numpy()]
-        if len(found) > 30:  # a long table of its own
-            columns[network.name] = columns[network.name][:: len(found) // 12]
     longest = max(map(len, columns.values()))
     padded = {name: [*cells, *[""] * (longest - len(cells))] for name, cells in columns.items()}
     table = pd.DataFrame(padded, index=pd.RangeIndex(1, longest + 1, name="layer"))
@@ -202,7 +200,9 @@ def _silhouettes(found: Paths) -> dict[str, str]:
     labels = np.asarray(found.labels)
     shuffled = np.random.default_rng(0).permutation(labels)
     points, bits = found.embed(seed=0).numpy(), found.bits().numpy()
-    draws = np.random.default_rng(0).integers(0, len(labels), (20, len(labels) // 2))
+    random = np.random.default_rng(0)
+    # halves without replacement: a point twice would be its own neighbour
+    draws = [random.permutation(len(labels))[: len(labels) // 2] for _ in range(20)]
     spread = [silhouette_score(points[draw], labels[draw]) for draw in draws]
     return {
         "t-SNE": f"{silhouette_score(points, labels):.3f} [{min(spread):.3f}, {max(spread):.3f}]",

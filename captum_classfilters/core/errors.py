@@ -53,6 +53,10 @@ class UnseenClassWarning(UserWarning):
     """A class had no sample in the loader."""
 
 
+class HardGatesWarning(UserWarning):
+    """A loss with gradients was asked for while gates are hard, as they are in eval mode."""
+
+
 class UngatedLayerWarning(UserWarning):
     """A convolution is used in a way that gating cannot follow, and was left alone."""
 

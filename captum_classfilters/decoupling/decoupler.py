@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import borrowed, unwrap
-from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.errors import HardGatesWarning, LayerError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import losses, saved
 from captum_classfilters.decoupling.calls import Calls, calls_of
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from captum_classfilters.decoupling.skipping import SkippingNetwork
 
 # gates that one decoupler's forwards are to take in this thread
-_FROZEN: ContextVar["tuple[PathDecoupler, Gates] | None"] = ContextVar("captum_classfilters_frozen", default=None)
+_FROZEN: ContextVar["tuple[tuple[PathDecoupler, Gates], ...]"] = ContextVar("captum_classfilters_frozen", default=())
 
 
 class PathDecoupler(nn.Module):
@@ -149,7 +150,7 @@ class PathDecoupler(nn.Module):
         Raises:
             OptionError: Gates are `frozen`, which have no g.
         """
-        if self._frozen() is not None:
+        if self.is_frozen:
             raise OptionError("frozen gates are given, not computed, and have no logits; ask outside of frozen()")
         run = Run(None, logits=True)
         output = self._forward(run, args, kwargs)
@@ -197,6 +198,9 @@ class PathDecoupler(nn.Module):
             raise OptionError(f"target_rate is a share of channels in [0, 1], got {target_rate!r}")
         if direction not in DIRECTIONS:
             raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
+        if torch.is_grad_enabled() and not self.controllers.training and not self.is_frozen:
+            message = "gates are hard in eval mode and have no gradient: nothing trains the controllers; call .train()"
+            warnings.warn(message, HardGatesWarning, stacklevel=2)
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         run = Run(self._frozen(), pooled=True)
         logits = self._forward(run, args, {})
@@ -232,9 +236,13 @@ class PathDecoupler(nn.Module):
             raise ShapeError(f"the model gives {num_classes} classes, the readers of eq. 9 were made for {known}")
         return self.readers
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether this is inside of `frozen`."""
+        return self._frozen() is not None
+
     def _frozen(self) -> Gates | None:
-        found = _FROZEN.get()
-        return found[1] if found is not None and found[0] is self else None
+        return next((gates for owner, gates in reversed(_FROZEN.get()) if owner is self), None)
 
     @contextmanager
     def frozen(self, gates: Gates) -> Iterator[None]:
@@ -242,7 +250,8 @@ class PathDecoupler(nn.Module):
 
         Hard gates have no meaningful derivative; on a frozen path the network is an ordinary one, and Integrated
         Gradients are complete. ``with decoupler.frozen(decoupler.gates(x)[1]): ...``. A method that makes several
-        copies of each image, as Integrated Gradients does, needs one path: give one image, or the same row for all.
+        copies of each image gets these gates again for every block of N images, as Integrated Gradients and ablations
+        lay them out; one that puts an image's copies side by side, as NoiseTunnel does, needs one image at a time.
 
         Holds in this thread: DataParallel's replicas run in others.
 
@@ -255,7 +264,7 @@ class PathDecoupler(nn.Module):
         for name, channels, gate in zip(self.layers, expected, gates, strict=True):
             if gate.dim() != 2 or gate.shape[1] != channels or not len(gate):
                 raise ShapeError(f"gates of {name} must have shape (N, {channels}), got {tuple(gate.shape)}")
-        token = _FROZEN.set((self, tuple(gate.detach() for gate in gates)))
+        token = _FROZEN.set((*_FROZEN.get(), (self, tuple(gate.detach() for gate in gates))))
         try:
             yield
         finally:
@@ -279,6 +288,9 @@ class PathDecoupler(nn.Module):
         Norms are folded into convolutions; closed outputs are left out and so are the next convolution's inputs; images
         of a batch with the same path run together; filters that no input can open are pruned away. Each convolution is
         timed once here, and computes all its channels where that is faster. **MACs are not milliseconds:** measure.
+
+        As tracing does, this reads ``x += y`` as a new ``x``, of which an older name of the same maps knows nothing;
+        keeps arguments with a default as they are; and takes numbers that a forward draws at random for constants.
 
         Folding rounds differently in the last digits, so a gate that lies within them of zero may fall otherwise.
 

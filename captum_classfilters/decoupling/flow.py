@@ -51,9 +51,14 @@ def open_inputs(model: nn.Module, calls: Calls, units: Sequence[Unit]) -> dict[s
 
 def _is_in_place(calls: Calls, call: Call) -> bool:
     """It changes what it takes, and a traced graph goes on naming that; seen while running, it has a new number."""
-    target = list(calls.graph.nodes)[call.output].target if calls.graph and not call.module else ""
+    return bool(call.inputs and calls.graph and changes_in_place(list(calls.graph.nodes)[call.output]))
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    """``x.add_(y)``, ``F.relu_(x)``, ``x += y``."""
+    target = node.target if node.op in ("call_function", "call_method") else ""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return bool(call.inputs) and (name.endswith("_") or name in ("iadd", "isub", "imul"))
+    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
 
 
 def _after(

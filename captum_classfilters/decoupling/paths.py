@@ -54,7 +54,7 @@ class Paths:
         layers: Names of the gated convolutions.
         channels: K_l of each.
         num_classes: C.
-        fingerprint: Of the controllers: paths of another network do not go with these.
+        fingerprint: Of network and controllers: paths of others do not go with these.
         costs: What convolutions cost, for `macs`.
         logits: g of eq. 2, ``(N, K)`` float16, if it was asked for.
     """
@@ -224,6 +224,8 @@ class Paths:
         merged: dict[str, Any] = {}
         for part in parts[1:]:
             first._check_same_network(part)
+            if part.costs != first.costs:
+                raise MergeError("these paths are of images of another size, which cost another number of MACs")
         for name in ("codes", "predictions", "labels", "logits"):
             values = [getattr(part, name) for part in parts]
             missing = sum(value is None for value in values)
@@ -239,7 +241,7 @@ class Paths:
             raise MergeError("these paths are of other layers; collect both with the same decoupler")
         if self.fingerprint != other.fingerprint:
             raise MergeError(
-                f"these paths are of another network's controllers (fingerprints {self.fingerprint} and "
+                f"these paths are of another network or other controllers (fingerprints {self.fingerprint} and "
                 f"{other.fingerprint}); collect both with the same decoupler"
             )
 
@@ -264,6 +266,8 @@ class Paths:
 
 def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, show_progress: bool) -> Paths:
     """See `PathDecoupler.paths`."""
+    if decoupler.is_frozen:
+        raise OptionError("inside frozen() gates are given and are no image's path; collect paths outside of it")
     if not isinstance(loader, Iterable):
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
     first = next(decoupler.model.parameters())

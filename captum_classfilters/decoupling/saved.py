@@ -53,10 +53,10 @@ def load_controllers(decoupler: "PathDecoupler", state: dict[str, Tensor]) -> No
 
 
 def fingerprint(decoupler: "PathDecoupler") -> str:
-    """Sixteen hexadecimal digits that two decouplers share if their layers and controllers are the same."""
+    """Sixteen hexadecimal digits that two decouplers share if their network, layers and controllers are the same."""
     digest = hashlib.sha256(repr((decoupler.layers, decoupler.channels)).encode())
-    for name, value in decoupler.controllers_state_dict().items():
-        if name.startswith("controllers."):
+    for name, value in decoupler.state_dict().items():
+        if not name.startswith("readers."):  # these only read
             # numpy knows no bfloat16
             whole = value.detach().cpu().to(torch.promote_types(value.dtype, torch.float32))
             digest.update(whole.contiguous().numpy().tobytes())

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import MergeError, OptionError
@@ -19,6 +18,7 @@ from captum_classfilters.decoupling import pieces
 from captum_classfilters.decoupling.calls import CONVS, calls_of
 from captum_classfilters.decoupling.controller import Controller, mask
 from captum_classfilters.decoupling.flow import keeps_zero
+from captum_classfilters.decoupling.folding import fold, has_hooks, name_what_is_changed_in_place, times
 from captum_classfilters.decoupling.saved import fingerprint
 from captum_classfilters.decoupling.skip_conv import SkipConv
 from captum_classfilters.decoupling.skip_cost import measure, seconds
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from captum_classfilters.decoupling.decoupler import PathDecoupler
     from captum_classfilters.decoupling.paths import Paths
 
-_FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -76,7 +75,8 @@ def skipping(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     network = fx.GraphModule(model, deepcopy(cast("fx.Graph", calls.graph)))
-    _fold(network)
+    name_what_is_changed_in_place(network)
+    fold(network)
     controllers: dict[str, Any] = {
         name: deepcopy(each).eval() for name, each in zip(decoupler.layers, decoupler.controllers, strict=True)
     }
@@ -86,35 +86,6 @@ def skipping(
     if measured:
         _measure(made, example)
     return made
-
-
-def _fold(network: fx.GraphModule) -> None:
-    """Batch norms into the convolutions before them."""
-    modules = dict(network.named_modules())
-    for node in list(network.graph.nodes):
-        norm: Any = modules.get(str(node.target)) if node.op == "call_module" else None
-        source = node.args[0] if node.args else None
-        if type(norm) not in _FOLDED or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        conv: Any = modules.get(str(source.target))
-        # not a subclass, which may do more with its weights than multiply
-        if type(conv) not in CONVS or len(source.users) > 1 or norm.running_mean is None:
-            continue
-        if _times(network, source) > 1 or _times(network, node) > 1:
-            continue
-        _put(network, str(source.target), fuse_conv_bn_eval(conv, norm))
-        node.replace_all_uses_with(source)
-        network.graph.erase_node(node)
-    network.recompile()
-
-
-def _times(network: fx.GraphModule, node: fx.Node) -> int:
-    return sum(other.op == "call_module" and other.target == node.target for other in network.graph.nodes)
-
-
-def _put(network: fx.GraphModule, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)
 
 
 def _never_open(decoupler: "PathDecoupler", paths: "Paths | None") -> dict[str, Tensor]:
@@ -217,8 +188,9 @@ class _Rewriter:
         folded = not gated or self._sites[name] == name
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
         plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros" and type(conv) in CONVS
+        plain = plain and not has_hooks(conv)
         useful = gated or node.args[0] in self._gives_pieces
-        return bool(plain and folded and useful and _times(self._network, node) == 1)
+        return bool(plain and folded and useful and times(self._network, node) == 1)
 
     def _skip(self, node: fx.Node, conv: nn.Module, name: str) -> None:
         controller = self._controllers.get(name)
@@ -331,17 +303,11 @@ def _dim(node: fx.Node) -> Any:
 
 
 def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
-    """Time the convolutions, and then the whole, in both memory formats and with none skipped; keep the fastest."""
+    """Time the convolutions, and then the whole, in both memory formats; keep the faster."""
     layers = made.layers().values()
     if not layers:
         return
     device = next(iter(layers)).weight.device
-
-    def new_paths() -> None:
-        for layer in layers:
-            layer.forget()
-        made(*example)
-
     found = []
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -350,14 +316,9 @@ def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
                 layer.costs = measure(layer, pieces.full(value)[:1])
             # when all are timed: each reckons with those that follow it
             for layer, value in _seen_by(made, example).items():
-                layer.forget()
                 layer.look_at(value)
-            preferred = {layer: layer.prefers_dense for layer in layers}
-            for whole in (preferred, dict.fromkeys(layers, True)):
-                for layer in layers:
-                    layer.prefers_dense = whole[layer]
-                state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
-                found.append((seconds(new_paths, device), memory_format, state))
+            state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
+            found.append((seconds(lambda: made(*example), device), memory_format, state))
         _, memory_format, state = min(found, key=lambda each: each[0])
         for layer, (layer.costs, layer.by_product, layer.prefers_dense) in state.items():
             layer.forget()

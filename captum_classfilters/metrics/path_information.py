@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import EmptyLoaderError, LabelError, MergeError, OptionError
-from captum_classfilters.core.stream import check_labels, unpack, value_to_model
+from captum_classfilters.core.errors import EmptyLoaderError, LabelError, MergeError, OptionError, ShapeError
+from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.decoupling.saved import fingerprint
 from captum_classfilters.metrics.intervals import wilson
@@ -77,26 +77,35 @@ def path_accuracy(decoupler: PathDecoupler, loader: Iterable[Any], *, seed: int 
 
     Args:
         decoupler: Borrowed.
-        loader: Batches of ``(inputs, labels)``; the other image is the next of the batch, so shuffle a sorted loader.
+        loader: Batches of ``(inputs, labels)``; the other image is the one before, so shuffle a sorted loader. The
+            first image takes the path of the last of its batch, which must have two at least.
         seed: Of the random paths: each layer's gates permuted, for each image anew.
 
     Returns:
         One row for each of `GATES`: ``accuracy``, ``low`` and ``high`` (Wilson), ``images``.
 
     Raises:
-        EmptyLoaderError, LabelError, ShapeError: Bad batches.
+        EmptyLoaderError, LabelError, ShapeError: Bad batches; the first has one image.
     """
     first = next(decoupler.model.parameters())
     generator = torch.Generator().manual_seed(seed)
     right, images = np.zeros(len(GATES), int), 0
+    last: tuple[Tensor, ...] = ()
     with borrowed(decoupler):
         for index, raw in enumerate(loader):
             inputs, given = unpack(raw, True, index)
             inputs = tuple(value_to_model(value, first.device, first.dtype) for value in inputs)
             labels = check_labels(given, len(inputs[0]), index).to(first.device)
+            if not last and len(labels) == 1:
+                raise ShapeError(
+                    "the first batch has one image, and there is no other's path yet; begin with two or more"
+                )
             logits, own = decoupler.gates(*inputs)
+            check_range(labels, logits.shape[1], index)
+            before = last or tuple(gate[-1:] for gate in own)
+            last = tuple(gate[-1:] for gate in own)
             others = (
-                tuple(gate.roll(1, 0) for gate in own),
+                tuple(torch.cat([row, gate[:-1]]) for row, gate in zip(before, own, strict=True)),
                 tuple(_permuted(gate, generator) for gate in own),
                 tuple(torch.ones_like(gate) for gate in own),
             )

@@ -1,5 +1,6 @@
 """`Paths`: packed bits, what is counted from them, files; and the pass over a loader that collects them."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_merged_paths_are_those_of_one_pass(decoupler, data):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"fingerprint": "0" * 16}, r"another network's controllers \(fingerprints f{16} and 0{16}\)"),
+    ({"fingerprint": "0" * 16}, r"another network or other controllers \(fingerprints f{16} and 0{16}\)"),
     ({"layers": ("conv1", "other")}, "of other layers"),
     ({"channels": (6, 5)}, "of other layers"),
     ({"labels": None}, "1 of 2 parts have no labels; collect all with or all without"),
@@ -226,15 +227,20 @@ def test_paths_that_do_not_belong_together_are_refused(change, message):
             paths.distances(other)
 
 
-def test_a_fingerprint_is_of_the_controllers(decoupler, data):
+def test_a_fingerprint_is_of_network_and_controllers_and_not_of_what_only_reads(decoupler, data):
     first = decoupler.paths([data])
     assert decoupler.paths([data]).fingerprint == first.fingerprint
     with torch.no_grad():
         decoupler.readers[0].weight.add_(1.0)
     assert decoupler.paths([data]).fingerprint == first.fingerprint
+    other = copy.deepcopy(decoupler)
+    with torch.no_grad():
+        other.model.conv1.weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(errors.MergeError, match="another network or other controllers"):
+        Paths.merge(first, other.paths([data]))
     with torch.no_grad():
         decoupler.controllers[1].excite.bias[2] += 1e-3
-    with pytest.raises(errors.MergeError, match="another network's controllers"):
+    with pytest.raises(errors.MergeError, match="another network or other controllers"):
         Paths.merge(first, decoupler.paths([data]))
 
 

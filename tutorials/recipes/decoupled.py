@@ -162,5 +162,10 @@ def told_by_paths(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "settled":
         before = load_network(options.start)[1]
         told = {name: before[name] for name in WEIGHTS}
-        return told | {"method": "decoupled", "seed": before["seed"], "epochs_before": before["epochs"]}
+        return told | {
+            "method": "decoupled",
+            "seed": before["seed"],
+            "epochs_before": before["epochs"],
+            "settled": True,
+        }
     return {name: getattr(options, name) for name in WEIGHTS}
