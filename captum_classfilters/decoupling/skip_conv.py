@@ -172,8 +172,9 @@ class SkipConv(nn.Module):
         open_ones = len(local)
         if lacking := self._rounded(open_ones) - open_ones:
             local = torch.cat([local, (~gates).nonzero().flatten()[:lacking]])
-        weight = self.weight.index_select(0, local)
-        if piece.open is not None and not self.depthwise:
+        if piece.open is None or self.depthwise:
+            weight = self.weight.index_select(0, local)
+        else:
             # rows of one kernel each: contiguous, and one selection for both
             kernels = self.weight.view(len(self.weight) * self.inputs, -1)
             index = (local[:, None] * self.inputs + piece.open).flatten()
@@ -246,9 +247,9 @@ class SkipConv(nn.Module):
         return out if self.live is None else [Piece(None, out, self.live, self.channels, b"live")]
 
     def _ungated(self, value: Tensor | Pieces) -> Tensor:
-        everything = self.weight.new_ones(len(self.weight), dtype=torch.bool)
         if isinstance(value, Tensor) or (self.costs is not None and not self._worth_ungated(value)):
             return self._convolve("dense", full(value), *self._own)
+        everything = self.weight.new_ones(len(self.weight), dtype=torch.bool)
         pieces = [self._sliced(piece, None, everything, b"") for piece in value]
         if len(pieces) == 1:
             return pieces[0].values
