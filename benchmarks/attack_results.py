@@ -5,17 +5,14 @@ networks classify right, with the same budget. Prints Markdown; about half an ho
 """
 
 import argparse
-import datetime
-import platform
-import sys
 import time
 from itertools import islice
 
 import pandas as pd
-import torch
 
+from benchmarks.report import stamp
 from benchmarks.results import interval, markdown
-from captum_classfilters import __version__, metrics
+from captum_classfilters import metrics
 from captum_classfilters.assets import METHODS, load_demo_network, load_images
 from captum_classfilters.attacks import LocalSearch, OnePixel
 
@@ -27,11 +24,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of local search")
     parser.add_argument("--candidates", type=int, default=78, help="pixels that local search tries first: a tenth")
     options = parser.parse_args()
-    print(
-        f"<!-- {' '.join(['python -m benchmarks.attack_results', *sys.argv[1:]])}; {datetime.date.today()}; "
-        f"{platform.machine()} cpu, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()} -->"
-    )
+    print(stamp("attack_results", "cpu"))
     models = {f"{method} {seed}": load_demo_network(seed, method)[0] for method in METHODS for seed in METHODS[method]}
     attacks = {
         "one pixel": lambda model: OnePixel(model, max_iter=options.iterations),

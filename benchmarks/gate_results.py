@@ -7,28 +7,25 @@ figure has one, else with the seeds' range.
 """
 
 import argparse
-import datetime
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import captum
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 from torch import nn
 
+from benchmarks.report import stamp
 from benchmarks.results import Loader, interval, markdown
 from captum_classfilters import (
     ClassFilters,
     HeadMoments,
     InfluentialFeatures,
     LabelSensitiveGate,
-    __version__,
     filter_ambiguity,
     metrics,
 )
@@ -66,11 +63,7 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="only those of --network")
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     options = parser.parse_args()
-    print(
-        f"<!-- {' '.join(['python -m benchmarks.gate_results', *sys.argv[1:]])}; {datetime.date.today()}; "
-        f"{platform.machine()} cpu, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
-        f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
-    )
+    print(stamp("gate_results", "cpu"))
     data = load_kanji(options.kanji) if options.kanji else load("fashion_mnist")
     seen = calibration(data, CALIBRATION, seed=0) if options.kanji else data.train
     train, test = (Loader(Split(*(part[: options.limit] for part in split))) for split in (seen, data.test))

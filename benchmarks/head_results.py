@@ -6,22 +6,20 @@ networks that ship; ``kanji`` and ``kanji-recovery`` the one that ships, and ``-
 """
 
 import argparse
-import datetime
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-import captum
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from benchmarks.head_speed import faster, random_head
+from benchmarks.report import stamp
 from benchmarks.results import NAMED, Loader, interval, markdown
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, __version__, decompose, metrics, recover
+from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, decompose, metrics, recover
 from captum_classfilters.assets import SEEDS, load_demo_network, load_kanji_network
 from captum_classfilters.metrics.intervals import wilson
 
@@ -46,11 +44,7 @@ def main() -> None:
     if options.kanji is None and any("kanji" in part for part in options.parts):
         parser.error("the kanji parts need --kanji data.safetensors, which tutorials/recipes/kanji.py draws")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(
-        f"<!-- {' '.join(['python -m benchmarks.head_results', *sys.argv[1:]])}; {datetime.date.today()}; "
-        f"{platform.machine()} {device}, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
-        f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
-    )
+    print(stamp("head_results", device))
     parts: dict[str, Callable[[], None]] = {
         "times": head_times,
         "fashion": lambda: curves("Fashion-MNIST, ResNet-20", fashion(options, device)),

@@ -6,8 +6,6 @@ Judged by test images. Prints Markdown.
 """
 
 import argparse
-import datetime
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import captum
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
+from benchmarks.report import stamp
 from benchmarks.results import Loader, markdown
-from captum_classfilters import PathDecoupler, __version__, metrics
+from captum_classfilters import PathDecoupler, metrics
 from captum_classfilters.assets import SHIPPED, load_demo_network, load_network, paths_file
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.decoupling import Paths
@@ -52,11 +50,7 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="only those of --network and --static")
     parser.add_argument("--limit", type=int, default=None, help="only so many images (for a trial)")
     options = parser.parse_args()
-    print(
-        f"<!-- {' '.join(['python -m benchmarks.path_results', *sys.argv[1:]])}; {datetime.date.today()}; "
-        f"{platform.machine()} cpu, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
-        f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
-    )
+    print(stamp("path_results", "cpu"))
     data = load("fashion_mnist")
     test = Split(*(part[: options.limit] for part in data.test))
     networks = [] if options.only else shipped()

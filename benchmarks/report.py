@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -74,6 +75,11 @@ def machine(device: str) -> str:
         "captum_classfilters": captum_classfilters.__version__,
     }
     return "; ".join([*parts, ", ".join(f"{name} {version}" for name, version in versions.items())])
+
+
+def stamp(name: str, device: str) -> str:
+    """The command that makes the figures below it, and `machine`, as a comment of Markdown."""
+    return f"<!-- {' '.join([f'python -m benchmarks.{name}', *sys.argv[1:]])}; {machine(device)} -->"
 
 
 def _processor() -> str:

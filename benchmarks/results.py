@@ -6,8 +6,6 @@ Prints Markdown; pictures go to ``benchmarks/figures``.
 """
 
 import argparse
-import datetime
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -16,12 +14,12 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("Agg")
-import captum
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from captum_classfilters import InfluentialFeatures, __version__, metrics, visualize
+from benchmarks.report import stamp
+from captum_classfilters import InfluentialFeatures, metrics, visualize
 from captum_classfilters.assets import SEEDS, load_demo_network, load_network
 from captum_classfilters.influential import SELECTORS
 
@@ -57,11 +55,7 @@ def main() -> None:
     data = load("fashion_mnist")
     data = data._replace(train=first(data.train, options.limit), test=first(data.test, options.limit))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(
-        f"<!-- {' '.join(['python -m benchmarks.results', *sys.argv[1:]])}; {datetime.date.today()}; "
-        f"{platform.machine()} {device}, {torch.get_num_threads()} threads; captum_classfilters {__version__}, "
-        f"torch {torch.__version__}, captum {captum.__version__}, Python {platform.python_version()} -->"
-    )
+    print(stamp("results", device))
     (HERE / "figures").mkdir(exist_ok=True)
 
     def network(seed: int) -> torch.nn.Module:

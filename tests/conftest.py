@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from shared import SmallCNN, seeded
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from captum_classfilters import LabelSensitiveGate
@@ -72,29 +73,6 @@ def assert_close() -> Callable[..., None]:
     return check
 
 
-class SmallCNN(nn.Module):
-    """Two convolutions, an average over positions, dropout and the head: K = ``channels``, C = ``num_classes``."""
-
-    def __init__(self, num_classes: int = 4, channels: int = 6, bias: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 5, 3)
-        self.bn1 = nn.BatchNorm2d(5)
-        self.conv2 = nn.Conv2d(5, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.dropout = nn.Dropout(0.5)
-        self.fc = nn.Linear(channels, num_classes, bias=bias)
-
-    def penultimate(self, images: Tensor) -> Tensor:
-        """The head's input, by hand."""
-        maps = self.relu(self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())))
-        return self.dropout(self.pool(maps).flatten(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.penultimate(images))
-
-
 @pytest.fixture
 def small_cnn() -> Callable[..., SmallCNN]:
     """Makes a `SmallCNN` in eval mode with weights from a local seed; ``device=`` and the size may be given."""
@@ -129,15 +107,3 @@ def images() -> Callable[..., Tensor]:
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
     return make
-
-
-def seeded(model: nn.Module, seed: int) -> nn.Module:
-    """Fill parameters and running statistics from a local seed: none is a neutral 0 or 1 by accident."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point():
-                spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
-                values = torch.randn(tensor.shape, generator=generator) * spread
-                tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
-    return model

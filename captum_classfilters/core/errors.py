@@ -4,6 +4,8 @@ All derive from `ClassFiltersError`; those that are also a wrong value or a wron
 base, so that ``except ValueError`` keeps working.
 """
 
+from collections.abc import Iterable
+
 
 class ClassFiltersError(Exception):
     """Base of every error raised by captum_classfilters."""
@@ -63,3 +65,9 @@ class UngatedLayerWarning(UserWarning):
 
 class SingularMomentsWarning(UserWarning):
     """Features that follow from one another over the samples seen."""
+
+
+def quoted(names: Iterable[object], most: int = 10) -> str:
+    """The first names of many, for a message."""
+    known = list(names)
+    return ", ".join(repr(name) for name in known[:most]) + (", ..." if len(known) > most else "")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from captum_classfilters.decoupling import losses, saved
 from captum_classfilters.decoupling.calls import Calls, calls_of
 from captum_classfilters.decoupling.controller import MIXES, Controller
 from captum_classfilters.decoupling.losses import DIRECTIONS, DecouplingLoss
-from captum_classfilters.decoupling.run import Gates, Run
+from captum_classfilters.decoupling.run import Gates, Run, not_finite
 from captum_classfilters.decoupling.units import Unit, find_units
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ class PathDecoupler(nn.Module):
         example_input: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
+        if not isinstance(model, nn.Module) or isinstance(unwrap(model), PathDecoupler):
+            raise OptionError(f"the model must be an nn.Module without gates, got {type(model).__name__}")
         for name, value in (("reduction", reduction), ("num_classes", 1 if num_classes is None else num_classes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -192,9 +193,9 @@ class PathDecoupler(nn.Module):
             "sparsity_weight": sparsity_weight,
         }
         for name, value in weights.items():
-            if not value >= 0:
-                raise OptionError(f"{name} must be at least 0, got {value!r}")
-        if not 0 <= target_rate <= 1:
+            if not isinstance(value, Real) or not value >= 0:
+                raise OptionError(f"{name} must be a number of at least 0, got {value!r}")
+        if not isinstance(target_rate, Real) or not 0 <= target_rate <= 1:
             raise OptionError(f"target_rate is a share of channels in [0, 1], got {target_rate!r}")
         if direction not in DIRECTIONS:
             raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
@@ -212,10 +213,10 @@ class PathDecoupler(nn.Module):
         rows = []
         for index, reader in enumerate(self._readers_for(logits.shape[1])):
             z = run.gates[index]
-            response = run.pooled[index]  # type: ignore[index]
+            response = run.pooled[index]
             rows.append(
                 (
-                    losses.mutual_information_loss(z, reader.weight, labels),  # type: ignore[arg-type]
+                    losses.mutual_information_loss(z, reader.weight, labels),
                     losses.divergence_loss(z, response, direction),
                     losses.sparsity_loss(z, target_rate),
                     (z.detach() > 0.5).to(z.dtype).mean(),
@@ -275,7 +276,7 @@ class PathDecoupler(nn.Module):
 
         Args:
             loader: Batches of ``(inputs, labels)`` or of inputs alone; read once.
-            logits: Also keep g of eq. 2, as float16.
+            logits: Also keep g of eq. 2, as float32.
             show_progress: A tqdm bar.
         """
         from captum_classfilters.decoupling.paths import collect
@@ -350,12 +351,9 @@ class PathDecoupler(nn.Module):
         return tuple(found[index] for index in range(len(self.units)))
 
     def _what_is_not_finite(self, run: Run, logits: Tensor) -> str:
-        for index, name in enumerate(self.layers):
-            if not torch.isfinite(run.gates[index]).all():
-                return (
-                    f"the gates of {name} are not finite: its input overflowed or holds NaN; use bfloat16 or float32 "
-                    "for the features, a smaller learning rate, or clip gradients"
-                )
+        gates = self._in_order(run.gates)
+        if not all(torch.isfinite(gate).all() for gate in gates):
+            return f"{not_finite(self.layers, gates)}; or take a smaller learning rate, or clip gradients"
         what = "logits" if not torch.isfinite(logits).all() else "the loss"
         return f"{what} of this batch: NaN or infinity; look at inputs and learning rate"
 

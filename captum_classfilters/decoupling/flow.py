@@ -36,6 +36,7 @@ def open_inputs(model: nn.Module, calls: Calls, units: Sequence[Unit]) -> dict[s
     gates = {unit.site: index for index, unit in enumerate(units)}
     known: dict[int, Expression | None] = {}
     found: dict[str, Expression] = {}
+    nodes = list(calls.graph.nodes) if calls.graph else []
     for call in calls.calls:
         sources = [known.get(source) for source in call.inputs]
         if call.op == "conv":
@@ -44,14 +45,10 @@ def open_inputs(model: nn.Module, calls: Calls, units: Sequence[Unit]) -> dict[s
             fits = call.module not in found and _width(source, units, model) == conv.in_channels
             found[call.module] = source if fits and source is not None else ["all", conv.in_channels]
         known[call.output] = _after(call, sources, gates, model, units)
-        if _is_in_place(calls, call):
+        # a traced graph goes on naming what is changed in place; seen while running, it has a new number
+        if call.inputs and nodes and changes_in_place(nodes[call.output]):
             known[call.inputs[0]] = known[call.output]
     return found
-
-
-def _is_in_place(calls: Calls, call: Call) -> bool:
-    """It changes what it takes, and a traced graph goes on naming that; seen while running, it has a new number."""
-    return bool(call.inputs and calls.graph and changes_in_place(list(calls.graph.nodes)[call.output]))
 
 
 def changes_in_place(node: fx.Node) -> bool:

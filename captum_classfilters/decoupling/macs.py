@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import OptionError
 from captum_classfilters.decoupling.calls import Calls
 from captum_classfilters.decoupling.flow import Expression, evaluate, open_inputs
 from captum_classfilters.decoupling.units import Unit
@@ -47,9 +48,11 @@ class Costs(NamedTuple):
         """MACs of each image, ``(N,)`` int64: the open inputs times the open outputs of every convolution.
 
         Args:
-            gates: ``(N, K_l)`` bool for each gated layer.
+            gates: ``(N, K_l)`` bool or integers for each gated layer.
             controllers: Count their own work.
         """
+        if any(gate.is_floating_point() for gate in gates):
+            raise OptionError("gates must be bool or 0 and 1 as integers, got floating point; pass gate > 0.5")
         total = torch.full((len(gates[0]),), self.other + controllers * self.controllers, dtype=torch.int64)
         for conv in self.convs:
             total += self.of_conv(conv, gates).cpu()

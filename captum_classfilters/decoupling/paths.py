@@ -25,11 +25,13 @@ from captum_classfilters.core.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
+    quoted,
 )
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 from captum_classfilters.decoupling.calls import calls_of
 from captum_classfilters.decoupling.macs import Costs, count_costs
+from captum_classfilters.decoupling.run import not_finite
 from captum_classfilters.decoupling.saved import fingerprint
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Paths:
         num_classes: C.
         fingerprint: Of network and controllers: paths of others do not go with these.
         costs: What convolutions cost, for `macs`.
-        logits: g of eq. 2, ``(N, K)`` float16, if it was asked for.
+        logits: g of eq. 2, ``(N, K)`` float32, if it was asked for.
     """
 
     codes: Tensor
@@ -166,7 +168,7 @@ class Paths:
         others = (share.sum(0) - share) / (seen.sum() - 1)
         scores = torch.where(seen[:, None], share - others, 0.0)
         names = tuple(class_names) or tuple(str(index) for index in range(self.num_classes))
-        name = self.layers[self._index(layer)]
+        name = self.layers[self.index(layer)]
         return ClassFilters(scores, share, counts, "paths", name, names, {"merge": "none"})
 
     def embed(self, *, components: int = 300, perplexity: float = 30.0, seed: int = 0) -> Tensor:
@@ -176,13 +178,15 @@ class Paths:
         thousands of images are enough.
 
         Raises:
-            OptionError: There are fewer images than ``perplexity`` asks for.
+            OptionError: There are fewer images than ``perplexity`` asks for; ``components`` is less than 1.
         """
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
 
         if len(self) <= perplexity:
             raise OptionError(f"perplexity must be less than the number of images, {len(self)}, got {perplexity}")
+        if components < 1:
+            raise OptionError(f"components must be at least 1, got {components!r}")
         bits = self.bits().float().numpy()
         reduced = PCA(min(components, *bits.shape), random_state=seed).fit_transform(bits)
         return torch.from_numpy(TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced))
@@ -245,17 +249,21 @@ class Paths:
                 f"{other.fingerprint}); collect both with the same decoupler"
             )
 
-    def _index(self, layer: str | int) -> int:
+    def index(self, layer: str | int) -> int:
+        """Which of `layers` a name or a number, also one from the end, stands for.
+
+        Raises:
+            OptionError: None.
+        """
         if isinstance(layer, str) and layer in self.layers:
             return self.layers.index(layer)
         if isinstance(layer, int) and not isinstance(layer, bool) and -len(self.layers) <= layer < len(self.layers):
             return layer % len(self.layers)
-        shown = ", ".join(self.layers[:5])
-        raise OptionError(f"there is no gated layer {layer!r}; there are {len(self.layers)}: {shown}, ...")
+        raise OptionError(f"layer must be one of {quoted(self.layers, 5)}, or its index, got {layer!r}")
 
     def _columns(self, layer: str | int) -> slice:
         ends = list(accumulate(self.channels))
-        index = self._index(layer)
+        index = self.index(layer)
         return slice(ends[index] - self.channels[index], ends[index])
 
     def _need_labels(self, what: str) -> Tensor:
@@ -272,7 +280,7 @@ def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, 
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
     first = next(decoupler.model.parameters())
     codes, predictions, labels, kept = [], [], [], []
-    costs, classes = None, 0
+    costs, classes, size = None, 0, None
     with borrowed(decoupler), tqdm(iter(loader), disable=not show_progress, desc="paths") as bar:
         for index, raw in enumerate(bar):
             inputs, given = unpack(raw, False, index)
@@ -284,7 +292,7 @@ def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, 
                 raise ShapeError(f"expected logits (N, C) from the model, got {_shape(output)}")
             row = torch.cat(gates, 1)
             if not torch.isfinite(row).all():
-                raise NonFiniteError(_where_not_finite(decoupler, gates, index))
+                raise NonFiniteError(f"{not_finite(decoupler.layers, gates)}; look at batch {index}")
             if not torch.isfinite(output).all():
                 raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
             classes = output.shape[1]
@@ -294,9 +302,16 @@ def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, 
                 labels.append(check_labels(given, len(row), index).cpu())
                 check_range(labels[-1], classes, index)
             if logits:
-                kept.append(row.cpu().half())
+                kept.append(row.float().cpu())
+            shape = tuple(inputs[0].shape[1:])
             if costs is None:
+                size = shape
                 costs = decoupler.costs(*(value[:1] if isinstance(value, Tensor) else value for value in inputs))
+            elif shape != size:
+                raise ShapeError(
+                    f"batch {index} has inputs of size {shape}, those before it {size}; what a path costs depends on "
+                    "that: resize the images, or collect each size for itself"
+                )
     if costs is None:
         raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
     if labels and len(labels) != len(codes):
@@ -320,11 +335,3 @@ def costs_of(decoupler: "PathDecoupler", example: tuple[Any, ...]) -> Costs:
 
 def _shape(output: Any) -> str:
     return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-
-
-def _where_not_finite(decoupler: "PathDecoupler", gates: Sequence[Tensor], index: int) -> str:
-    name = next(name for name, gate in zip(decoupler.layers, gates, strict=True) if not torch.isfinite(gate).all())
-    return (
-        f"the gates of {name} are not finite in batch {index}: its input overflowed or holds NaN; look at that batch, "
-        "or run the network in bfloat16 or float32"
-    )

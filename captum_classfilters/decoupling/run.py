@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.errors import LayerError, ShapeError
@@ -101,3 +102,12 @@ def _closes(run: Run, index: int, name: str) -> Callable[..., Any]:
         return mask(output, gates)
 
     return hook
+
+
+def not_finite(layers: Sequence[str], gates: Gates) -> str:
+    """Which gates are NaN or infinite, for a message."""
+    name = next(name for name, gate in zip(layers, gates, strict=True) if not torch.isfinite(gate).all())
+    return (
+        f"the gates of {name} are not finite: its input overflowed or holds NaN; use bfloat16 or float32 for the "
+        "features"
+    )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,8 @@ def load(decoupler: "PathDecoupler", path: str | os.PathLike[str]) -> "PathDecou
 def load_controllers(decoupler: "PathDecoupler", state: dict[str, Tensor]) -> None:
     """See `PathDecoupler.load_controllers_state_dict`."""
     own = decoupler.controllers_state_dict()
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ShapeError(f"expected what controllers_state_dict() gives, tensors by name, got {type(state).__name__}")
     if missing := sorted(own.keys() - state.keys()):
         raise ShapeError(
             f"the state has no {missing[0]}; expected what controllers_state_dict() of such a network gives"

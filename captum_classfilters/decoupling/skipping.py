@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import MergeError, OptionError
+from captum_classfilters.core.errors import LayerError, MergeError, OptionError
 from captum_classfilters.decoupling import pieces
 from captum_classfilters.decoupling.calls import CONVS, calls_of
 from captum_classfilters.decoupling.controller import Controller, mask
@@ -70,7 +70,13 @@ def skipping(
     """See `PathDecoupler.skipping`."""
     if measured and not example:
         raise OptionError("skipping() needs one batch to time the layers with, got none; pass it, or measured=False")
-    calls = calls_of(decoupler.model)  # that it can be traced is said here
+    if len(example) == 1 and isinstance(example[0], tuple):
+        example = example[0]
+    try:
+        calls = calls_of(decoupler.model)
+    except LayerError as error:
+        traced = str(error).split("; pass example_input=")[0]
+        raise LayerError(f"{traced}; skipping() rewrites the traced network: it needs one without such code") from error
     model = deepcopy(decoupler.model).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

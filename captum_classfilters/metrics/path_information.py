@@ -17,7 +17,7 @@ from captum_classfilters.core.errors import EmptyLoaderError, LabelError, MergeE
 from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.decoupling.saved import fingerprint
-from captum_classfilters.metrics.intervals import wilson
+from captum_classfilters.metrics.intervals import draws_interval, wilson
 
 GATES = ("own", "of another image", "random", "all open")
 
@@ -36,8 +36,9 @@ def path_information(decoupler: PathDecoupler, paths: Paths, *, seed: int = 0) -
         seed: Of the control, which reads every image's gates for another image's label.
 
     Returns:
-        One row for each layer and one for all, their mean: ``cross_entropy`` in nats with ``low`` and ``high`` (normal
-        interval over images), ``information`` (the bound, at least 0), ``random`` (the control's cross-entropy).
+        One row for each layer and one for all, their mean: ``cross_entropy`` in nats with ``low`` and
+        ``high`` (Student-t interval over images), ``information`` (the bound, at least 0), ``random`` (the control's
+        cross-entropy).
 
     Raises:
         OptionError: The decoupler has no readers.
@@ -64,8 +65,8 @@ def path_information(decoupler: PathDecoupler, paths: Paths, *, seed: int = 0) -
     named = zip((*paths.layers, "all"), (*own, _mean(own)), (*random, _mean(random)), strict=True)
     rows = []
     for name, each, control in named:
-        value, half = float(each.mean()), 1.96 * float(each.std()) / len(each) ** 0.5
-        rows.append((name, value, value - half, value + half, max(entropy - value, 0.0), float(control.mean())))
+        value, low, high = draws_interval(each)
+        rows.append((name, value, low, high, max(entropy - value, 0.0), float(control.mean())))
     columns = ["layer", "cross_entropy", "low", "high", "information", "random"]
     return pd.DataFrame(rows, columns=columns).set_index("layer")
 

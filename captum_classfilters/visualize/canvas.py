@@ -3,7 +3,7 @@
 Nothing here knows what is drawn; `tables.py`, `curves.py`, `grid.py` and `cards.py` do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -125,9 +125,3 @@ def thinned(count: int, fits: float) -> list[int]:
 def shortened(name: str) -> str:
     """A name of at most 24 characters."""
     return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
-
-
-def quoted(names: Iterable[object], most: int = 10) -> str:
-    """The first names of many, for an error message."""
-    known = list(names)
-    return ", ".join(repr(name) for name in known[:most]) + (", ..." if len(known) > most else "")

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from captum_classfilters.core.errors import OptionError
-from captum_classfilters.visualize.canvas import axes_or_new, quoted
+from captum_classfilters.core.errors import OptionError, quoted
+from captum_classfilters.visualize.canvas import axes_or_new
 from captum_classfilters.visualize.curves import COLOURS, MARKERS
 from captum_classfilters.visualize.maps import refuse_repeated
 from captum_classfilters.visualize.paths import legend, sign

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from captum_classfilters.core.errors import OptionError
-from captum_classfilters.visualize.canvas import quoted
+from captum_classfilters.core.errors import OptionError, quoted
 
 DENSE, RANDOM = "dense", "random"
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.metrics.gates import as_gate
 from captum_classfilters.visualize.canvas import (
@@ -22,7 +22,6 @@ from captum_classfilters.visualize.canvas import (
     longest,
     name_columns,
     name_rows,
-    quoted,
 )
 from captum_classfilters.visualize.curves import COLOURS, MARKERS
 from captum_classfilters.visualize.maps import (

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.errors import OptionError, ShapeError, quoted
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.metrics.gates import as_gate
 from captum_classfilters.visualize.canvas import (
@@ -26,7 +26,6 @@ from captum_classfilters.visualize.canvas import (
     longest,
     name_columns,
     name_rows,
-    quoted,
     room,
     shortened,
     write_cells,

@@ -24,7 +24,6 @@ from captum_classfilters.visualize.canvas import (
     axes_or_new,
     longest,
     name_columns,
-    quoted,
     room,
     shortened,
 )
@@ -191,7 +190,7 @@ def path_profiles(
     """
     name = layer if isinstance(layer, str) else f"layer {layer}" if layer is not None else "the layer"
     if isinstance(profiles, Paths):
-        index = _layer_index(profiles, layer)
+        index = profiles.index(layer)  # type: ignore[arg-type]
         name = profiles.layers[index]
         profiles = torch.split(profiles.profiles()[0], list(profiles.channels), 1)[index]
     values = numbers(profiles, "profiles", 2, "(C, K_l), of one layer")
@@ -278,14 +277,6 @@ def _checked_states(states: Any) -> Floats:
     if not len(counts) or not bool((counts >= 0).all()) or not bool(counts.sum(1).all()):
         raise OptionError("states must count the filters of at least one layer, none without filters")
     return counts
-
-
-def _layer_index(paths: Paths, layer: str | int | None) -> int:
-    if isinstance(layer, str) and layer in paths.layers:
-        return paths.layers.index(layer)
-    if isinstance(layer, int) and not isinstance(layer, bool) and -len(paths.layers) <= layer < len(paths.layers):
-        return layer % len(paths.layers)
-    raise OptionError(f"layer must be one of {quoted(paths.layers, 5)}, or its index, got {layer!r}")
 
 
 def sign(name: str, colour: str, shape: str) -> Line2D:

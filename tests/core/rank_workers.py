@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import SmallCNN, seeded
+from shared import SmallCNN, seeded
 from torch import distributed as dist
 
 from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures

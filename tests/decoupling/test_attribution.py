@@ -14,7 +14,7 @@ from captum.attr import (
     LayerIntegratedGradients,
     NoiseTunnel,
 )
-from conftest import SmallCNN, seeded
+from shared import SmallCNN, seeded
 
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.decoupling import PathAttribution, PathDecoupler

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from captum_classfilters import PathDecoupler
-from captum_classfilters.core.errors import LabelError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.errors import LabelError, LayerError, NonFiniteError, OptionError, ShapeError
 
 BOTH = ["conv1", "conv2"]
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -40,18 +40,59 @@ def test_bad_options_of_the_decoupler_are_refused(small_cnn, options, message):
 
 @pytest.mark.parametrize("model", [None, len, torch.ones(1), [nn.Conv2d(1, 1, 1)]], ids=lambda m: type(m).__name__)
 def test_what_is_no_module_is_refused(model):
-    with pytest.raises(OptionError, match=f"the model must be an nn.Module, got {type(model).__name__}"):
+    with pytest.raises(OptionError, match=f"the model must be an nn.Module without gates, got {type(model).__name__}"):
         PathDecoupler(model)
+
+
+def test_a_decoupled_network_is_not_decoupled_again(decoupler):
+    with pytest.raises(OptionError, match="without gates, got PathDecoupler"):
+        PathDecoupler(decoupler)
+
+
+@pytest.mark.parametrize("state", [None, {"controllers.0.squeeze.weight": 1.0}])
+def test_what_is_no_state_is_refused(decoupler, state):
+    with pytest.raises(ShapeError, match="expected what controllers_state_dict"):
+        decoupler.load_controllers_state_dict(state)
+
+
+def test_gates_that_are_not_hard_have_no_costs(decoupler, images):
+    _, gates = decoupler.train().gates(images())
+    with pytest.raises(OptionError, match="got floating point; pass gate > 0.5"):
+        decoupler.costs(images()[:1]).of(gates)
+
+
+class Depends(nn.Module):
+    """Its path through Python depends on values."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else self.inner(-x)
+
+
+def test_skipping_says_that_it_needs_a_traceable_network(small_cnn, images):
+    decoupler = PathDecoupler(Depends(small_cnn()), ["inner.conv2"], example_input=images())
+    with pytest.raises(LayerError, match=r"cannot be traced: (?!.*example_input).*; skipping\(\) rewrites the traced"):
+        decoupler.skipping(images())
+
+
+def test_inputs_of_skipping_may_come_as_a_tuple(decoupler, images):
+    skipping = decoupler.eval().skipping((images(),))
+    assert torch.allclose(skipping(images()), decoupler(images()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"information_weight": -1.0}, "information_weight must be at least 0, got -1.0"),
-        ({"divergence_weight": math.nan}, "divergence_weight must be at least 0, got nan"),
-        ({"sparsity_weight": -1e-9}, "sparsity_weight must be at least 0, got -1e-09"),
+        ({"information_weight": -1.0}, "information_weight must be a number of at least 0, got -1.0"),
+        ({"divergence_weight": math.nan}, "divergence_weight must be a number of at least 0, got nan"),
+        ({"sparsity_weight": -1e-9}, "sparsity_weight must be a number of at least 0, got -1e-09"),
         ({"target_rate": 1.1}, r"target_rate is a share of channels in \[0, 1\], got 1.1"),
         ({"target_rate": -0.1}, r"target_rate is a share of channels in \[0, 1\], got -0.1"),
+        ({"sparsity_weight": "a"}, "sparsity_weight must be a number of at least 0, got .a."),
+        ({"target_rate": None}, r"target_rate is a share of channels in .*, got None"),
         ({"target_rate": math.nan}, "target_rate is a share"),
         ({"direction": "both"}, r"direction must be one of \['z_y', 'y_z'\], got 'both'"),
     ],

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import seeded
+from shared import seeded
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode

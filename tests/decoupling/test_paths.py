@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SmallCNN, seeded
 from scipy.spatial.distance import cdist
+from shared import SmallCNN, seeded
 from sklearn.metrics import silhouette_score
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,7 +93,7 @@ def test_bits_come_out_as_they_went_in(channels):
 ], ids=str)  # fmt: skip
 def test_some_of_the_images_keep_what_is_theirs(rows):
     bits, labels = bits_of(), torch.arange(20) % 3
-    paths = paths_of(bits, labels, logits=torch.randn(20, 11).half())
+    paths = paths_of(bits, labels, logits=torch.randn(20, 11))
     some = paths[rows]
     assert torch.equal(some.bits(), bits[rows])
     assert torch.equal(some.labels, labels[rows])
@@ -215,7 +215,7 @@ def test_merged_paths_are_those_of_one_pass(decoupler, data):
     ({"layers": ("conv1", "other")}, "of other layers"),
     ({"channels": (6, 5)}, "of other layers"),
     ({"labels": None}, "1 of 2 parts have no labels; collect all with or all without"),
-    ({"logits": torch.zeros(20, 11).half()}, "1 of 2 parts have no logits"),
+    ({"logits": torch.zeros(20, 11)}, "1 of 2 parts have no logits"),
 ])  # fmt: skip
 def test_paths_that_do_not_belong_together_are_refused(change, message):
     paths = paths_of(bits_of(), torch.arange(20) % 4)
@@ -261,7 +261,7 @@ def test_embedded_clusters_that_were_planted_are_apart():
 
 
 @pytest.mark.parametrize("labels", [None, torch.arange(20) % 4], ids=["no labels", "labels"])
-@pytest.mark.parametrize("logits", [None, torch.linspace(-3, 3, 220).reshape(20, 11).half()], ids=["bits", "logits"])
+@pytest.mark.parametrize("logits", [None, torch.linspace(-3, 3, 220).reshape(20, 11)], ids=["bits", "logits"])
 def test_saved_and_loaded(tmp_path, labels, logits):
     paths = paths_of(bits_of(), labels, logits=logits)
     paths.save(tmp_path / "paths.safetensors")
@@ -337,7 +337,7 @@ def test_without_labels(decoupler, data):
 
 def test_logits_are_g_and_their_sign_is_the_gate(decoupler, data):
     paths = decoupler.paths([(x[None], y[None]) for x, y in zip(*data, strict=True)], logits=True)
-    assert (paths.logits.dtype, paths.logits.shape) == (torch.float16, (10, 11))
+    assert (paths.logits.dtype, paths.logits.shape) == (torch.float32, (10, 11))
     assert torch.equal(paths.logits > 0, paths.bits())
     _, logits = decoupler.gate_logits(data[0])
     torch.testing.assert_close(paths.logits.float(), torch.cat(logits, 1).detach(), rtol=1e-3, atol=1e-3)
@@ -359,7 +359,7 @@ def test_gates_that_are_not_finite_name_layer_and_batch(decoupler, data, logits,
     inputs = data[0].clone()
     inputs[5, 0, 0, 0] = bad
     with pytest.raises(
-        errors.NonFiniteError, match=r"the gates of conv1 are not finite in batch 2: its input overflowed"
+        errors.NonFiniteError, match=r"the gates of conv1 are not finite: its input overflowed .*; look at batch 2"
     ):
         decoupler.paths(list(zip(inputs.split(2), data[1].split(2), strict=True)), logits=logits)
     for module, message in (("fc", "the logits of batch 0 hold NaN"), ("bn1", "the gates of conv2 .* in batch 0")):
@@ -377,6 +377,7 @@ def test_gates_that_are_not_finite_name_layer_and_batch(decoupler, data, logits,
     (lambda x, y: [(x, y), (x, y[:3])], errors.LabelError, r"must have shape \(10,\), got \(3,\) in batch 1"),
     (lambda x, y: [(x, y), (x, y + 1)], errors.LabelError, r"must lie in \[0, 4\), got 4 in batch 1"),
     (lambda x, y: [(x, y - 1)], errors.LabelError, r"must lie in \[0, 4\), got -1 in batch 0"),
+    (lambda x, y: [x, x[..., :6]], errors.ShapeError, r"batch 1 has inputs of size \(3, 8, 6\), those before it"),
     (lambda x, y: [{"weight": x}], errors.ShapeError, "batch 0 is a mapping with keys"),
 ])  # fmt: skip
 def test_bad_loaders_are_refused(decoupler, data, loader, error, message):
@@ -386,11 +387,12 @@ def test_bad_loaders_are_refused(decoupler, data, loader, error, message):
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda p: p.bits("conv9"), errors.OptionError, r"no gated layer 'conv9'; there are 2: conv1, conv2"),
-    (lambda p: p.bits(2), errors.OptionError, "no gated layer 2"),
-    (lambda p: p.bits(-3), errors.OptionError, "no gated layer -3"),
-    (lambda p: p.class_filters(True), errors.OptionError, "no gated layer True"),
+    (lambda p: p.bits("conv9"), errors.OptionError, "must be one of 'conv1', 'conv2', or its index, got 'conv9'"),
+    (lambda p: p.bits(2), errors.OptionError, "or its index, got 2"),
+    (lambda p: p.bits(-3), errors.OptionError, "or its index, got -3"),
+    (lambda p: p.class_filters(True), errors.OptionError, "or its index, got True"),
     (lambda p: p[::4].class_filters(0), errors.OptionError, "at least two classes, got 1"),
+    (lambda p: p.embed(perplexity=5, components=0), errors.OptionError, "components must be at least 1, got 0"),
     (lambda p: Paths.merge(), errors.MergeError, "at least one part"),
     (lambda p: Paths.merge(p, []), errors.MergeError, "expected Paths, got list"),
 ])  # fmt: skip

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import seeded
+from shared import seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

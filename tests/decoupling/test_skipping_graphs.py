@@ -39,7 +39,7 @@ def _gated(model, layers=None):
     decoupler = PathDecoupler(model, layers).eval()
     with torch.no_grad():
         for controller in decoupler.controllers:
-            controller.excite.bias.copy_(torch.tensor([1.0, -1.0]).repeat(controller.excite.bias.shape[0])[::2])
+            controller.excite.bias.fill_(1)
             controller.excite.bias[::2] = -1
             controller.excite.weight.mul_(0.01)
     return decoupler

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.core.errors import EmptyLoaderError, LabelError, MergeError, OptionError
@@ -42,7 +43,9 @@ def test_cross_entropy_is_that_of_a_loop_over_images(decoupler, loader):
         mean = sum(losses) / len(losses)
         spread = (sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1)) ** 0.5
         assert found.cross_entropy[layer] == pytest.approx(mean, rel=1e-6)
-        assert found.high[layer] - mean == pytest.approx(1.96 * spread / len(losses) ** 0.5, rel=1e-6)
+        assert found.high[layer] - mean == pytest.approx(
+            stats.t.ppf(0.975, len(losses) - 1) * spread / len(losses) ** 0.5, rel=1e-6
+        )
         assert mean - found.low[layer] == pytest.approx(found.high[layer] - mean)
     assert list(found.index) == ["conv1", "conv2", "all"]
     assert found.cross_entropy["all"] == pytest.approx(sum(map(sum, every)) / 80, rel=1e-6)
