@@ -57,7 +57,7 @@ def test_what_is_no_state_is_refused(decoupler, state):
 
 def test_gates_that_are_not_hard_have_no_costs(decoupler, images):
     _, gates = decoupler.train().gates(images())
-    with pytest.raises(OptionError, match="got floating point; pass gate > 0.5"):
+    with pytest.raises(OptionError, match=r"got floating point; pass gate > 0\.5"):
         decoupler.costs(images()[:1]).of(gates)
 
 

@@ -362,7 +362,7 @@ def test_gates_that_are_not_finite_name_layer_and_batch(decoupler, data, logits,
         errors.NonFiniteError, match=r"the gates of conv1 are not finite: its input overflowed .*; look at batch 2"
     ):
         decoupler.paths(list(zip(inputs.split(2), data[1].split(2), strict=True)), logits=logits)
-    for module, message in (("fc", "the logits of batch 0 hold NaN"), ("bn1", "the gates of conv2 .* in batch 0")):
+    for module, message in (("fc", "the logits of batch 0 hold NaN"), ("bn1", "the gates of conv2 .* at batch 0")):
         with torch.no_grad():
             decoupler.model.get_submodule(module).bias[0] = torch.nan
         with pytest.raises(errors.NonFiniteError, match=message):
