@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
     from captum_classfilters.decoupling import Paths as Paths
+    from captum_classfilters.detection import PathDetector as PathDetector
+    from captum_classfilters.detection import PathOutlierDetector as PathOutlierDetector
+    from captum_classfilters.detection import PathPairs as PathPairs
+    from captum_classfilters.detection import adversarial_paths as adversarial_paths
+    from captum_classfilters.detection import stack_pairs as stack_pairs
     from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
     from captum_classfilters.gating import LabelSensitiveGate as LabelSensitiveGate
     from captum_classfilters.gating import LabelSensitiveTraining as LabelSensitiveTraining
@@ -42,13 +47,19 @@ _HOMES = {
     "LabelSensitiveTraining": "gating",
     "PathAttribution": "decoupling",
     "PathDecoupler": "decoupling",
+    "PathDetector": "detection",
+    "PathOutlierDetector": "detection",
+    "PathPairs": "detection",
     "Paths": "decoupling",
+    "adversarial_paths": "detection",
     "attacks": "attacks",
     "decompose": "heads",
+    "detection": "detection",
     "filter_ambiguity": "gating",
     "heads": "heads",
     "metrics": "metrics",
     "recover": "heads",
+    "stack_pairs": "detection",
     "visualize": "visualize",
 }
 __all__ = [*_HOMES, "__version__"]

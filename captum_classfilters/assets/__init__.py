@@ -26,7 +26,7 @@ SHIPPED = {
     ("resnet20", "std"): SEEDS,
     ("resnet20", "lsg"): SEEDS,
     ("resnet20", "fixed-gate"): (0,),
-    ("resnet20", "decoupled"): (0,),
+    ("resnet20", "decoupled"): (0, 1),
     ("resnet20", "decoupled-r0"): (0,),
     ("vgg", "decoupled"): (0,),
     ("inception", "decoupled"): (0,),

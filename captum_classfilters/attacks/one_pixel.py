@@ -59,7 +59,7 @@ class OnePixel(Perturbation):
         check_count(th, "th")
         check_count(max_iter, "max_iter")
         check_count(seed, "seed", 0)
-        _art()
+        art()
         self.forward_func, self.lower_bound, self.upper_bound = forward_func, lower_bound, upper_bound
         self.th, self.max_iter, self.seed = th, max_iter, seed
 
@@ -97,7 +97,7 @@ class OnePixel(Perturbation):
         return images
 
     def _attack(self, oracle: Oracle, images: Tensor, classes: int) -> Any:
-        attacks, classifiers = _art()
+        attacks, classifiers = art()
         classifier = classifiers.PyTorchClassifier(
             model=_Answers(oracle, images, self._from_art),
             loss=nn.CrossEntropyLoss(),
@@ -111,7 +111,7 @@ class OnePixel(Perturbation):
     def _found(self, attack: Any, image: Tensor, index: int) -> Tensor:
         """The image with ART's pixel in it; the same where ART found none."""
         scaled = self._to_art(image)
-        with _seeded([self.seed, index]):
+        with seeded([self.seed, index]):
             # no labels: they are the network's own, and given ones ART refuses where there are two classes
             changed = attack.generate(scaled)
         pixels = torch.from_numpy((changed != scaled).any(1, keepdims=True)).to(image.device)
@@ -140,22 +140,22 @@ class _Answers(nn.Module):
         return self._oracle.logits(images).log_softmax(1)
 
 
-def _art() -> tuple[Any, Any]:
-    # on use: ART takes seconds to load
+def art() -> tuple[Any, Any]:
+    """ART's attacks and classifiers, loaded on use: it takes seconds."""
     try:
         from art.attacks import evasion
         from art.estimators import classification
     except ImportError as error:
         raise OptionError(
-            f"OnePixel needs the Adversarial Robustness Toolbox, which could not be loaded ({error}); install it: "
+            f"this attack needs the Adversarial Robustness Toolbox, which could not be loaded ({error}); install it: "
             "pip install 'captum-classfilters[attacks]'"
         ) from error
     return evasion, classification
 
 
 @contextmanager
-def _seeded(seed: list[int]) -> Iterator[None]:
-    """ART draws from numpy's global state, and its data loaders from torch's: both are put back."""
+def seeded(seed: list[int]) -> Iterator[None]:
+    """For ART, which draws from numpy's global state, in its data loaders from torch's: both are put back."""
     state = np.random.get_state()
     # a population that is all alike has no deviation: ART divides by it
     with torch.random.fork_rng(devices=[]), np.errstate(all="ignore"):

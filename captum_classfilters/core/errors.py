@@ -51,6 +51,14 @@ class DeviceError(ClassFiltersError, ValueError):
     """The model is not on the device that was asked for."""
 
 
+class CalibrationError(ClassFiltersError, ValueError):
+    """Too few clean samples for the rate of false positives that was asked for."""
+
+
+class NotCalibratedError(ClassFiltersError, ValueError, AttributeError):
+    """An alarm was asked of a detector that has not seen clean samples: as of one that is not fitted."""
+
+
 class UnseenClassWarning(UserWarning):
     """A class had no sample in the loader."""
 
@@ -61,6 +69,10 @@ class HardGatesWarning(UserWarning):
 
 class UngatedLayerWarning(UserWarning):
     """A convolution is used in a way that gating cannot follow, and was left alone."""
+
+
+class AttackFailedWarning(UserWarning):
+    """An attack fooled the network on no image."""
 
 
 class SingularMomentsWarning(UserWarning):

@@ -130,10 +130,12 @@ class Controller(nn.Module):
             ).relu()
             return F.linear(hidden, self.excite.weight.to(dtype), self.excite.bias.to(dtype))
 
-    def gates(self, logits: Tensor) -> Tensor:
-        """z: hashed with fresh noise in train mode, hard in eval mode."""
+    def gates(self, logits: Tensor, straight_through: bool = False) -> Tensor:
+        """z: hashed with fresh noise in train mode; in eval mode hard, if asked with the gradient of soft ones."""
         if not self.training:
-            return hard_gates(logits)
+            soft = saturating_sigmoid(logits) if straight_through else None
+            # the difference is 0, whatever rounding does: gates stay hard
+            return hard_gates(logits) if soft is None else hard_gates(logits).detach() + (soft - soft.detach())
         return semantic_hash(logits, torch.randn_like(logits), random_half(logits, self.mix))
 
     def forward(self, features: Tensor) -> Tensor:

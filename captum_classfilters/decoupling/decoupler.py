@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # gates that one decoupler's forwards are to take in this thread
 _FROZEN: ContextVar["tuple[tuple[PathDecoupler, Gates], ...]"] = ContextVar("captum_classfilters_frozen", default=())
+# decouplers whose hard gates pass gradients on in this thread
+_STRAIGHT: ContextVar["tuple[PathDecoupler, ...]"] = ContextVar("captum_classfilters_straight", default=())
 
 
 class PathDecoupler(nn.Module):
@@ -137,11 +139,11 @@ class PathDecoupler(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives, with its channels gated: logits ``(N, C)`` for a classifier."""
-        return self._forward(Run(self._frozen()), args, kwargs)
+        return self._forward(self._run(), args, kwargs)
 
     def gates(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates]:
         """One forward's ``(output, gates)``: gates ``(N, K_l)`` for each layer; with gradients where they are on."""
-        run = Run(self._frozen())
+        run = self._run()
         output = self._forward(run, args, kwargs)
         return output, self._in_order(run.gates)
 
@@ -151,11 +153,16 @@ class PathDecoupler(nn.Module):
         Raises:
             OptionError: Gates are `frozen`, which have no g.
         """
+        output, _, logits = self.gates_and_logits(*args, **kwargs)
+        return output, logits
+
+    def gates_and_logits(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates, Gates]:
+        """`gates` and `gate_logits` of one forward: ``(output, gates, g)``."""
         if self.is_frozen:
             raise OptionError("frozen gates are given, not computed, and have no logits; ask outside of frozen()")
-        run = Run(None, logits=True)
+        run = self._run(logits=True)
         output = self._forward(run, args, kwargs)
-        return output, self._in_order(run.logits or {})
+        return output, self._in_order(run.gates), self._in_order(run.logits or {})
 
     def loss(
         self,
@@ -203,7 +210,7 @@ class PathDecoupler(nn.Module):
             message = "gates are hard in eval mode and have no gradient: nothing trains the controllers; call .train()"
             warnings.warn(message, HardGatesWarning, stacklevel=2)
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        run = Run(self._frozen(), pooled=True)
+        run = self._run(pooled=True)
         logits = self._forward(run, args, {})
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -271,15 +278,28 @@ class PathDecoupler(nn.Module):
         finally:
             _FROZEN.reset(token)
 
-    def paths(self, loader: Iterable[Any], *, logits: bool = False, show_progress: bool = False) -> "Paths":
+    @contextmanager
+    def straight_through(self) -> Iterator[None]:
+        """Inside, hard gates pass on the gradient that soft ones would have, as in training but without noise.
+
+        For an attacker who knows of the gates: to `loss.backward` in eval mode they are constants. Outputs stay what
+        they are. Holds in this thread.
+        """
+        token = _STRAIGHT.set((*_STRAIGHT.get(), self))
+        try:
+            yield
+        finally:
+            _STRAIGHT.reset(token)
+
+    def paths(self, loader: Iterable[Any] | Tensor, *, logits: bool = False, show_progress: bool = False) -> "Paths":
         """The calculation path of every image, packed to one bit for each channel.
 
         Args:
-            loader: Batches of ``(inputs, labels)`` or of inputs alone; read once.
+            loader: Batches of ``(inputs, labels)`` or of inputs alone; read once. A tensor is one batch.
             logits: Also keep g of eq. 2, as float32.
             show_progress: A tqdm bar.
         """
-        from captum_classfilters.decoupling.paths import collect
+        from captum_classfilters.decoupling.reading import collect
 
         return collect(self, loader, logits=logits, show_progress=show_progress)
 
@@ -313,7 +333,7 @@ class PathDecoupler(nn.Module):
 
     def costs(self, *args: Any) -> "Costs":
         """What the convolutions of this network cost, from one forward without gates of ``args``, one image."""
-        from captum_classfilters.decoupling.paths import costs_of
+        from captum_classfilters.decoupling.reading import costs_of
 
         return costs_of(self, args)
 
@@ -336,6 +356,10 @@ class PathDecoupler(nn.Module):
     def load(self, path: str | os.PathLike[str]) -> "PathDecoupler":
         """Read what `save` wrote into this decoupler, whose layers must be the same; returns itself."""
         return saved.load(self, path)
+
+    def _run(self, **asked: bool) -> Run:
+        straight = any(owner is self for owner in _STRAIGHT.get())
+        return Run(self._frozen(), straight_through=straight, **asked)
 
     def _forward(self, run: Run, args: Any, kwargs: Any) -> Any:
         with borrowed(self.model, train=True), run.hooked(self.model, self.units, tuple(self._controllers())):

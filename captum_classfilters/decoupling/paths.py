@@ -1,10 +1,10 @@
-"""`Paths`: which channels every image of a loader opened, one bit for each; and `collect`, the pass that reads them.
+"""`Paths`: which channels every image of a loader opened, one bit for each. `reading.py` has the pass that reads them.
 
 N images, C classes, L layers with K_l channels, K in all.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from numbers import Integral
@@ -13,33 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import (
-    EmptyLoaderError,
     LabelError,
-    LayerError,
     MergeError,
-    NonFiniteError,
     OptionError,
-    ShapeError,
     quoted,
 )
 from captum_classfilters.core.files import read, write
-from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
-from captum_classfilters.decoupling.calls import calls_of
-from captum_classfilters.decoupling.macs import Costs, count_costs
-from captum_classfilters.decoupling.run import not_finite
-from captum_classfilters.decoupling.saved import fingerprint
+from captum_classfilters.decoupling.macs import Costs
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from captum_classfilters.decoupling.decoupler import PathDecoupler
 
 _KIND, _VERSION = "Paths", 1
+_STORED = ("codes", "predictions", "labels", "logits")
 STATES = ("energetic", "silent", "dynamic")
 
 
@@ -80,14 +70,24 @@ class Paths:
             f"{self.bits().float().mean():.0%} open)"
         )
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``, the shape of `bits`: with it, and `__array__`, scikit-learn takes this for a table of bits."""
+        return len(self), sum(self.channels)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """The bits, ``(N, K)`` uint8."""
+        return self.bits().numpy().astype(np.uint8 if dtype is None else dtype)
+
     def __getitem__(self, rows: Any) -> "Paths":
         """Some of the images: a slice, an index, indices or a boolean mask."""
+        if isinstance(rows, tuple) and len(rows) == 2 and rows[1] is Ellipsis:  # as scikit-learn asks
+            rows = rows[0]
         if isinstance(rows, Integral):
             index = range(len(self))[int(rows)]  # IndexError where there is none, which ends a loop over the images
             rows = slice(index, index + 1)
         picked: dict[str, Any] = {
-            name: None if (value := getattr(self, name)) is None else value[rows]
-            for name in ("codes", "predictions", "labels", "logits")
+            name: None if (value := getattr(self, name)) is None else value[rows] for name in _STORED
         }
         return replace(self, **picked)
 
@@ -191,15 +191,30 @@ class Paths:
         reduced = PCA(min(components, *bits.shape), random_state=seed).fit_transform(bits)
         return torch.from_numpy(TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors with a JSON header."""
-        tensors = {name: value for name in ("codes", "predictions", "labels", "logits")
-                   if (value := getattr(self, name)) is not None}  # fmt: skip
-        meta = {
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of each image, by name."""
+        stored = {name: getattr(self, name) for name in _STORED}
+        return {name: value for name, value in stored.items() if value is not None}
+
+    def meta(self) -> dict[str, Any]:
+        """What is stored of the network, as JSON can hold it."""
+        return {
             "layers": list(self.layers), "channels": list(self.channels), "num_classes": self.num_classes,
             "fingerprint": self.fingerprint, "costs": self.costs.as_json(),
         }  # fmt: skip
-        write(path, tensors, kind=_KIND, version=_VERSION, meta=meta)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> "Paths":
+        """What `tensors` and `meta` gave."""
+        return cls(
+            tensors["codes"], tensors["predictions"], tensors.get("labels"), tuple(meta["layers"]),
+            tuple(meta["channels"]), meta["num_classes"], meta["fingerprint"], Costs.from_json(meta["costs"]),
+            tensors.get("logits"),
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors with a JSON header."""
+        write(path, self.tensors(), kind=_KIND, version=_VERSION, meta=self.meta())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Paths":
@@ -208,12 +223,7 @@ class Paths:
         Raises:
             FileNotFoundError, FileFormatError: There is no such file, or it is none of these.
         """
-        tensors, meta = read(path, kind=_KIND, version=_VERSION)
-        return cls(
-            tensors["codes"], tensors["predictions"], tensors.get("labels"), tuple(meta["layers"]),
-            tuple(meta["channels"]), meta["num_classes"], meta["fingerprint"], Costs.from_json(meta["costs"]),
-            tensors.get("logits"),
-        )  # fmt: skip
+        return cls.of(*read(path, kind=_KIND, version=_VERSION))
 
     @staticmethod
     def merge(*parts: "Paths") -> "Paths":
@@ -230,7 +240,7 @@ class Paths:
             first._check_same_network(part)
             if part.costs != first.costs:
                 raise MergeError("these paths are of images of another size, which cost another number of MACs")
-        for name in ("codes", "predictions", "labels", "logits"):
+        for name in _STORED:
             values = [getattr(part, name) for part in parts]
             missing = sum(value is None for value in values)
             if missing not in (0, len(parts)):
@@ -270,68 +280,3 @@ class Paths:
         if self.labels is None:
             raise LabelError(f"{what} need labels, and the loader gave none; pass batches of (inputs, labels)")
         return self.labels
-
-
-def collect(decoupler: "PathDecoupler", loader: Iterable[Any], *, logits: bool, show_progress: bool) -> Paths:
-    """See `PathDecoupler.paths`."""
-    if decoupler.is_frozen:
-        raise OptionError("inside frozen() gates are given and are no image's path; collect paths outside of it")
-    if not isinstance(loader, Iterable):
-        raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
-    first = next(decoupler.model.parameters())
-    codes, predictions, labels, kept = [], [], [], []
-    costs, classes, size = None, 0, None
-    with borrowed(decoupler), tqdm(iter(loader), disable=not show_progress, desc="paths") as bar:
-        for index, raw in enumerate(bar):
-            inputs, given = unpack(raw, False, index)
-            inputs = tuple(value_to_model(value, first.device, first.dtype) for value in inputs)
-            if not len(inputs[0]):
-                continue
-            output, gates = decoupler.gate_logits(*inputs) if logits else decoupler.gates(*inputs)
-            if not isinstance(output, Tensor) or output.dim() != 2:
-                raise ShapeError(f"expected logits (N, C) from the model, got {_shape(output)}")
-            row = torch.cat(gates, 1)
-            if not torch.isfinite(row).all():
-                raise NonFiniteError(f"{not_finite(decoupler.layers, gates)}; look at batch {index}")
-            if not torch.isfinite(output).all():
-                raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
-            classes = output.shape[1]
-            codes.append(torch.from_numpy(np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")))
-            predictions.append(output.argmax(1).cpu())
-            if given is not None:
-                labels.append(check_labels(given, len(row), index).cpu())
-                check_range(labels[-1], classes, index)
-            if logits:
-                kept.append(row.float().cpu())
-            shape = tuple(inputs[0].shape[1:])
-            if costs is None:
-                size = shape
-                costs = decoupler.costs(*(value[:1] if isinstance(value, Tensor) else value for value in inputs))
-            elif shape != size:
-                raise ShapeError(
-                    f"batch {index} has inputs of size {shape}, those before it {size}; what a path costs depends on "
-                    "that: resize the images, or collect each size for itself"
-                )
-    if costs is None:
-        raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
-    if labels and len(labels) != len(codes):
-        raise LabelError(f"{len(labels)} of {len(codes)} batches have labels; give them for all or for none")
-    return Paths(
-        torch.cat(codes), torch.cat(predictions), torch.cat(labels) if labels else None, decoupler.layers,
-        decoupler.channels, classes, fingerprint(decoupler), costs, torch.cat(kept) if logits else None,
-    )  # fmt: skip
-
-
-def costs_of(decoupler: "PathDecoupler", example: tuple[Any, ...]) -> Costs:
-    """See `PathDecoupler.costs`."""
-    try:
-        calls = calls_of(decoupler.model)
-    except LayerError:
-        calls = calls_of(decoupler.model, example)
-    controllers: Any = decoupler.controllers
-    work = sum(each.squeeze.weight.numel() + each.excite.weight.numel() for each in controllers)
-    return count_costs(decoupler.model, calls, decoupler.units, example, work)
-
-
-def _shape(output: Any) -> str:
-    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__

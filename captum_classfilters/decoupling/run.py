@@ -26,10 +26,13 @@ class Run:
         frozen: Gates to take instead of the controllers' own.
         logits: Keep g of eq. 2.
         pooled: Keep the mean response of every channel before it is masked.
+        straight_through: Hard gates in eval mode have the gradient of soft ones.
     """
 
-    def __init__(self, frozen: Gates | None, logits: bool = False, pooled: bool = False) -> None:
-        self.frozen = frozen
+    def __init__(
+        self, frozen: Gates | None, logits: bool = False, pooled: bool = False, straight_through: bool = False
+    ) -> None:
+        self.frozen, self.straight_through = frozen, straight_through
         self.gates: dict[int, Tensor] = {}
         self.logits: dict[int, Tensor] | None = {} if logits else None
         self.pooled: dict[int, Tensor] | None = {} if pooled else None
@@ -67,9 +70,11 @@ def _opens(run: Run, index: int, controller: Controller, name: str) -> Callable[
             raise ShapeError(f"{name} got an image without a batch, {tuple(features.shape)}; pass (N, C, ...)")
         if run.frozen is not None:
             run.gates[index] = _repeated(run.frozen[index], len(features), name).to(features.device)
-        elif run.logits is not None:
-            run.logits[index] = controller.logits(features)
-            run.gates[index] = controller.gates(run.logits[index])
+        elif run.logits is not None or run.straight_through:
+            logits = controller.logits(features)
+            run.gates[index] = controller.gates(logits, run.straight_through)
+            if run.logits is not None:
+                run.logits[index] = logits
         else:
             # called, not taken apart: Captum's LayerActivation hooks it to read the gates
             run.gates[index] = controller(features)

@@ -1,0 +1,217 @@
+"""Attackers who know of the detector: what a detector is worth is what it is worth against them.
+
+N images, K channels in all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from captum.robust import Perturbation
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_classfilters.attacks import Normalized
+from captum_classfilters.attacks.oracle import check_bounds, check_images
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.errors import LabelError, OptionError
+from captum_classfilters.core.stream import check_labels
+from captum_classfilters.decoupling import PathDecoupler, Paths
+
+# ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, to be made small
+Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class _GatePGD(Perturbation):
+    """Projected gradient descent through the gates: hard forward, with the gradient of soft ones backward."""
+
+    def __init__(
+        self, decoupler: PathDecoupler | Normalized, weight: float, lower_bound: float, upper_bound: float
+    ) -> None:
+        check_bounds(lower_bound, upper_bound)
+        inner = decoupler.model if isinstance(decoupler, Normalized) else decoupler
+        if not isinstance(inner, PathDecoupler):
+            raise OptionError(f"expected a PathDecoupler, or Normalized around one, got {type(inner).__name__}")
+        if not weight >= 0:
+            raise OptionError(f"weight must be at least 0, got {weight!r}")
+        self.network, self.weight = decoupler, weight
+        self.lower_bound, self.upper_bound = lower_bound, upper_bound
+        self._inner: PathDecoupler = inner
+
+    def _descend(
+        self, images: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int, goal: Goal
+    ) -> Tensor:
+        """The image of each search that fools the network with the smallest loss; the last one where none does."""
+        check_images(images, self.lower_bound, self.upper_bound)
+        original = images.detach()
+        best, best_loss = original.clone(), torch.full((len(images),), torch.inf, device=images.device)
+        current, rows = original.clone(), torch.arange(len(images), device=images.device)
+        with borrowed(self.network, grad=True), self._inner.straight_through():
+            for step in range(step_num + 1):
+                current.requires_grad_(True)
+                logits, gates, gate_logits = self._forward(current)
+                loss = goal(logits, gates, gate_logits, labels, rows)
+                fooled = logits.argmax(1) != labels
+                # one that fools is better than any that does not
+                ranked = loss.detach() + torch.where(fooled, 0.0, 1e6) if step else torch.full_like(best_loss, 1e9)
+                better = ranked < best_loss
+                best[better], best_loss[better] = current.detach()[better], ranked[better]
+                if step == step_num:
+                    break
+                (gradient,) = torch.autograd.grad(loss.sum(), current)
+                moved = current.detach() - step_size * gradient.sign()
+                moved = original + (moved - original).clamp(-radius, radius)
+                current = moved.clamp(self.lower_bound, self.upper_bound)
+        return best
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.network.normalize(images) if isinstance(self.network, Normalized) else images
+        logits, gates, gate_logits = self._inner.gates_and_logits(inputs)
+        return logits, torch.cat(gates, 1), torch.cat(gate_logits, 1)
+
+
+class AdaptivePGD(_GatePGD):
+    """PGD on the network and on the detector at once: to be seen wrong, and not to be noticed.
+
+    Each step lowers ``weight * surrogate(gates) - cross-entropy``, where the surrogate says how adversarial a path
+    looks: train one with `distil`. Gates are hard, with the gradient of soft ones, so that it sees how paths bend.
+
+    Source: the protocol of Carlini & Wagner 2017, "Adversarial examples are not easily detected", and of Athalye et al.
+    2018 for steps without a gradient.
+
+    Args:
+        decoupler: The network, or `Normalized` around it.
+        surrogate: Bits ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: of the network alone, but
+            through its gates.
+        weight: Of the surrogate.
+        lower_bound: Smallest value of a pixel.
+        upper_bound: Largest value of a pixel.
+
+    Raises:
+        OptionError: An argument out of range.
+    """
+
+    def __init__(
+        self,
+        decoupler: PathDecoupler | Normalized,
+        surrogate: Callable[[Tensor], Tensor] | None = None,
+        *,
+        weight: float = 1.0,
+        lower_bound: float = 0.0,
+        upper_bound: float = 1.0,
+    ) -> None:
+        super().__init__(decoupler, weight, lower_bound, upper_bound)
+        self.surrogate = surrogate
+
+    def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
+        """Attack each image.
+
+        Args:
+            inputs: ``(N, colours, H, W)`` of pixels in the bounds.
+            labels: ``(N,)`` true classes.
+            radius: The most that a pixel may change.
+            step_size: How much it changes in a step.
+            step_num: Steps.
+
+        Returns:
+            Same shape: of all steps the one that fools the network and looks least adversarial; one that does not fool
+            it where none does.
+        """
+        labels = check_labels(labels, len(inputs)).to(inputs.device)
+
+        def goal(logits: Tensor, gates: Tensor, _: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+            wrong = -F.cross_entropy(logits, labels, reduction="none")
+            return wrong if self.surrogate is None else wrong + self.weight * self.surrogate(gates)
+
+        return self._descend(inputs, labels, radius, step_size, step_num, goal)
+
+
+class PathMatching(_GatePGD):
+    """PGD towards the path of a clean image of another class: what a detector of paths should find hardest.
+
+    Lowers the cross-entropy with the class of the path aimed at, and ``weight`` times the mean over channels of the
+    binary cross-entropy between that path's bits and the gates' logits. The aim is the nearest of ``paths`` that the
+    network says another class of than the image's.
+
+    Source: after the feature matching of Sabour et al. 2016, "Adversarial manipulation of deep representations".
+
+    Args:
+        decoupler: The network, or `Normalized` around it.
+        paths: Of clean images of several classes.
+        weight: Of the path.
+        lower_bound: Smallest value of a pixel.
+        upper_bound: Largest value of a pixel.
+
+    Raises:
+        OptionError: An argument out of range.
+        MergeError: Paths of another network.
+    """
+
+    def __init__(
+        self,
+        decoupler: PathDecoupler | Normalized,
+        paths: Paths,
+        *,
+        weight: float = 10.0,
+        lower_bound: float = 0.0,
+        upper_bound: float = 1.0,
+    ) -> None:
+        super().__init__(decoupler, weight, lower_bound, upper_bound)
+        if len(set(paths.predictions.tolist())) < 2:
+            raise LabelError("expected clean paths of at least two classes to aim at, got fewer; give more")
+        self.paths = paths
+
+    def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
+        """Attack each image; see `AdaptivePGD.perturb`."""
+        labels = check_labels(labels, len(inputs)).to(inputs.device)
+        own = self._inner.paths(self._normalised(inputs.detach()))
+        far = own.distances(self.paths) + 10**6 * (self.paths.predictions[None] == labels.cpu()[:, None])
+        nearest = far.argmin(1)
+        aims = self.paths.bits()[nearest].to(inputs.device, inputs.dtype)
+        targets = self.paths.predictions[nearest].to(inputs.device)
+
+        def goal(logits: Tensor, _: Tensor, gate_logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+            apart = F.binary_cross_entropy_with_logits(gate_logits, aims[rows], reduction="none").mean(1)
+            return F.cross_entropy(logits, targets[rows], reduction="none") + self.weight * apart
+
+        return self._descend(inputs, labels, radius, step_size, step_num, goal)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return self.network.normalize(images) if isinstance(self.network, Normalized) else images
+
+
+def distil(
+    detector: Any, paths: Paths, *, hidden: int = 64, epochs: int = 200, lr: float = 1e-2, seed: int = 0
+) -> nn.Module:
+    """A small network that says of bits what a detector says: the surrogate of an attacker who may only ask.
+
+    Args:
+        detector: With ``strangeness``: a `PathDetector` or `PathOutlierDetector`, fitted.
+        paths: Asked about; clean and adversarial ones.
+        hidden: Units.
+        epochs: Passes of AdamW over all of them, in batches of 256.
+        lr: Learning rate.
+        seed: Of its weights and batches.
+
+    Returns:
+        Bits ``(N, K)`` to ``(N,)``: the detector's answer in standard deviations from its mean.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bits = paths.bits().float()
+    asked = torch.as_tensor(detector.strangeness(paths)).float()
+    asked = (asked - asked.mean()) / asked.std().clamp(min=1e-12)
+    surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))
+    with torch.no_grad():
+        for parameter in surrogate.parameters():
+            spread = parameter.shape[-1] ** -0.5
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * spread)
+    optimizer = torch.optim.AdamW(surrogate.parameters(), lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for rows in torch.split(torch.randperm(len(bits), generator=generator), 256):
+            loss = F.mse_loss(surrogate(bits[rows]), asked[rows])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+    return surrogate.requires_grad_(False).eval()

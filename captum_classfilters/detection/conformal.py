@@ -1,0 +1,140 @@
+"""Split-conformal p-values: how sure one may be that a path is not that of a clean image.
+
+n clean paths for calibration, m paths judged.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from captum_classfilters.core.errors import CalibrationError, NotCalibratedError, OptionError
+from captum_classfilters.detection.profiles import Array
+
+
+def p_values(scores: Array, calibration: Array) -> Array:
+    """``(1 + #{calibration >= score}) / (n + 1)``: for a clean path at most alpha with probability at most alpha.
+
+    Source: Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", eq. 2.20, of a held-out set. Holds
+    where clean paths judged later come from where those for calibration came from. Equal scores count against the
+    alarm: with coarse scores the rate is lower than alpha.
+
+    Args:
+        scores: ``(m,)``, larger is stranger.
+        calibration: ``(n,)``, of clean paths that nothing was fitted on.
+
+    Example:
+        >>> p_values(np.array([0.5, 9.0]), np.array([0.0, 1.0, 2.0])).tolist()
+        [0.75, 0.25]
+    """
+    below = np.searchsorted(np.sort(calibration), scores, side="left")
+    return (1 + len(calibration) - below) / (len(calibration) + 1)
+
+
+def false_positive_interval(alpha: float, calibration: int, judged: int, level: float = 0.99) -> tuple[float, float]:
+    """Between which shares the false positives of a calibrated detector lie, by chance alone: ``(low, high)``.
+
+    The calibration set is itself a draw, so their number is beta-binomial and scatters more than a binomial one.
+
+    Source: Vovk 2012, "Conditional validity of inductive conformal predictors", proposition 2a.
+
+    Args:
+        alpha: The rate that was asked for.
+        calibration: n.
+        judged: Clean paths that were judged.
+        level: Of the interval.
+
+    Raises:
+        CalibrationError: n is too small for alpha.
+
+    Example:
+        >>> low, high = false_positive_interval(0.05, 1000, 1000)
+        >>> round(low, 3), round(high, 3)
+        (0.026, 0.077)
+    """
+    check_enough(calibration, alpha)
+    allowed = math.floor(alpha * (calibration + 1) + 1e-9)
+    spread = stats.betabinom(judged, allowed, calibration + 1 - allowed)
+    return float(spread.ppf(0.5 - level / 2)) / judged, float(spread.ppf(0.5 + level / 2)) / judged
+
+
+def check_enough(count: int, alpha: float) -> None:
+    """Refuse a calibration set that cannot give p-values as small as alpha."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
+        raise OptionError(f"alpha is the rate of false positives, between 0 and 1, got {alpha!r}")
+    # 1e-9: 1 / 0.05 is 20.000000000000004 elsewhere
+    if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):
+        raise CalibrationError(
+            f"a false-positive rate of {alpha:g} needs at least {needed} clean paths for calibration, got {count}"
+        )
+
+
+class Calibrated:
+    """What a detector gains by clean paths that it was not fitted on: p-values, and alarms at a given rate.
+
+    A class that has this gives `strangeness`: larger for what is more likely adversarial.
+    """
+
+    def strangeness(self, X: Any) -> Array:  # noqa: N803
+        """``(m,)`` float64."""
+        raise NotImplementedError
+
+    def calibrate(self, X_clean: Any, alpha: float = 0.05) -> Any:  # noqa: N803
+        """Set the alarm to go off for a share ``alpha`` of clean images, by paths the detector was not fitted on.
+
+        Args:
+            X_clean: ``(n, K)`` array, tensor or `Paths` of clean images, from where later ones come from: not those the
+                network was trained on, which it knows too well. Count as clean what you would not have alarms for:
+                images that are seen wrong, noisy ones.
+            alpha: The rate of false positives.
+
+        Returns:
+            Itself.
+
+        Raises:
+            CalibrationError: n is below ``1 / alpha - 1``.
+        """
+        scores = np.sort(self.strangeness(X_clean))
+        check_enough(len(scores), alpha)
+        self.calibration_scores_, self.alpha_ = scores, alpha
+        return self
+
+    def p_value(self, X: Any) -> Array:  # noqa: N803
+        """How often a clean path is at least as strange, ``(m,)``; see `p_values`.
+
+        Raises:
+            NotCalibratedError: `calibrate` comes first.
+        """
+        return p_values(self.strangeness(X), self._scores())
+
+    def is_adversarial(self, X: Any, alpha: float | None = None) -> Array:  # noqa: N803
+        """Alarms, ``(m,)`` bool: ``p_value(X) <= alpha``.
+
+        Args:
+            X: ``(m, K)`` array, tensor or `Paths`.
+            alpha: Another rate than that of `calibrate`.
+
+        Raises:
+            NotCalibratedError: `calibrate` comes first.
+            CalibrationError: Too few paths for this rate.
+        """
+        scores = self._scores()
+        if alpha is None:
+            alpha = self.alpha_
+        check_enough(len(scores), alpha)
+        alarms: Array = self.p_value(X) <= alpha
+        return alarms
+
+    def _scores(self) -> Array:
+        if not hasattr(self, "calibration_scores_"):
+            raise NotCalibratedError(
+                f"{type(self).__name__} is not calibrated: an alarm needs a rate of false positives; call "
+                "calibrate(clean_paths, alpha=0.05) with clean paths it was not fitted on"
+            )
+        return self.calibration_scores_
+
+    def _forget_calibration(self) -> None:
+        """After another `fit` the old scores mean nothing."""
+        for name in ("calibration_scores_", "alpha_"):
+            self.__dict__.pop(name, None)

@@ -1,0 +1,292 @@
+"""Images and their adversarial twins, as paths: what a detector learns from and is judged by.
+
+N images given, n of them kept; K channels in all.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from warnings import warn
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_classfilters.attacks import Normalized
+from captum_classfilters.attacks.calling import Attack
+from captum_classfilters.attacks.oracle import check_bounds, check_images
+from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.errors import AttackFailedWarning, EmptyLoaderError, OptionError
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.stream import check_labels, unpack
+from captum_classfilters.decoupling import PathDecoupler, Paths
+from captum_classfilters.decoupling.reading import PathReader
+
+_KIND, _VERSION = "PathPairs", 1
+_PARTS = ("clean", "adversarial", "noise", "misclassified")
+_BESIDE = ("index", "images", "adversarial_images")
+
+
+@dataclass(frozen=True, eq=False)
+class PathPairs:
+    """Paths of images that a network saw right, and of the same images after an attack that fooled it.
+
+    Attributes:
+        clean: Of n images.
+        adversarial: Of the same images, attacked; labels are still the true classes.
+        noise: Of the same images with as large a change at random, which counts as clean: a detector that finds noise
+            has not found attacks.
+        misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
+        index: ``(n,)`` int64: which image of the loader each pair is, so that pairs of several attacks can be grouped.
+        tried: Images that were attacked.
+        images: ``(n, colours, H, W)``, if asked for, and the same after the attack.
+        adversarial_images: See ``images``.
+    """
+
+    clean: Paths
+    adversarial: Paths
+    noise: Paths
+    misclassified: Paths
+    index: Tensor
+    tried: int
+    images: Tensor | None = None
+    adversarial_images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def succeeded(self) -> int:
+        """Images on which the attack changed what the network says: n."""
+        return len(self)
+
+    @property
+    def dropped(self) -> int:
+        """Images that were attacked in vain."""
+        return self.tried - len(self)
+
+    @property
+    def success(self) -> float:
+        """Share of the attacked images that were fooled; NaN if none was attacked."""
+        return len(self) / self.tried if self.tried else float("nan")
+
+    def __getitem__(self, rows: Any) -> "PathPairs":
+        """Some of the pairs; ``tried`` and ``misclassified`` stay those of all."""
+        kept: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[rows] for name in (*_PARTS[:3], *_BESIDE)
+        }
+        return replace(self, **kept)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors with a JSON header: attacks take long."""
+        tensors = {f"{part}.{name}": value for part in _PARTS for name, value in getattr(self, part).tensors().items()}
+        tensors |= {name: value for name in _BESIDE if (value := getattr(self, name)) is not None}
+        write(path, tensors, kind=_KIND, version=_VERSION, meta={**self.clean.meta(), "tried": self.tried})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PathPairs":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, FileFormatError: There is no such file, or it is none of these.
+        """
+        tensors, meta = read(path, kind=_KIND, version=_VERSION)
+        parts = {
+            part: Paths.of({name.removeprefix(f"{part}."): value for name, value in tensors.items()}, meta)
+            for part in _PARTS
+        }
+        found: dict[str, Any] = {**parts, **{name: tensors.get(name) for name in _BESIDE}}
+        return cls(**found, tried=meta["tried"])
+
+    def __repr__(self) -> str:
+        return (
+            f"PathPairs({len(self)} of {self.tried} attacked images fooled the network, "
+            f"{len(self.misclassified)} were seen wrong before)"
+        )
+
+    def stack(self, *, noise: bool = True) -> tuple[Paths, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """`stack_pairs` of these, with noise among the clean ones, grouped by image."""
+        return stack_pairs(self.clean, self.adversarial, self.noise if noise else None, groups=self.index)
+
+
+def stack_pairs(
+    clean: Paths, adversarial: Paths, noise: Paths | None = None, *, groups: Any = None
+) -> tuple[Paths, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Clean and adversarial paths in one table, for scikit-learn.
+
+    Args:
+        clean: Of n images.
+        adversarial: Of the same images in the same order.
+        noise: Of these images with noise: clean, and of the same groups.
+        groups: ``(n,)`` which image each is; None: a number for each pair.
+
+    Returns:
+        ``(X, y, groups)``: `Paths`, which scikit-learn takes for ``(2n, K)`` or ``(3n, K)`` bits; 1 for adversarial and
+        0 for clean, ``int64``; the same group for an image and its twins: split by it, or a twin of what is tested was
+        trained on.
+
+    Raises:
+        OptionError: Not twins: other numbers of them.
+        MergeError: Of different networks.
+    """
+    parts = [clean, adversarial, *([] if noise is None else [noise])]
+    if len({len(part) for part in parts}) > 1:
+        counts = ", ".join(str(len(part)) for part in parts)
+        raise OptionError(f"clean and adversarial paths must be of the same images in the same order, got {counts}")
+    index = np.arange(len(clean)) if groups is None else np.asarray(groups)
+    if index.shape != (len(clean),):
+        raise OptionError(f"groups must have shape ({len(clean)},), one for each pair, got {index.shape}")
+    marks = np.repeat([0, 1, 0][: len(parts)], len(clean)).astype(np.int64)
+    return Paths.merge(*parts), marks, np.tile(index, len(parts))
+
+
+def adversarial_paths(
+    decoupler: PathDecoupler | Normalized,
+    loader: Iterable[Any],
+    perturbation: Callable[..., Tensor],
+    *,
+    epsilon: float | None = None,
+    lower_bound: float = 0.0,
+    upper_bound: float = 1.0,
+    logits: bool = False,
+    keep_images: bool = False,
+    max_pairs: int | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+    **options: Any,
+) -> PathPairs:
+    """Attack every image that the network sees right; keep the paths of those that were fooled, and of their twins.
+
+    Source: "Interpretable neural network decoupling", section 4.4. Differs: only attacks that succeeded count, and
+    noise of the same size is there as a control.
+
+    Args:
+        decoupler: The network that is attacked; in `Normalized` if it takes normalised images. In eval mode meanwhile.
+        loader: Batches ``(images, labels)``: pixels ``(N, colours, H, W)`` in the bounds; read once.
+        perturbation: A `captum.robust.Perturbation`, or a function ``(images, labels) -> images``. Made on
+            ``decoupler``, it is the attack on this network; made on another, it tests what transfers.
+        epsilon: The most that a pixel may change, in units of the pixels; given to the attack and checked. None: as
+            the attack was made.
+        lower_bound: Smallest value of a pixel.
+        upper_bound: Largest value of a pixel.
+        logits: Keep the gates' logits.
+        keep_images: Keep the images.
+        max_pairs: Stop after the batch in which there are this many, and keep no more. None: all.
+        seed: Of the noise: with ``epsilon`` every pixel changes by it, up or down at random; else the attack's own
+            changes move to random places with random signs.
+        show_progress: A tqdm bar.
+        options: The attack's own arguments: ``step_num``, ``step_size``, ``norm``, ... Where Captum's PGD has no
+            defaults, 10 steps of ``2.5 * epsilon / 10`` are taken.
+
+    Returns:
+        `PathPairs`; without pairs, and with a warning, if the attack never succeeds.
+
+    Raises:
+        OptionError: Images or attacked images outside the bounds or changed by more than ``epsilon``; an attack that is
+            none, or lacks an argument.
+        ShapeError, DeviceError, NonFiniteError: What the attack, or the loader, gives does not fit.
+        LabelError, EmptyLoaderError: No labels; no batch.
+    """
+    network = unwrap(decoupler)
+    inner = network.model if isinstance(network, Normalized) else network
+    if not isinstance(inner, PathDecoupler):
+        raise OptionError(f"expected a PathDecoupler, or Normalized(a PathDecoupler, ...), got {type(inner).__name__}")
+    if max_pairs is not None and (isinstance(max_pairs, bool) or max_pairs < 1):
+        raise OptionError(f"max_pairs must be at least 1 or None, got {max_pairs!r}")
+    check_bounds(lower_bound, upper_bound)
+    attack = Attack(perturbation, epsilon, lower_bound, upper_bound, options)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[_Batch] = []
+    with borrowed(network, grad=True), tqdm(iter(loader), disable=not show_progress, desc="attack") as bar:
+        watch = _Watch(network, PathReader(inner, logits))
+        for batch in _attacked(watch, bar, attack, generator):
+            found.append(batch)
+            kept = sum(len(each.clean) for each in found)
+            bar.set_postfix(pairs=kept, refresh=False)
+            if max_pairs is not None and kept >= max_pairs:
+                break
+    if not found:
+        raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
+    pairs = _together(found, keep_images)
+    if not len(pairs):
+        warn(_in_vain(pairs, attack), AttackFailedWarning, stacklevel=2)
+    return pairs if max_pairs is None else pairs[:max_pairs]
+
+
+class _Watch(NamedTuple):
+    """A network of pixels, and what reads its paths."""
+
+    network: Any
+    reader: PathReader
+
+    def paths(self, images: Tensor, labels: Tensor, index: int) -> Paths:
+        normalised = self.network.normalize(images) if isinstance(self.network, Normalized) else images
+        return self.reader.read((normalised,), labels, index)
+
+
+class _Batch(NamedTuple):
+    clean: Paths
+    adversarial: Paths
+    noise: Paths
+    misclassified: Paths
+    which: Tensor
+    tried: int
+    images: Tensor
+    adversarial_images: Tensor
+
+
+def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: torch.Generator) -> Iterator[_Batch]:
+    first = 0
+    for number, raw in enumerate(loader):
+        inputs, labels = unpack(raw, True, number)
+        images = watch.reader.place(inputs)[0]
+        check_images(images, *attack.bounds, what=f"images of batch {number}")
+        if not len(images):
+            continue
+        labels = check_labels(labels, len(images), number)
+        seen = watch.paths(images, labels, number)
+        right = torch.eq(seen.predictions, labels.cpu())
+        images, chosen, clean = images[right], labels[right].to(images.device), seen[right]
+        changed = attack(images, chosen) if len(images) else images
+        after = watch.paths(changed, chosen, number) if len(images) else clean
+        fooled = torch.ne(after.predictions, chosen.cpu())
+        images, changed, chosen = images[fooled], changed[fooled], chosen[fooled]
+        noisy = _noisy(images, changed, attack, generator)
+        noise = watch.paths(noisy, chosen, number) if len(noisy) else after[fooled]
+        which = first + right.nonzero()[:, 0][fooled]
+        first += len(right)
+        yield _Batch(clean[fooled], after[fooled], noise, seen[~right], which, len(clean), images.cpu(), changed.cpu())
+
+
+def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
+    """Images with random changes of the size of the attack's."""
+    signs = (torch.rand(images.shape, generator=generator) < 0.5).to(images) * 2 - 1
+    if attack.epsilon is not None:
+        change = signs * attack.epsilon
+    else:
+        order = torch.rand(len(images), images[0].numel() if len(images) else 0, generator=generator).argsort(1)
+        moved = (changed - images).flatten(1).abs().gather(1, order.to(images.device))
+        change = signs * moved.view_as(images)
+    noisy: Tensor = (images + change).clamp(*attack.bounds)
+    return noisy
+
+
+def _together(found: list[_Batch], keep_images: bool) -> PathPairs:
+    clean, adversarial, noise, misclassified, which, tried, images, changed = zip(*found, strict=True)
+    return PathPairs(
+        Paths.merge(*clean), Paths.merge(*adversarial), Paths.merge(*noise), Paths.merge(*misclassified),
+        torch.cat(which), sum(tried),
+        torch.cat(images) if keep_images else None, torch.cat(changed) if keep_images else None,
+    )  # fmt: skip
+
+
+def _in_vain(pairs: PathPairs, attack: Attack) -> str:
+    if not pairs.tried:
+        return "the network sees none of these images right, so none was attacked; look at its labels and its images"
+    return (
+        f"{attack.name} fooled the network on none of {pairs.tried} images; raise epsilon or its steps. Captum's FGSM "
+        "and PGD do nothing where loss_func is not given and the model gives logits: pass "
+        'loss_func=torch.nn.CrossEntropyLoss(reduction="none")'
+    )
