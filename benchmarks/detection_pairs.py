@@ -51,7 +51,7 @@ def jobs() -> list[Job]:
         found.append(Job(f"pgd {epsilon}", pgd, epsilon / 255, (wanted, 40_000), (1000, 5000)))
         found.append(Job(f"fgsm {epsilon}", fgsm, epsilon / 255, (1000, 20_000), (1000, 5000)))
     found.append(Job("transfer 2", transferred, 2 / 255, (0, 0), (1000, 5000)))
-    found.append(Job("cw", carlini, None, (300, 400), (300, 400)))
+    found.append(Job("cw", carlini, None, (500, 700), (500, 700)))
     found.append(Job("local search", local_search, None, (0, 0), (100, 120)))
     found.append(Job("one pixel", one_pixel, None, (0, 0), (100, 100)))
     return found

@@ -50,15 +50,12 @@ class ARTAttack(Perturbation):
         check_count(num_classes, "num_classes", 2)
         check_count(seed, "seed", 0)
         evasion, _ = art()
-        self.attack: Any = getattr(evasion, attack, None) if isinstance(attack, str) else attack
-        if not hasattr(self.attack, "attack_params"):
-            raise OptionError(
-                f'attack must be a name or class of art.attacks.evasion, as "CarliniL2Method", got {attack!r}'
-            )
-        unknown = [name for name in options if name not in self.attack.attack_params]
-        if unknown:
-            known = self.attack.attack_params
-            raise OptionError(f"{self.attack.__name__} has no option {unknown[0]!r}; it has {known}")
+        kind: Any = getattr(evasion, attack, None) if isinstance(attack, str) else attack
+        if not hasattr(kind, "attack_params"):
+            raise OptionError(f'attack must be of art.attacks.evasion, as "CarliniL2Method", got {attack!r}')
+        if unknown := [name for name in options if name not in kind.attack_params]:
+            raise OptionError(f"{kind.__name__} has no option {unknown[0]!r}; it has {kind.attack_params}")
+        self.attack = kind
         self.forward_func, self.lower_bound, self.upper_bound = forward_func, lower_bound, upper_bound
         self.num_classes, self.seed, self.options = num_classes, seed, options
 

@@ -51,7 +51,7 @@ def false_positive_interval(alpha: float, calibration: int, judged: int, level: 
     Example:
         >>> low, high = false_positive_interval(0.05, 1000, 1000)
         >>> round(low, 3), round(high, 3)
-        (0.026, 0.077)
+        (0.027, 0.077)
     """
     check_enough(calibration, alpha)
     allowed = math.floor(alpha * (calibration + 1) + 1e-9)

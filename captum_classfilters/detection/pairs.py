@@ -26,7 +26,7 @@ from captum_classfilters.decoupling.reading import PathReader
 
 _KIND, _VERSION = "PathPairs", 1
 _PARTS = ("clean", "adversarial", "noise", "misclassified")
-_BESIDE = ("index", "images", "adversarial_images")
+_BESIDE = ("index", "images", "adversarial_images", "noise_images")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class PathPairs:
         misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
         index: ``(n,)`` int64: which image of the loader each pair is, so that pairs of several attacks can be grouped.
         tried: Images that were attacked.
-        images: ``(n, colours, H, W)``, if asked for, and the same after the attack.
-        adversarial_images: See ``images``.
+        images: ``(n, colours, H, W)``, if asked for.
+        adversarial_images: The same after the attack.
+        noise_images: The same with noise.
     """
 
     clean: Paths
@@ -53,6 +54,7 @@ class PathPairs:
     tried: int
     images: Tensor | None = None
     adversarial_images: Tensor | None = None
+    noise_images: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -233,8 +235,7 @@ class _Batch(NamedTuple):
     misclassified: Paths
     which: Tensor
     tried: int
-    images: Tensor
-    adversarial_images: Tensor
+    images: tuple[Tensor, Tensor, Tensor]  # clean, attacked, with noise
 
 
 def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: torch.Generator) -> Iterator[_Batch]:
@@ -257,7 +258,15 @@ def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: t
         noise = watch.paths(noisy, chosen, number) if len(noisy) else after[fooled]
         which = first + right.nonzero()[:, 0][fooled]
         first += len(right)
-        yield _Batch(clean[fooled], after[fooled], noise, seen[~right], which, len(clean), images.cpu(), changed.cpu())
+        yield _Batch(
+            clean[fooled],
+            after[fooled],
+            noise,
+            seen[~right],
+            which,
+            len(clean),
+            (images.cpu(), changed.cpu(), noisy.cpu()),
+        )
 
 
 def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
@@ -274,11 +283,11 @@ def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Gen
 
 
 def _together(found: list[_Batch], keep_images: bool) -> PathPairs:
-    clean, adversarial, noise, misclassified, which, tried, images, changed = zip(*found, strict=True)
+    clean, adversarial, noise, misclassified, which, tried, images = zip(*found, strict=True)
+    kept = [torch.cat(kind) for kind in zip(*images, strict=True)] if keep_images else [None] * 3
     return PathPairs(
         Paths.merge(*clean), Paths.merge(*adversarial), Paths.merge(*noise), Paths.merge(*misclassified),
-        torch.cat(which), sum(tried),
-        torch.cat(images) if keep_images else None, torch.cat(changed) if keep_images else None,
+        torch.cat(which), sum(tried), *kept,
     )  # fmt: skip
 
 
