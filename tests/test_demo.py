@@ -27,6 +27,7 @@ def test_demo_prints_the_table_and_says_where_the_pictures_are(demo):
     assert "ankle boot" in done.stdout
     assert "random" in done.stdout
     assert "of another image" in done.stdout
+    assert "of attacked ones" in done.stdout
     assert str(out) in done.stdout
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == [

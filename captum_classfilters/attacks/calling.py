@@ -4,6 +4,7 @@ Captum's attacks take a radius or an epsilon and a target, others ``(images, lab
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,12 +83,13 @@ class Attack:
         Raises:
             ShapeError, DeviceError, NonFiniteError, OptionError: It gave something else.
         """
-        # a copy that has gradients: Captum's attacks warn about any other, and one may write into it
+        # a copy: an attack may write into it
         given = images.detach().clone().requires_grad_(torch.is_grad_enabled())
-        if self.label is None:
-            found = self.call(given, labels, **self.options)
-        else:
-            found = self.call(given, **{self.label: labels}, **self.options)
+        named = {} if self.label is None else {self.label: labels}
+        with warnings.catch_warnings():
+            # Captum's PGD says so of its own images, in every step but the first
+            warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
+            found = self.call(given, **named, **self.options) if named else self.call(given, labels, **self.options)
         if not isinstance(found, Tensor) or found.shape != images.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ShapeError(f"{self.name} must give images of shape {tuple(images.shape)}, got {got}")
@@ -100,8 +102,9 @@ class Attack:
                 'gives unless told otherwise: pass loss_func=torch.nn.CrossEntropyLoss(reduction="none")'
             )
         check_images(found, *self.bounds, what=f"images from {self.name}")
-        # half precision too
-        changed = (found.float() - images.float()).abs().max().item() if len(images) else 0.0
+        # half precision too, and no less than it came in
+        wide = torch.promote_types(images.dtype, torch.float32)
+        changed = (found.to(wide) - images.to(wide)).abs().max().item() if len(images) else 0.0
         slack = torch.finfo(images.dtype).eps * max(map(abs, (*self.bounds, 1.0))) * 4
         if self.epsilon is not None and changed > self.epsilon * (1 + _ROUNDING) + slack:
             raise OptionError(

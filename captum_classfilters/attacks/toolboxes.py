@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from captum.robust import Perturbation
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from captum_classfilters.attacks.one_pixel import art, seeded
 from captum_classfilters.attacks.oracle import Oracle, check_bounds, check_count, check_images
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import check_labels
+from captum_classfilters.core.stream import check_labels, check_range
 
 
 class ARTAttack(Perturbation):
@@ -79,6 +80,11 @@ class ARTAttack(Perturbation):
         _, classifiers = art()
         oracle = Oracle(self.forward_func)
         with oracle.open(grad=True), seeded([self.seed]):
+            # not torch.manual_seed: only this generator is put back
+            torch.default_generator.manual_seed(self.seed)
+            check_range(labels, classes := oracle.logits(inputs[:1]).shape[1])
+            if classes != self.num_classes:
+                raise OptionError(f"the model gives {classes} classes, got num_classes={self.num_classes}")
             classifier = classifiers.PyTorchClassifier(
                 model=_Hidden(oracle, self.forward_func),
                 loss=nn.CrossEntropyLoss(),
@@ -87,7 +93,8 @@ class ARTAttack(Perturbation):
                 clip_values=(self.lower_bound, self.upper_bound),
                 device_type="cpu",
             )
-            attack = self.attack(classifier, **{"verbose": False} | self.options)
+            quiet = {"verbose": False} if "verbose" in self.attack.attack_params else {}
+            attack = self.attack(classifier, **quiet | self.options)
             one_hot = nn.functional.one_hot(labels.cpu(), self.num_classes).numpy()
             found = attack.generate(inputs.detach().float().cpu().numpy(), one_hot)
         changed: Tensor = torch.from_numpy(found).to(inputs).clamp(self.lower_bound, self.upper_bound)
@@ -124,7 +131,8 @@ class FoolboxAttack(Perturbation):
         Args:
             inputs: ``(N, colours, H, W)``, floating, in [lower_bound, upper_bound].
             labels: True classes, ``(N,)``.
-            epsilon: The size of the change in the attack's own norm; None: as small as the attack finds.
+            epsilon: The size of the change in the attack's own norm; None: as small as the attack finds, for those that
+                look for it.
 
         Returns:
             Same shape, dtype and device, in the bounds.
@@ -134,14 +142,19 @@ class FoolboxAttack(Perturbation):
         """
         check_images(inputs, self.lower_bound, self.upper_bound)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
+        if epsilon is None and isinstance(self.attack, _foolbox().attacks.base.FixedEpsilonAttack):
+            raise OptionError(f"{type(self.attack).__name__} needs to know how large a change may be; pass epsilon=")
         if not len(inputs):
             return inputs.detach().clone()
         oracle = Oracle(self.forward_func)
         with oracle.open(grad=True):
+            check_range(labels, oracle.logits(inputs[:1]).shape[1])
             model = _foolbox().PyTorchModel(
                 _Hidden(oracle, self.forward_func).eval(), (self.lower_bound, self.upper_bound), device=inputs.device
             )
-            _, found, _ = self.attack(model, inputs.detach(), labels, epsilons=epsilon)
+            # Foolbox has no tolerance for what rounding left outside
+            given = inputs.detach().clamp(self.lower_bound, self.upper_bound)
+            _, found, _ = self.attack(model, given, labels, epsilons=epsilon)
         changed: Tensor = found.detach().to(inputs).clamp(self.lower_bound, self.upper_bound)
         return changed
 
@@ -156,8 +169,29 @@ class _Hidden(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, C)``, with gradients, where the images are."""
-        output: Tensor = self._logits(images)
+        if not images.requires_grad:
+            return self._logits(images).to(images)
+        output: Tensor = _OfImagesAlone.apply(images, self._logits)
         return output.to(images)
+
+
+class _OfImagesAlone(torch.autograd.Function):
+    """A network whose parameters get no ``.grad``: toolboxes call ``backward``, which would leave some on them."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            ctx.given = images.detach().requires_grad_()
+            ctx.output = logits(ctx.given)
+        output: Tensor = ctx.output.detach()
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # kept: ART goes back once for each class
+        (found,) = torch.autograd.grad(ctx.output, ctx.given, gradient, retain_graph=True, materialize_grads=True)
+        return found, None
 
 
 def _foolbox() -> Any:

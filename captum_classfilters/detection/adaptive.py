@@ -15,7 +15,7 @@ from captum_classfilters.attacks import Normalized
 from captum_classfilters.attacks.oracle import check_bounds, check_images
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import LabelError, OptionError
-from captum_classfilters.core.stream import check_labels
+from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
 
 # ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, to be made small
@@ -41,21 +41,24 @@ class _GatePGD(Perturbation):
     def _descend(
         self, images: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int, goal: Goal
     ) -> Tensor:
-        """The image of each search that fools the network with the smallest loss; the last one where none does."""
+        """Of each search the image of the smallest loss among those that fool the network, or of all if none does."""
         check_images(images, self.lower_bound, self.upper_bound)
         original = images.detach()
         best, best_loss = original.clone(), torch.full((len(images),), torch.inf, device=images.device)
+        best_fools = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         current, rows = original.clone(), torch.arange(len(images), device=images.device)
         with borrowed(self.network, grad=True), self._inner.straight_through():
             for step in range(step_num + 1):
                 current.requires_grad_(True)
                 logits, gates, gate_logits = self._forward(current)
+                if not step:
+                    check_range(labels, logits.shape[1])
                 loss = goal(logits, gates, gate_logits, labels, rows)
-                fooled = logits.argmax(1) != labels
-                # one that fools is better than any that does not
-                ranked = loss.detach() + torch.where(fooled, 0.0, 1e6) if step else torch.full_like(best_loss, 1e9)
-                better = ranked < best_loss
-                best[better], best_loss[better] = current.detach()[better], ranked[better]
+                if step:
+                    fools = logits.argmax(1) != labels
+                    better = (fools & ~best_fools) | ((fools == best_fools) & (loss.detach() < best_loss))
+                    best[better] = current.detach()[better]
+                    best_loss, best_fools = torch.where(better, loss.detach(), best_loss), best_fools | (fools & better)
                 if step == step_num:
                     break
                 (gradient,) = torch.autograd.grad(loss.sum(), current)
@@ -163,7 +166,10 @@ class PathMatching(_GatePGD):
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
         """Attack each image; see `AdaptivePGD.perturb`."""
+        check_images(inputs, self.lower_bound, self.upper_bound)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
+        if not len(inputs):
+            return inputs.detach().clone()
         own = self._inner.paths(self._normalised(inputs.detach()))
         far = own.distances(self.paths) + 10**6 * (self.paths.predictions[None] == labels.cpu()[:, None])
         nearest = far.argmin(1)
@@ -200,7 +206,9 @@ def distil(
     bits = paths.bits().float()
     asked = torch.as_tensor(detector.strangeness(paths)).float()
     asked = (asked - asked.mean()) / asked.std().clamp(min=1e-12)
-    surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))
+    # layers draw weights when they are made, replaced below: not from the caller's random numbers
+    with torch.random.fork_rng(devices=[]):
+        surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))
     with torch.no_grad():
         for parameter in surrogate.parameters():
             spread = parameter.shape[-1] ** -0.5

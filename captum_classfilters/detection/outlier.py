@@ -66,7 +66,7 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
         self.profiles_ = None
         if isinstance(X, Paths):
             self.profiles_ = ClassProfiles(X, self.smoothing)
-            self.n_features_in_ = X.shape[1]
+            validate_data(self, np.asarray(X))
             scores = -self.profiles_.whole(self.profiles_.distances(X, among=True))
         else:
             values = validate_data(self, as_array(X), dtype=float)

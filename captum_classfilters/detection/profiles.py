@@ -32,7 +32,8 @@ class ClassProfiles:
 
     def __init__(self, paths: Paths, smoothing: float = 2.0) -> None:
         if not isinstance(paths, Paths) or not len(paths):
-            raise OptionError(f"expected Paths of clean images, got {'none' if isinstance(paths, Paths) else paths!r}")
+            got = "none" if isinstance(paths, Paths) else type(paths).__name__
+            raise OptionError(f"expected Paths of clean images, got {got}")
         if not smoothing > 0:
             raise OptionError(f"smoothing must be above 0, got {smoothing!r}")
         bits, classes = _numbers(paths)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from typing import Any
-from zipfile import BadZipFile
 
 from captum_classfilters._version import __version__
 from captum_classfilters.core.errors import FileFormatError, OptionError
@@ -45,8 +44,8 @@ def load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> An
         content = skops.load(path, trusted=sorted(known))
     except FileFormatError:
         raise
-    # skops reads what it finds, and a broken file fails wherever it is broken
-    except (BadZipFile, OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, IndexError) as error:
+    # skops reads what it finds: a broken file fails wherever it is broken, by whatever error that is
+    except Exception as error:
         raise FileFormatError(f"{path} is broken, or no file of a detector ({error}); save it again") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise FileFormatError(f"{path} holds no detector; expected what {kind.__name__}.save wrote")
@@ -55,9 +54,9 @@ def load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> An
             f"{path} has schema version {content.get('version')}, this package reads {_VERSION}; use the package that "
             f"wrote it ({content.get('package')})"
         )
-    if not isinstance(content["detector"], kind):
-        raise FileFormatError(f"{path} holds a {type(content['detector']).__name__}, expected a {kind.__name__}")
-    return content["detector"]
+    if not isinstance(detector := content.get("detector"), kind):
+        raise FileFormatError(f"{path} holds a {type(detector).__name__}, expected a {kind.__name__}")
+    return detector
 
 
 def _skops() -> Any:

@@ -1,4 +1,4 @@
-"""Results in, matplotlib Axes out: tables, curves, calculation paths and the images behind a channel.
+"""Results in, matplotlib Axes out: tables, curves, calculation paths, detectors and the images behind a channel.
 
 Every function takes ``ax``, draws there, and returns it; without ``ax`` it makes a figure of fitting size. None shows
 or saves a figure, or changes matplotlib's settings. The only room that imports matplotlib.
@@ -7,6 +7,7 @@ or saves a figure, or changes matplotlib's settings. The only room that imports 
 from captum_classfilters.visualize.cards import filter_cards
 from captum_classfilters.visualize.costs import macs_accuracy
 from captum_classfilters.visualize.curves import accuracy_curve
+from captum_classfilters.visualize.detection import auc_matrix, integral_paths, roc
 from captum_classfilters.visualize.fields import gate_strip, occlusion, switched_off
 from captum_classfilters.visualize.gates import (
     cluster_centres,
@@ -22,6 +23,7 @@ from captum_classfilters.visualize.tables import class_filters, overlap
 
 __all__ = [
     "accuracy_curve",
+    "auc_matrix",
     "class_filters",
     "cluster_centres",
     "confusion",
@@ -31,12 +33,14 @@ __all__ = [
     "filter_states",
     "gate",
     "gate_strip",
+    "integral_paths",
     "k_grid",
     "macs_accuracy",
     "occlusion",
     "overlap",
     "path_embedding",
     "path_profiles",
+    "roc",
     "similarity",
     "switched_off",
 ]
