@@ -143,7 +143,7 @@ def others(bench: Bench) -> None:
         tables = [pictures(learn, maha.read), pictures(test[judge][:few], maha.read)]
         paths = [joined([critical["train", name] for name in kept]), critical["test", judge]]
         for seed in range(RUNS):
-            part, half = four_fifths(len(learn), seed), four_fifths(few, seed + 100)
+            part, half = four_fifths(len(learn), seed), four_fifths(len(test[judge][:few]), seed + 100)
             X, y, _ = learn[part].stack()
             Xt, yt, _ = test[judge][:few][half].stack()
             shuffled = np.random.default_rng(seed).permutation(y)

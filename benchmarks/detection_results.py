@@ -62,7 +62,9 @@ def adaptive(bench: Bench) -> None:
     for detector in detectors.values():
         detector.calibrate(alarm_set, alpha=0.05)
     asked, _, _ = train.stack()
-    surrogates = {name: distil(detector, asked) for name, detector in detectors.items()}
+    # each reads what its detector does
+    reads = {name: "logits" if "logits" in name else "bits" for name in detectors}
+    surrogates = {name: distil(detector, asked, reads=reads[name]) for name, detector in detectors.items()}
     some = Loader(type(bench.data["test"])(*(part[:ADAPTIVE_IMAGES] for part in bench.data["test"])), 200)
     rows = []
     for epsilon in (2, 4):
@@ -71,7 +73,9 @@ def adaptive(bench: Bench) -> None:
             "PGD-40, through the gates": AdaptivePGD(bench.decoupler),
         }
         for name, surrogate in surrogates.items():
-            attacks[f"and the surrogate of: {name}"] = AdaptivePGD(bench.decoupler, surrogate, weight=3.0)
+            attacks[f"and the surrogate of: {name}"] = AdaptivePGD(
+                bench.decoupler, surrogate, reads=reads[name], weight=3.0
+            )
         attacks["path matching"] = PathMatching(bench.decoupler, bench.clean[:3000])
         for name, attack in attacks.items():
             size = {"epsilon": epsilon / 255, "step_num": ADAPTIVE_STEPS, "step_size": epsilon / 255 / 8}

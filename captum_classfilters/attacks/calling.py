@@ -72,9 +72,9 @@ class Attack:
                 options[size] = self.epsilon
             elif known[size].default is inspect.Parameter.empty:
                 raise OptionError(f"{self.name} needs to know how much a pixel may change; pass epsilon=, as 2 / 255")
-        if "step_num" in known and "step_size" in known and self.epsilon is not None:
+        if size in options and "step_num" in known and "step_size" in known:
             options.setdefault("step_num", _STEPS)
-            options.setdefault("step_size", 2.5 * self.epsilon / options["step_num"])
+            options.setdefault("step_size", 2.5 * options[size] / options["step_num"])
         return options
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -138,6 +138,6 @@ class Controller(nn.Module):
             return hard_gates(logits) if soft is None else hard_gates(logits).detach() + (soft - soft.detach())
         return semantic_hash(logits, torch.randn_like(logits), random_half(logits, self.mix))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, straight_through: bool = False) -> Tensor:
         """Features ``(N, C, ...)`` to gates ``(N, K)``."""
-        return self.gates(self.logits(features))
+        return self.gates(self.logits(features), straight_through)

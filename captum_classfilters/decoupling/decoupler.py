@@ -206,7 +206,8 @@ class PathDecoupler(nn.Module):
             raise OptionError(f"target_rate is a share of channels in [0, 1], got {target_rate!r}")
         if direction not in DIRECTIONS:
             raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
-        if torch.is_grad_enabled() and not self.controllers.training and not self.is_frozen:
+        constant = not (self.controllers.training or self.is_frozen or self._is_straight)
+        if torch.is_grad_enabled() and constant:
             message = "gates are hard in eval mode and have no gradient: nothing trains the controllers; call .train()"
             warnings.warn(message, HardGatesWarning, stacklevel=2)
         args = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -358,8 +359,11 @@ class PathDecoupler(nn.Module):
         return saved.load(self, path)
 
     def _run(self, **asked: bool) -> Run:
-        straight = any(owner is self for owner in _STRAIGHT.get())
-        return Run(self._frozen(), straight_through=straight, **asked)
+        return Run(self._frozen(), straight_through=self._is_straight, **asked)
+
+    @property
+    def _is_straight(self) -> bool:
+        return any(owner is self for owner in _STRAIGHT.get())
 
     def _forward(self, run: Run, args: Any, kwargs: Any) -> Any:
         with borrowed(self.model, train=True), run.hooked(self.model, self.units, tuple(self._controllers())):

@@ -77,6 +77,8 @@ class Paths:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """The bits, ``(N, K)`` uint8."""
+        if copy is False:
+            raise ValueError("paths are packed: an array of their bits is always a copy")
         return self.bits().numpy().astype(np.uint8 if dtype is None else dtype)
 
     def __getitem__(self, rows: Any) -> "Paths":

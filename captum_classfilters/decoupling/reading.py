@@ -52,8 +52,9 @@ class PathReader:
         self._size: tuple[int, ...] = ()
 
     def place(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Inputs on the model's device, in its dtype."""
-        return tuple(value_to_model(value, self.like.device, self.like.dtype) for value in inputs)
+        """Inputs on the model's device, in its dtype, without their history."""
+        placed = (value_to_model(value, self.like.device, self.like.dtype) for value in inputs)
+        return tuple(value.detach() if isinstance(value, Tensor) else value for value in placed)
 
     @torch.no_grad()
     def read(self, inputs: tuple[Any, ...], labels: Any = None, index: int = 0) -> Paths:

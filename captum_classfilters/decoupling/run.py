@@ -70,14 +70,12 @@ def _opens(run: Run, index: int, controller: Controller, name: str) -> Callable[
             raise ShapeError(f"{name} got an image without a batch, {tuple(features.shape)}; pass (N, C, ...)")
         if run.frozen is not None:
             run.gates[index] = _repeated(run.frozen[index], len(features), name).to(features.device)
-        elif run.logits is not None or run.straight_through:
-            logits = controller.logits(features)
-            run.gates[index] = controller.gates(logits, run.straight_through)
-            if run.logits is not None:
-                run.logits[index] = logits
+        elif run.logits is not None:
+            run.logits[index] = controller.logits(features)
+            run.gates[index] = controller.gates(run.logits[index], run.straight_through)
         else:
             # called, not taken apart: Captum's LayerActivation hooks it to read the gates
-            run.gates[index] = controller(features)
+            run.gates[index] = controller(features, run.straight_through)
 
     return hook
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.attacks import Normalized
-from captum_classfilters.attacks.oracle import check_bounds, check_images
+from captum_classfilters.attacks.oracle import check_bounds, check_count, check_images
 from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import LabelError, OptionError
+from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
+from captum_classfilters.decoupling.saved import fingerprint
 
 # ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, to be made small
 Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +44,10 @@ class _GatePGD(Perturbation):
     ) -> Tensor:
         """Of each search the image of the smallest loss among those that fool the network, or of all if none does."""
         check_images(images, self.lower_bound, self.upper_bound)
+        check_count(step_num, "step_num")
+        for name, size in (("radius", radius), ("step_size", step_size)):
+            if not size > 0:
+                raise OptionError(f"{name} must be above 0, got {size!r}")
         original = images.detach()
         best, best_loss = original.clone(), torch.full((len(images),), torch.inf, device=images.device)
         best_fools = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -73,6 +78,11 @@ class _GatePGD(Perturbation):
         return logits, torch.cat(gates, 1), torch.cat(gate_logits, 1)
 
 
+def _check_reads(reads: str) -> None:
+    if reads not in ("bits", "logits"):
+        raise OptionError(f'reads must be "bits" or "logits", got {reads!r}')
+
+
 class AdaptivePGD(_GatePGD):
     """PGD on the network and on the detector at once: to be seen wrong, and not to be noticed.
 
@@ -84,8 +94,9 @@ class AdaptivePGD(_GatePGD):
 
     Args:
         decoupler: The network, or `Normalized` around it.
-        surrogate: Bits ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: of the network alone, but
+        surrogate: ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: of the network alone, but
             through its gates.
+        reads: What it reads: ``"bits"``, or for a detector that does so ``"logits"``, through a sigmoid.
         weight: Of the surrogate.
         lower_bound: Smallest value of a pixel.
         upper_bound: Largest value of a pixel.
@@ -99,12 +110,14 @@ class AdaptivePGD(_GatePGD):
         decoupler: PathDecoupler | Normalized,
         surrogate: Callable[[Tensor], Tensor] | None = None,
         *,
+        reads: str = "bits",
         weight: float = 1.0,
         lower_bound: float = 0.0,
         upper_bound: float = 1.0,
     ) -> None:
         super().__init__(decoupler, weight, lower_bound, upper_bound)
-        self.surrogate = surrogate
+        _check_reads(reads)
+        self.surrogate, self.reads = surrogate, reads
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
         """Attack each image.
@@ -122,9 +135,11 @@ class AdaptivePGD(_GatePGD):
         """
         labels = check_labels(labels, len(inputs)).to(inputs.device)
 
-        def goal(logits: Tensor, gates: Tensor, _: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        def goal(logits: Tensor, gates: Tensor, gate_logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
             wrong = -F.cross_entropy(logits, labels, reduction="none")
-            return wrong if self.surrogate is None else wrong + self.weight * self.surrogate(gates)
+            if self.surrogate is None:
+                return wrong
+            return wrong + self.weight * self.surrogate(gates if self.reads == "bits" else gate_logits.sigmoid())
 
         return self._descend(inputs, labels, radius, step_size, step_num, goal)
 
@@ -162,6 +177,8 @@ class PathMatching(_GatePGD):
         super().__init__(decoupler, weight, lower_bound, upper_bound)
         if len(set(paths.predictions.tolist())) < 2:
             raise LabelError("expected clean paths of at least two classes to aim at, got fewer; give more")
+        if paths.fingerprint != fingerprint(self._inner):
+            raise MergeError("the paths to aim at are of another network; collect them with this decoupler")
         self.paths = paths
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
@@ -187,23 +204,37 @@ class PathMatching(_GatePGD):
 
 
 def distil(
-    detector: Any, paths: Paths, *, hidden: int = 64, epochs: int = 200, lr: float = 1e-2, seed: int = 0
+    detector: Any,
+    paths: Paths,
+    *,
+    reads: str = "bits",
+    hidden: int = 64,
+    epochs: int = 200,
+    lr: float = 1e-2,
+    seed: int = 0,
 ) -> nn.Module:
-    """A small network that says of bits what a detector says: the surrogate of an attacker who may only ask.
+    """A small network that says of paths what a detector says: the surrogate of an attacker who may only ask.
 
     Args:
         detector: With ``strangeness``: a `PathDetector` or `PathOutlierDetector`, fitted.
         paths: Asked about; clean and adversarial ones.
+        reads: What the surrogate reads: ``"bits"``, or ``"logits"`` of the gates, through a sigmoid.
         hidden: Units.
         epochs: Passes of AdamW over all of them, in batches of 256.
         lr: Learning rate.
         seed: Of its weights and batches.
 
     Returns:
-        Bits ``(N, K)`` to ``(N,)``: the detector's answer in standard deviations from its mean.
+        ``(N, K)`` in [0, 1] to ``(N,)``: the detector's answer in standard deviations from its mean.
+
+    Raises:
+        OptionError: Fewer than two paths; unknown ``reads``, or logits that were not collected.
     """
+    _check_reads(reads)
+    if len(paths) < 2 or (reads == "logits" and paths.logits is None):
+        raise OptionError(f"distil needs at least two paths, for reads={reads!r} with logits; collect more of them")
     generator = torch.Generator().manual_seed(seed)
-    bits = paths.bits().float()
+    bits = paths.bits().float() if paths.logits is None or reads == "bits" else paths.logits.sigmoid()
     asked = torch.as_tensor(detector.strangeness(paths)).float()
     asked = (asked - asked.mean()) / asked.std().clamp(min=1e-12)
     # layers draw weights when they are made, replaced below: not from the caller's random numbers

@@ -4,6 +4,7 @@ n clean paths for calibration, m paths judged.
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def false_positive_interval(alpha: float, calibration: int, judged: int, level: 
 
 def check_enough(count: int, alpha: float) -> None:
     """Refuse a calibration set that cannot give p-values as small as alpha."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < 1:
         raise OptionError(f"alpha is the rate of false positives, between 0 and 1, got {alpha!r}")
     # 1e-9: 1 / 0.05 is 20.000000000000004 elsewhere
     if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):

@@ -27,7 +27,8 @@ def _has(name: str) -> Any:
     """Whether the classifier inside has a method, fitted or not."""
 
     def check(detector: "PathDetector") -> bool:
-        inside = getattr(detector, "estimator_", None) or detector._inside()
+        # by name: an ensemble without members is false
+        inside = detector.estimator_ if hasattr(detector, "estimator_") else detector._inside()
         getattr(inside, name)  # its AttributeError says more than False
         return True
 
@@ -151,7 +152,9 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
 
         Args:
             path: The file.
-            trusted: Types beyond those of scikit-learn, numpy and this package that you expect in it, by full name.
+            trusted: Types that you expect in it, by full name, beyond those that skops and this package trust. Of
+                forests and AdaBoost that is ``"sklearn.tree._tree.Tree"``: nothing runs when it is read, but a tree
+                that was tampered with can read outside its memory when it predicts. Trust whom the file is from.
 
         Raises:
             FileFormatError: The file is broken, of something else, or has types that are not trusted.

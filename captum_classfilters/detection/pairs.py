@@ -41,7 +41,7 @@ class PathPairs:
             has not found attacks.
         misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
         index: ``(n,)`` int64: which image of the loader each pair is, so that pairs of several attacks can be grouped.
-        tried: Images that were attacked.
+        tried: Images that were attacked: up to the last pair's where there are ``max_pairs``.
         images: ``(n, colours, H, W)``, if asked for.
         adversarial_images: The same after the attack.
         noise_images: The same with noise.
@@ -236,7 +236,7 @@ def adversarial_paths(
     pairs = _together(found)
     if not len(pairs):
         warn(_in_vain(pairs, attack), AttackFailedWarning, stacklevel=2)
-    return pairs if max_pairs is None else pairs[:max_pairs]
+    return pairs if max_pairs is None or len(pairs) <= max_pairs else _first(pairs, max_pairs, found)
 
 
 class _Watch(NamedTuple):
@@ -256,7 +256,7 @@ class _Batch(NamedTuple):
     noise: Paths
     misclassified: Paths
     which: Tensor
-    tried: int
+    attacked: Tensor
     images: tuple[Tensor, ...]  # clean, attacked, with noise; none where they are not to be kept
 
 
@@ -278,15 +278,15 @@ def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: t
         images, changed, chosen = images[fooled], changed[fooled], chosen[fooled]
         noisy = _noisy(images, changed, attack, generator)
         noise = watch.paths(noisy, chosen, number) if len(noisy) else after[fooled]
-        which = first + right.nonzero()[:, 0][fooled]
+        attacked = first + right.nonzero()[:, 0]
         first += len(right)
         yield _Batch(
             clean[fooled],
             after[fooled],
             noise,
             seen[~right],
-            which,
-            len(clean),
+            attacked[fooled],
+            attacked,
             (images.cpu(), changed.cpu(), noisy.cpu()),
         )
 
@@ -305,12 +305,19 @@ def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Gen
 
 
 def _together(found: list[_Batch]) -> PathPairs:
-    clean, adversarial, noise, misclassified, which, tried, images = zip(*found, strict=True)
+    clean, adversarial, noise, misclassified, which, attacked, images = zip(*found, strict=True)
     kept: Any = [torch.cat(kind) for kind in zip(*images, strict=True)]  # none where none are kept
     return PathPairs(
         Paths.merge(*clean), Paths.merge(*adversarial), Paths.merge(*noise), Paths.merge(*misclassified),
-        torch.cat(which), sum(tried), *kept,
+        torch.cat(which), sum(map(len, attacked)), *kept,
     )  # fmt: skip
+
+
+def _first(pairs: PathPairs, count: int, found: list[_Batch]) -> PathPairs:
+    """As if the pass had ended with the image of the last of them, so that the share of successes stays true."""
+    last = pairs.index[count - 1]
+    tried = sum(int((batch.attacked <= last).sum()) for batch in found)
+    return replace(pairs[:count], tried=tried)
 
 
 def _in_vain(pairs: PathPairs, attack: Attack) -> str:

@@ -115,7 +115,7 @@ def test_foolboxs_projected_gradient_keeps_to_epsilon():
 def test_foolboxs_carlini_and_wagner_look_for_a_small_change():
     model, images = network(), pixels()
     labels = seen(model, images)
-    attack = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=2, steps=10, stepsize=0.1, initial_const=5.0)
+    attack = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=3, steps=20, stepsize=0.1, initial_const=1.0)
     found = FoolboxAttack(model, attack)(images, labels)
     assert (seen(model, found) != labels).all()
     assert 0 < (found - images).flatten(1).norm(dim=1).max() < 1.5
@@ -291,7 +291,5 @@ def test_without_the_packages_they_say_what_to_install(monkeypatch):
         lambda: ARTAttack(network(), "FastGradientMethod", num_classes=4),
         lambda: FoolboxAttack(network(), attack),
     ):
-        with pytest.raises(
-            OptionError, match=r"could not be loaded .*; install it: pip install 'captum-classfilters\["
-        ):
+        with pytest.raises(OptionError, match=r"could not be loaded .*; install it: pip install 'captum-class"):
             call()

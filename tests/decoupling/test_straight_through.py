@@ -8,7 +8,7 @@ import torch
 from test_decoupler import LABELS, by_hand, decoupled, images, network
 from test_decoupler_frozen import rows
 
-from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.errors import HardGatesWarning, OptionError
 
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5])
 
@@ -215,3 +215,28 @@ def test_what_is_not_finite_still_shows():
         _, gates = decoupler.gates(broken)
     assert [bool(gate[2].isnan().all()) for gate in gates] == [True, True]
     assert torch.isfinite(gates[0][[0, 1, 3]]).all()
+
+
+def test_a_hook_on_a_controller_sees_the_gates_there_too():
+    decoupler, x = setting()
+    seen = []
+    hook = decoupler.controllers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with decoupler.straight_through():
+        _, gates = decoupler.gates(x)
+    hook.remove()
+    same(seen, gates[:1])
+
+
+def test_a_loss_has_gradients_there_and_does_not_warn_that_it_has_none(recwarn):
+    decoupler, x = setting(torch.float32)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    with decoupler.straight_through():
+        decoupler.loss(x, labels).total.backward()
+    assert decoupler.controllers[0].excite.weight.grad.any()
+    assert not [warning for warning in recwarn if warning.category is HardGatesWarning]
+
+
+def test_paths_of_images_that_have_gradients_are_read():
+    decoupler, x = setting()
+    assert x.requires_grad
+    same((decoupler.paths(x).bits(),), (decoupler.paths(x.detach()).bits(),))

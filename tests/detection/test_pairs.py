@@ -109,6 +109,9 @@ def test_max_pairs_stops_reading(decoupler, data):
     found = adversarial_paths(decoupler, loader, attack_on(decoupler), epsilon=EPSILON, max_pairs=3, keep_images=True)
     assert len(found) == len(found.noise) == len(found.images) == len(found.adversarial_images) == 3
     assert torch.equal(found.index, everything.index[:3])
+    # the share of successes is that up to the last pair
+    right = decoupler(data[0]).argmax(1) == data[1]
+    assert (found.tried, len(found) + found.dropped) == (int(right[: found.index[2] + 1].sum()),) * 2
     # as many batches are left as lie behind that of the third pair
     assert len(list(loader)) == 8 - (int(found.index[2]) // 5 + 1)
 
