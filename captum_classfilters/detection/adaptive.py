@@ -209,8 +209,8 @@ def distil(
     *,
     reads: str = "bits",
     hidden: int = 64,
-    epochs: int = 200,
-    lr: float = 1e-2,
+    epochs: int = 100,
+    lr: float = 1e-3,
     seed: int = 0,
 ) -> nn.Module:
     """A small network that says of paths what a detector says: the surrogate of an attacker who may only ask.
@@ -228,7 +228,7 @@ def distil(
         ``(N, K)`` in [0, 1] to ``(N,)``: the detector's answer in standard deviations from its mean.
 
     Raises:
-        OptionError: Fewer than two paths; unknown ``reads``, or logits that were not collected.
+        OptionError: Fewer than two paths; unknown ``reads``, or logits that were not collected; it has not learnt.
     """
     _check_reads(reads)
     if len(paths) < 2 or (reads == "logits" and paths.logits is None):
@@ -253,4 +253,7 @@ def distil(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
-    return surrogate.requires_grad_(False).eval()
+    surrogate.requires_grad_(False).eval()
+    if not surrogate(bits).std() > 1e-3:  # NaN as well
+        raise OptionError(f"the surrogate says the same of all paths: it has not learnt; lower lr, got {lr!r}")
+    return surrogate
