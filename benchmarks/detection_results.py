@@ -73,9 +73,7 @@ def adaptive(bench: Bench) -> None:
             "PGD-40, through the gates": AdaptivePGD(bench.decoupler),
         }
         for name, surrogate in surrogates.items():
-            attacks[f"and the surrogate of: {name}"] = AdaptivePGD(
-                bench.decoupler, surrogate, reads=reads[name], weight=3.0
-            )
+            attacks[f"and past: {name}"] = AdaptivePGD(bench.decoupler, surrogate, reads=reads[name])
         attacks["path matching"] = PathMatching(bench.decoupler, bench.clean[:3000])
         for name, attack in attacks.items():
             size = {"epsilon": epsilon / 255, "step_num": ADAPTIVE_STEPS, "step_size": epsilon / 255 / 8}

@@ -86,18 +86,21 @@ def _check_reads(reads: str) -> None:
 class AdaptivePGD(_GatePGD):
     """PGD on the network and on the detector at once: to be seen wrong, and not to be noticed.
 
-    Each step lowers ``weight * surrogate(gates) - cross-entropy``, where the surrogate says how adversarial a path
-    looks: train one with `distil`. Gates are hard, with the gradient of soft ones, so that it sees how paths bend.
+    A surrogate says how adversarial a path looks: train one with `distil`. A step raises the cross-entropy of an image
+    that the network still sees right, and lowers the surrogate's answer on one that it sees wrong; with ``weight`` it
+    does both at once. Gates are hard, with the gradient of soft ones, so that it sees how paths bend.
 
-    Source: the protocol of Carlini & Wagner 2017, "Adversarial examples are not easily detected", and of Athalye et al.
-    2018 for steps without a gradient.
+    Source: Bryniarski et al. 2021, "Evading adversarial example detection defenses with orthogonal projected gradient
+    descent", its selective form; with ``weight`` the sum of losses of Carlini & Wagner 2017, "Adversarial examples are
+    not easily detected". For the gradient of steps Athalye et al. 2018.
 
     Args:
         decoupler: The network, or `Normalized` around it.
         surrogate: ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: of the network alone, but
             through its gates.
         reads: What it reads: ``"bits"``, or for a detector that does so ``"logits"``, through a sigmoid.
-        weight: Of the surrogate.
+        weight: Of the surrogate in the sum ``weight * surrogate - cross-entropy``; None: one of the two at a time. Of
+            weights tried here, a small one is noticed and a large one does not fool the network.
         lower_bound: Smallest value of a pixel.
         upper_bound: Largest value of a pixel.
 
@@ -111,12 +114,13 @@ class AdaptivePGD(_GatePGD):
         surrogate: Callable[[Tensor], Tensor] | None = None,
         *,
         reads: str = "bits",
-        weight: float = 1.0,
+        weight: float | None = None,
         lower_bound: float = 0.0,
         upper_bound: float = 1.0,
     ) -> None:
-        super().__init__(decoupler, weight, lower_bound, upper_bound)
+        super().__init__(decoupler, 0.0 if weight is None else weight, lower_bound, upper_bound)
         _check_reads(reads)
+        self.selective = weight is None
         self.surrogate, self.reads = surrogate, reads
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
@@ -139,7 +143,10 @@ class AdaptivePGD(_GatePGD):
             wrong = -F.cross_entropy(logits, labels, reduction="none")
             if self.surrogate is None:
                 return wrong
-            return wrong + self.weight * self.surrogate(gates if self.reads == "bits" else gate_logits.sigmoid())
+            noticed = self.surrogate(gates if self.reads == "bits" else gate_logits.sigmoid())
+            if not self.selective:
+                return wrong + self.weight * noticed
+            return torch.where(logits.argmax(1) != labels, noticed, wrong)
 
         return self._descend(inputs, labels, radius, step_size, step_num, goal)
 

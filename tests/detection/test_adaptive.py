@@ -144,6 +144,20 @@ def test_one_step_is_the_sign_of_that_gradient_and_not_of_the_frozen_path(decoup
     assert ((found - frozen).abs() > 1e-3).double().mean() > 0.1
 
 
+def test_a_step_is_against_the_network_until_it_errs_and_then_against_the_detector(decoupler, surrogate):
+    images = pixels().requires_grad_()
+    labels = decoupler.paths(images).predictions
+    labels[::2] = (labels[::2] + 1) % 3  # these are seen wrong as they are
+    found = AdaptivePGD(decoupler, surrogate).perturb(images, labels, 0.5, 0.01, 1)
+    logits, gates = by_hand(decoupler, images)[:2]
+    network = torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), images, retain_graph=True)[0]
+    detector = torch.autograd.grad(surrogate(gates).sum(), images)[0]
+    expected = network.clone()
+    expected[::2] = detector[::2]
+    torch.testing.assert_close(found, (images - 0.01 * expected.sign()).clamp(0, 1))
+    assert not torch.equal(network[::2].sign(), detector[::2].sign())
+
+
 def test_it_stays_within_radius_and_bounds(decoupler, labels, surrogate):
     images = pixels().clamp(0.2, 0.7)
     kept = images.clone()
@@ -223,11 +237,11 @@ def test_around_a_normalised_network_pixels_are_what_changes(decoupler, labels, 
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.5, 0.25, 2.0])
     pixel_images = pixels() * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)
     network = Normalized(decoupler, mean, std)
-    found = AdaptivePGD(network, surrogate, upper_bound=3.0).perturb(pixel_images, labels, 0.02, 0.01, 1)
+    found = AdaptivePGD(network, surrogate, weight=1.0, upper_bound=3.0).perturb(pixel_images, labels, 0.02, 0.01, 1)
     shift = found - pixel_images
     # in each colour by the same, and up or down as it is without
     assert torch.allclose(shift.abs(), torch.tensor(0.01).double())
-    plain = AdaptivePGD(decoupler, surrogate, lower_bound=-9, upper_bound=9)
+    plain = AdaptivePGD(decoupler, surrogate, weight=1.0, lower_bound=-9, upper_bound=9)
     direction = plain.perturb(network.normalize(pixel_images), labels, 0.02, 0.01, 1) - network.normalize(pixel_images)
     assert torch.equal(shift.sign(), direction.sign())
 
