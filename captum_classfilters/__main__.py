@@ -115,7 +115,7 @@ def run_demo(out: Path) -> None:
     print(
         f"\nAdversarial images (FGSM, 8/255): {judge}. A forest that has seen their paths on training images, told to "
         f"give false alarms for 5 % of clean ones: {alarms[0]:.0%} of clean images, {alarms[1]:.0%} of noisy ones, "
-        f"{alarms[2]:.0%} of attacked ones. Who attacks the detector as well is mostly missed: see tutorial 05"
+        f"{alarms[2]:.0%} of attacked ones. Who attacks the detector too is missed more often: see tutorial 05"
     )
     two = {name: paths[paths.labels == test.class_names.index(name)] for name in ("trouser", "ankle boot")}
 

@@ -121,7 +121,7 @@ def integral_paths(
         layer: One layer, by name or index. None: all, side by side.
         channels: Of each layer only so many: those whose shares lie furthest apart. None: all; of more channels than
             the picture has pixels across, some are not seen.
-        ax: Where to draw.
+        ax: Where to draw; in a figure with ``layout="constrained"``, since distances stand beside it.
 
     Returns:
         The axes: groups down, channels across, lines between layers; in each layer those first that the first group
