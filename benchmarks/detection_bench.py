@@ -56,7 +56,11 @@ def together(parts: Sequence[PathPairs]) -> PathPairs:
         for name in ("index", "images", "adversarial_images", "noise_images")
     }
     return PathPairs(
-        **merged, **pictures, misclassified=parts[0].misclassified, tried=sum(part.tried for part in parts)
+        **merged,
+        **pictures,
+        misclassified=parts[0].misclassified,
+        tried=sum(part.tried for part in parts),
+        succeeded=sum(part.succeeded for part in parts),
     )
 
 

@@ -6,11 +6,12 @@ Captum's attacks take a radius or an epsilon and a target, others ``(images, lab
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from captum.robust import Perturbation
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_classfilters.attacks.oracle import check_images
 from captum_classfilters.core.errors import DeviceError, NonFiniteError, OptionError, ShapeError
@@ -54,7 +55,9 @@ class Attack:
                 f"the attack must be a captum.robust.Perturbation or a function (images, labels) -> images, got "
                 f"{type(perturbation).__name__}"
             )
-        if epsilon is not None and not epsilon > 0:
+        if isinstance(perturbation, type | nn.Module):
+            raise OptionError(f"expected an attack that was made, as PGD(model), got {perturbation!r:.60}")
+        if epsilon is not None and (not isinstance(epsilon, Real) or not epsilon > 0):
             raise OptionError(f"epsilon must be above 0, got {epsilon!r}; None leaves it to the attack")
         self.name = type(perturbation).__name__ if isinstance(perturbation, Perturbation) else "the attack"
         self.epsilon, self.bounds = epsilon, (lower_bound, upper_bound)
@@ -66,7 +69,13 @@ class Attack:
         anything = any(each.kind is each.VAR_KEYWORD for each in known.values())
         if unknown := [name for name in options if name not in known and not anything]:
             raise OptionError(f"{self.name} has no argument {unknown[0]!r}; it has {list(known)}")
+        if given := [name for name in (*_LABELS, "targeted") if name in options]:
+            raise OptionError(
+                f"{given[0]} is not to be passed: the attack is away from the labels that the loader gives"
+            )
         size = next((name for name in _SIZES if name in known), None)
+        if size in options and self.epsilon is None:
+            self.epsilon = options[size]
         if size is not None and size not in options:
             if self.epsilon is not None:
                 options[size] = self.epsilon
@@ -84,10 +93,10 @@ class Attack:
             ShapeError, DeviceError, NonFiniteError, OptionError: It gave something else.
         """
         # a copy: an attack may write into it
-        given = images.detach().clone().requires_grad_(torch.is_grad_enabled())
+        given = images.detach().clone()
         named = {} if self.label is None else {self.label: labels}
         with warnings.catch_warnings():
-            # Captum's PGD says so of its own images, in every step but the first
+            # Captum's attacks say so of any images, also their own
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
             found = self.call(given, **named, **self.options) if named else self.call(given, labels, **self.options)
         if not isinstance(found, Tensor) or found.shape != images.shape:

@@ -284,7 +284,7 @@ class PathDecoupler(nn.Module):
         """Inside, hard gates pass on the gradient that soft ones would have, as in training but without noise.
 
         For an attacker who knows of the gates: to `loss.backward` in eval mode they are constants. Outputs stay what
-        they are. Holds in this thread.
+        they are. As in eq. 4 a gate far from its threshold (|g| > ln 11) has no gradient. Holds in this thread.
         """
         token = _STRAIGHT.set((*_STRAIGHT.get(), self))
         try:

@@ -5,6 +5,7 @@ N images, L layers with K_l channels, K in all.
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from captum_classfilters.decoupling.saved import fingerprint
 
 if TYPE_CHECKING:
     from captum_classfilters.decoupling.decoupler import PathDecoupler
+
+# by decoupler and size of its inputs: to find them takes longer than the forward of a small batch
+_COSTS: WeakKeyDictionary["PathDecoupler", dict[tuple[int, ...], Costs]] = WeakKeyDictionary()
 
 
 class PathReader:
@@ -93,9 +97,11 @@ class PathReader:
         shape = tuple(inputs[0].shape[1:])
         if self._costs is None:
             self._size = shape
-            self._costs = costs_of(
-                self.decoupler, tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
-            )
+            known = _COSTS.setdefault(self.decoupler, {})
+            if shape not in known:
+                one = tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
+                known[shape] = costs_of(self.decoupler, one)
+            self._costs = known[shape]
         elif shape != self._size:
             raise ShapeError(
                 f"batch {index} has inputs of size {shape}, those before it {self._size}; what a path costs depends "

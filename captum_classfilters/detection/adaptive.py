@@ -4,6 +4,7 @@ N images, K channels in all.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -121,6 +122,9 @@ class AdaptivePGD(_GatePGD):
         super().__init__(decoupler, 0.0 if weight is None else weight, lower_bound, upper_bound)
         _check_reads(reads)
         self.selective = weight is None
+        # a copy where the network is: it may have been learnt elsewhere
+        if isinstance(surrogate, nn.Module):
+            surrogate = deepcopy(surrogate).to(next(self._inner.parameters()).device)
         self.surrogate, self.reads = surrogate, reads
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
@@ -238,12 +242,15 @@ def distil(
         OptionError: Fewer than two paths; unknown ``reads``, or logits that were not collected; it has not learnt.
     """
     _check_reads(reads)
+    check_count(epochs, "epochs")
     if len(paths) < 2 or (reads == "logits" and paths.logits is None):
         raise OptionError(f"distil needs at least two paths, for reads={reads!r} with logits; collect more of them")
     generator = torch.Generator().manual_seed(seed)
     bits = paths.bits().float() if paths.logits is None or reads == "bits" else paths.logits.sigmoid()
     asked = torch.as_tensor(detector.strangeness(paths)).float()
-    asked = (asked - asked.mean()) / asked.std().clamp(min=1e-12)
+    if not asked.std() > 0:
+        raise OptionError("the detector says the same of all these paths, so there is nothing to learn; give others")
+    asked = (asked - asked.mean()) / asked.std()
     # layers draw weights when they are made, replaced below: not from the caller's random numbers
     with torch.random.fork_rng(devices=[]):
         surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))

@@ -67,7 +67,8 @@ def check_enough(count: int, alpha: float) -> None:
     # 1e-9: 1 / 0.05 is 20.000000000000004 elsewhere
     if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):
         raise CalibrationError(
-            f"a false-positive rate of {alpha:g} needs at least {needed} clean paths for calibration, got {count}"
+            f"a false-positive rate of {alpha:g} needs at least {needed} clean paths for calibration, got {count}; "
+            "give more, or a larger alpha"
         )
 
 

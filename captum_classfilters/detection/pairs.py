@@ -42,6 +42,7 @@ class PathPairs:
         misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
         index: ``(n,)`` int64: which image of the loader each pair is, so that pairs of several attacks can be grouped.
         tried: Images that were attacked: up to the last pair's where there are ``max_pairs``.
+        succeeded: On how many of these the attack changed what the network says: n, before pairs were picked.
         images: ``(n, colours, H, W)``, if asked for.
         adversarial_images: The same after the attack.
         noise_images: The same with noise.
@@ -53,6 +54,7 @@ class PathPairs:
     misclassified: Paths
     index: Tensor
     tried: int
+    succeeded: int
     images: Tensor | None = None
     adversarial_images: Tensor | None = None
     noise_images: Tensor | None = None
@@ -61,22 +63,17 @@ class PathPairs:
         return len(self.clean)
 
     @property
-    def succeeded(self) -> int:
-        """Images on which the attack changed what the network says: n."""
-        return len(self)
-
-    @property
     def dropped(self) -> int:
         """Images that were attacked in vain."""
-        return self.tried - len(self)
+        return self.tried - self.succeeded
 
     @property
     def success(self) -> float:
         """Share of the attacked images that were fooled; NaN if none was attacked."""
-        return len(self) / self.tried if self.tried else float("nan")
+        return self.succeeded / self.tried if self.tried else float("nan")
 
     def __getitem__(self, rows: Any) -> "PathPairs":
-        """Some of the pairs; ``tried`` and ``misclassified`` stay those of all."""
+        """Some of the pairs; ``tried``, ``succeeded`` and ``misclassified`` stay those of all."""
         if isinstance(rows, Integral):  # one pair is a row as well; IndexError ends a loop over the pairs
             index = range(len(self))[int(rows)]
             rows = slice(index, index + 1)
@@ -89,7 +86,13 @@ class PathPairs:
         """Write safetensors with a JSON header: attacks take long."""
         tensors = {f"{part}.{name}": value for part in _PARTS for name, value in getattr(self, part).tensors().items()}
         tensors |= {name: value for name in _BESIDE if (value := getattr(self, name)) is not None}
-        write(path, tensors, kind=_KIND, version=_VERSION, meta={**self.clean.meta(), "tried": self.tried})
+        write(
+            path,
+            tensors,
+            kind=_KIND,
+            version=_VERSION,
+            meta={**self.clean.meta(), "tried": self.tried, "succeeded": self.succeeded},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PathPairs":
@@ -104,11 +107,11 @@ class PathPairs:
             for part in _PARTS
         }
         found: dict[str, Any] = {**parts, **{name: tensors.get(name) for name in _BESIDE}}
-        return cls(**found, tried=meta["tried"])
+        return cls(**found, tried=meta["tried"], succeeded=meta["succeeded"])
 
     def __repr__(self) -> str:
         return (
-            f"PathPairs({len(self)} of {self.tried} attacked images fooled the network, "
+            f"PathPairs({self.succeeded} of {self.tried} attacked images fooled the network, "
             f"{len(self.misclassified)} were seen wrong before)"
         )
 
@@ -134,13 +137,16 @@ def stack_pairs(
         trained on.
 
     Raises:
-        OptionError: Not twins: other numbers of them.
+        OptionError: Not twins: other numbers of them, or other true classes.
         MergeError: Of different networks.
     """
     parts = [clean, adversarial, *([] if noise is None else [noise])]
     if len({len(part) for part in parts}) > 1:
         counts = ", ".join(str(len(part)) for part in parts)
         raise OptionError(f"clean and adversarial paths must be of the same images in the same order, got {counts}")
+    for part in parts[1:]:
+        if clean.labels is not None and part.labels is not None and not torch.equal(clean.labels, part.labels):
+            raise OptionError("these are not twins: their true classes differ; give both in the order of the images")
     index = np.arange(len(clean)) if groups is None else np.asarray(groups)
     if index.shape != (len(clean),):
         raise OptionError(f"groups must have shape ({len(clean)},), one for each pair, got {index.shape}")
@@ -180,8 +186,8 @@ def adversarial_paths(
         logits: Keep the gates' logits.
         keep_images: Keep the images.
         max_pairs: Stop after the batch in which there are this many, and keep no more. None: all.
-        seed: Of the noise: with ``epsilon`` every pixel changes by it, up or down at random; else the attack's own
-            changes move to random places with random signs.
+        seed: Of the noise: every pixel changes by ``epsilon``, up or down at random; without it, or where it bounds
+            another norm than each pixel's change, the attack's own changes move to random places with random signs.
         show_progress: A tqdm bar.
         options: The attack's own arguments: ``step_num``, ``step_size``, ``norm``, ... Where Captum's PGD has no
             defaults, 10 steps of ``2.5 * epsilon / 10`` are taken.
@@ -215,14 +221,19 @@ def adversarial_paths(
     if not isinstance(loader, Iterable):
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
     check_bounds(lower_bound, upper_bound)
+    attacked = unwrap(getattr(perturbation, "forward_func", None))
+    if isinstance(network, Normalized) and (attacked is inner or attacked is inner.model):
+        raise OptionError(
+            "the attack was made on the network without Normalized, which takes other images; make it on it"
+        )
     attack = Attack(perturbation, epsilon, lower_bound, upper_bound, options)
     generator = torch.Generator().manual_seed(seed)
     found: list[_Batch] = []
     with borrowed(network, grad=True), tqdm(iter(loader), disable=not show_progress, desc="attack") as bar:
         watch = _Watch(network, PathReader(inner, logits))
         try:
-            for batch in _attacked(watch, bar, attack, generator):
-                found.append(batch if keep_images else batch._replace(images=()))
+            for batch in _attacked(watch, bar, attack, generator, keep_images):
+                found.append(batch)
                 kept = sum(len(each.clean) for each in found)
                 bar.set_postfix(pairs=kept, refresh=False)
                 if max_pairs is not None and kept >= max_pairs:
@@ -260,7 +271,9 @@ class _Batch(NamedTuple):
     images: tuple[Tensor, ...]  # clean, attacked, with noise; none where they are not to be kept
 
 
-def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: torch.Generator) -> Iterator[_Batch]:
+def _attacked(
+    watch: _Watch, loader: Iterable[Any], attack: Attack, generator: torch.Generator, keep_images: bool
+) -> Iterator[_Batch]:
     first = 0
     for number, raw in enumerate(loader):
         inputs, labels = unpack(raw, True, number)
@@ -287,18 +300,20 @@ def _attacked(watch: _Watch, loader: Iterable[Any], attack: Attack, generator: t
             seen[~right],
             attacked[fooled],
             attacked,
-            (images.cpu(), changed.cpu(), noisy.cpu()),
+            (images.cpu(), changed.cpu(), noisy.cpu()) if keep_images else (),
         )
 
 
 def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
     """Images with random changes of the size of the attack's."""
     signs = (torch.rand(images.shape, generator=generator) < 0.5).to(images) * 2 - 1
-    if attack.epsilon is not None:
+    moves = (changed - images).abs()
+    # where pixels change by far less on the whole, epsilon bounds another norm, as an L2 attack's does
+    if attack.epsilon is not None and bool((moves.square().mean() > (attack.epsilon / 4) ** 2).all()):
         change = signs * attack.epsilon
     else:
         order = torch.rand(len(images), images[0].numel() if len(images) else 0, generator=generator).argsort(1)
-        moved = (changed - images).flatten(1).abs().gather(1, order.to(images.device))
+        moved = moves.flatten(1).gather(1, order.to(images.device))
         change = signs * moved.view_as(images)
     noisy: Tensor = (images + change).clamp(*attack.bounds)
     return noisy
@@ -309,7 +324,7 @@ def _together(found: list[_Batch]) -> PathPairs:
     kept: Any = [torch.cat(kind) for kind in zip(*images, strict=True)]  # none where none are kept
     return PathPairs(
         Paths.merge(*clean), Paths.merge(*adversarial), Paths.merge(*noise), Paths.merge(*misclassified),
-        torch.cat(which), sum(map(len, attacked)), *kept,
+        torch.cat(which), sum(map(len, attacked)), sum(map(len, which)), *kept,
     )  # fmt: skip
 
 
@@ -317,7 +332,7 @@ def _first(pairs: PathPairs, count: int, found: list[_Batch]) -> PathPairs:
     """As if the pass had ended with the image of the last of them, so that the share of successes stays true."""
     last = pairs.index[count - 1]
     tried = sum(int((batch.attacked <= last).sum()) for batch in found)
-    return replace(pairs[:count], tried=tried)
+    return replace(pairs[:count], tried=tried, succeeded=count)
 
 
 def _in_vain(pairs: PathPairs, attack: Attack) -> str:

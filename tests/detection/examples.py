@@ -1,5 +1,7 @@
 """What the detection tests share: paths with planted classes, and a network whose gates and answers vary."""
 
+from dataclasses import replace
+
 import torch
 from captum.robust import FGSM
 from shared import SmallCNN, seeded
@@ -39,7 +41,7 @@ def planted(count=60, seed=0, flips=0.1, logits=False, **others):
         # the sign is the bit; the size is another thing that is random
         sizes = torch.rand(bits.shape, generator=generator) + 0.1
         g = torch.where(bits, sizes, -sizes) if logits else None
-        found.append(paths_of(bits, predictions, g, **others))
+        found.append(replace(paths_of(bits, predictions, g, **others), labels=labels))
     return tuple(found)
 
 

@@ -153,6 +153,23 @@ def test_noise_is_epsilon_up_or_down_for_every_pixel(decoupler, data):
     assert not torch.equal(other.bits(), again.bits())
 
 
+def test_where_epsilon_bounds_the_length_of_the_change_noise_is_as_long(decoupler, data):
+    attack = PGD(decoupler, nn.CrossEntropyLoss(reduction="none"), 0, 1)
+    pairs = adversarial_paths(decoupler, [data], attack, epsilon=1.0, norm="L2", keep_images=True)
+    assert len(pairs) > 3
+    lengths = (pairs.adversarial_images - pairs.images).flatten(1).norm(dim=1)
+    noise = (pairs.noise_images - pairs.images).flatten(1).norm(dim=1)
+    # cut off at the bounds, it may be a little shorter
+    assert ((noise > 0.5 * lengths) & (noise < 1.01 * lengths)).all()
+
+
+def test_pairs_that_were_picked_keep_the_share_of_successes(decoupler, data):
+    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.5)
+    assert len(pairs) > 3
+    some = pairs[:2]
+    assert (some.success, some.dropped, some.succeeded) == (pairs.success, pairs.dropped, len(pairs))
+
+
 def test_without_epsilon_noise_is_the_attacks_own_changes_in_other_places(decoupler, data):
     def small(images, labels):
         """Fools by tints; every pixel by its own amount, and never out of the bounds by noise."""
@@ -354,6 +371,6 @@ def test_twins_are_of_one_group():
     assert groups.tolist() == [*range(12)] * 3
     X, y, groups = stack_pairs(clean, adversarial, groups=torch.arange(12) + 100)
     assert (len(X), y.tolist(), groups.tolist()) == (24, [0] * 12 + [1] * 12, [*range(100, 112)] * 2)
-    pairs = PathPairs(clean, adversarial, noise, clean[:3], torch.arange(12) * 7, 20)
+    pairs = PathPairs(clean, adversarial, noise, clean[:3], torch.arange(12) * 7, 20, 12)
     assert pairs.stack()[2].tolist() == [*range(0, 84, 7)] * 3
     assert len(pairs.stack(noise=False)[0]) == 24

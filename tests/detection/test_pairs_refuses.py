@@ -94,3 +94,40 @@ def test_other_networks_are_refused(model, data):
 def test_what_are_no_twins_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(*planted(12))
+
+
+def test_an_attack_on_the_network_behind_normalisation_is_refused(decoupler, data):
+    network = Normalized(decoupler, [0.5] * 3, [0.25] * 3)
+    for behind in (decoupler, decoupler.model):
+        with pytest.raises(errors.OptionError, match="the attack was made on the network without Normalized"):
+            adversarial_paths(network, [data], attack_on(behind), epsilon=0.1)
+
+
+@pytest.mark.parametrize(("attack", "options", "message"), [
+    (FGSM, {"epsilon": 0.1}, "expected an attack that was made, as PGD"),
+    (nn.Identity(), {}, "expected an attack that was made, as PGD"),
+    (inverted, {"epsilon": "2/255"}, "epsilon must be above 0, got '2/255'"),
+    (inverted, {"labels": None}, "labels is not to be passed"),
+])  # fmt: skip
+def test_slips_are_refused_in_words(decoupler, data, attack, options, message):
+    with pytest.raises(errors.OptionError, match=message):
+        adversarial_paths(decoupler, [data], attack, **options)
+
+
+def test_a_targeted_attack_is_not_what_this_measures(decoupler, data):
+    with pytest.raises(errors.OptionError, match="targeted is not to be passed: the attack is away from the labels"):
+        adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.1, targeted=True)
+
+
+def test_a_size_under_the_attacks_own_name_is_checked_as_well(decoupler, data):
+    def overdone(images, labels, eps=0.0):
+        return (images + 0.2).clamp(0, 1)
+
+    with pytest.raises(errors.OptionError, match=r"changed a pixel by 0\.2, more than epsilon=0\.1"):
+        adversarial_paths(decoupler, [data], overdone, eps=0.1)
+
+
+def test_paths_of_other_classes_are_no_twins():
+    clean, attacked = planted(12)
+    with pytest.raises(errors.OptionError, match="these are not twins: their true classes differ"):
+        stack_pairs(clean, attacked[torch.arange(11, -1, -1)])
