@@ -46,6 +46,13 @@ def main() -> None:
             runs = {"forward": partial(plain, decoupler, batch), "alarm": partial(detector.is_adversarial, paths)}
             found = ratio(interleaved(runs, options.repeats, 2), "alarm", "forward")
             table.add(f"alarm of {size} images / forward, {name}", str(found), found.value, 0.2)
+        asked = partial(asked_of_images, fitted["gradient boosting of 100"], decoupler, batch)
+        found = ratio(
+            interleaved({"forward": partial(plain, decoupler, batch), "asked": asked}, options.repeats, 2),
+            "asked",
+            "forward",
+        )
+        table.add(f"is_adversarial(paths(x)), x of {size} / forward, gradient boosting", str(found))
     building(table, decoupler, images, max(3, options.repeats // 5))
     critical(table, decoupler, images)
     print(table)
@@ -81,6 +88,10 @@ def critical(table: Table, decoupler, images: torch.Tensor) -> None:
         faster = found.value * size / 8
         title = f"critical paths, image by image / in batches of {size}"
         table.add(title, f"{faster:.1f}", faster, 20.0, at_least=True)
+
+
+def asked_of_images(detector, decoupler, images: torch.Tensor) -> None:
+    detector.is_adversarial(decoupler.paths(images))
 
 
 def plain(decoupler, images: torch.Tensor) -> None:

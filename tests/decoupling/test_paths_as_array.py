@@ -11,7 +11,7 @@ from test_decoupler import decoupled, images, network
 from test_paths import bits_of, paths_of, same
 
 from captum_classfilters.core.errors import ShapeError
-from captum_classfilters.decoupling import Paths
+from captum_classfilters.decoupling import Paths, reading
 from captum_classfilters.decoupling.reading import PathReader
 
 ROWS = np.array([3, 0, 7, 3])
@@ -124,3 +124,18 @@ def test_images_of_another_size_are_refused_by_whatever_reads():
         reader.read((images(2, size=14),), index=1)
     # how many come in a batch is another matter
     assert len(decoupler.paths([images(2), images(5)])) == 7
+
+
+def test_what_a_path_costs_is_found_once_for_each_size(monkeypatch):
+    decoupler, x = decoupled(network()), images(6)
+    found = []
+
+    def costs_of(asked, example):
+        found.append(tuple(example[0].shape))
+        return real(asked, example)
+
+    real = reading.costs_of
+    monkeypatch.setattr(reading, "costs_of", costs_of)
+    first, again, other = (decoupler.paths(given) for given in (x, x[:2], x[..., :-1]))
+    assert found == [(1, *x.shape[1:]), (1, *x[..., :-1].shape[1:])]
+    assert again.costs == first.costs != other.costs
