@@ -40,7 +40,8 @@ class PathPairs:
         noise: Of the same images with as large a change at random, which counts as clean: a detector that finds noise
             has not found attacks.
         misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
-        index: ``(n,)`` int64: which image of the loader each pair is, so that pairs of several attacks can be grouped.
+        index: ``(n,)`` int64: which image of the loader each pair is, in its order: pairs of several attacks can be
+            grouped by it, if the loader does not shuffle.
         tried: Images that were attacked: up to the last pair's where there are ``max_pairs``.
         succeeded: On how many of these the attack changed what the network says: n, before pairs were picked.
         images: ``(n, colours, H, W)``, if asked for.
