@@ -92,7 +92,8 @@ def main(folder):
         dist.barrier()
         rest = method.attribute(islice(mine, stopped_at, None))
     save("resumed", ClassFilters.merge(ClassFilters.load(folder / "first.safetensors"), rest))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # all is saved; gloo's threads now and then abort a process that takes its time to end
 
 
 def differing(rank):

@@ -234,7 +234,8 @@ def ranks(folder):
     except FileFormatError as error:
         found["not shared"] = f"{type(error).__name__}: {error}"
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # all is saved; gloo's threads now and then abort a process that takes its time to end
 
 
 if __name__ == "__main__":
