@@ -3,10 +3,6 @@
 python -m benchmarks.detection_attacks FOLDER
 """
 
-import argparse
-import time
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import RandomForestClassifier
@@ -23,32 +19,17 @@ from benchmarks.detection_bench import (
     four_fifths,
     joined,
     judged,
-    opened,
     pictures,
     rows_of,
+    run,
     seen,
     spread,
     together,
 )
-from benchmarks.report import stamp
 from benchmarks.results import markdown
 from captum_classfilters import PathOutlierDetector, PathPairs
 
-PARTS = ("attacks", "others")
 MADE = [f"{attack} {epsilon}" for attack in ("pgd", "fgsm") for epsilon in (1, 2, 4, 8)] + ["cw"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    options = parser.parse_args()
-    print(stamp("detection_attacks", "cpu"), flush=True)
-    bench = opened(options.folder)
-    for part in options.parts:
-        started = time.time()
-        globals()[part](bench)
-        print(f"\n<!-- {part}: {time.time() - started:.0f} s -->", flush=True)
 
 
 # -- attack by attack --------------------------------------------------------------------------------------------------
@@ -122,7 +103,6 @@ def others(bench: Bench) -> None:
         detector = forest(bench, 0, BOTH).fit(X, y)
         matrix[name] = {other: round(auc_of(detector, test[other]), 3) for other in names}
     frame = pd.DataFrame(matrix).T.rename_axis("learnt from")
-    frame.to_csv(bench.folder / "matrix.csv")
     print("\n### Learnt from one attack (rows), judged on another: AUC, forest, logits and profiles, 500 pairs\n")
     markdown(frame.map("{:.2f}".format), "one run")
 
@@ -164,4 +144,4 @@ def others(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("detection_attacks", __doc__, [attacks, others])

@@ -1,5 +1,7 @@
 """What the benchmarks of detection share: the network, its images, detectors and how they are judged."""
 
+import argparse
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from benchmarks.detection_pairs import images, network, read
+from benchmarks.report import stamp
 from benchmarks.results import Loader
 from captum_classfilters import PathDecoupler, PathDetector, PathPairs, Paths
 from captum_classfilters.detection import ClassProfiles, stack_pairs
@@ -42,6 +45,21 @@ def opened(folder: Path) -> Bench:
     rest = Loader(type(data["train"])(*(part[-10_000:] for part in data["train"])))
     clean = decoupler.paths(rest, logits=True)
     return Bench(folder, decoupler, data, ClassProfiles(clean), clean)
+
+
+def run(name: str, description: str | None, parts: Sequence[Callable[[Bench], None]]) -> None:
+    """The command line of a benchmark: the folder of the pairs, and which parts."""
+    known = {part.__name__: part for part in parts}
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=known, default=known)
+    options = parser.parse_args()
+    print(stamp(name, "cpu"), flush=True)
+    bench = opened(options.folder)
+    for part in options.parts:
+        started = time.time()
+        known[part](bench)
+        print(f"\n<!-- {part}: {time.time() - started:.0f} s -->", flush=True)
 
 
 def forest(bench: Bench, seed: int, features: Any = "bits") -> PathDetector:

@@ -9,10 +9,7 @@ training set; its alarm is calibrated on the first half of the test set and judg
 over five runs and their standard deviation; a run draws four fifths of the pairs, by image, and seeds the classifier.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,29 +18,14 @@ import torch
 from sklearn.ensemble import AdaBoostClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.detection_bench import BOTH, MAIN, RUNS, Bench, auc_of, forest, judged, opened, spread
+from benchmarks.detection_bench import BOTH, MAIN, RUNS, Bench, auc_of, forest, judged, run, spread
 from benchmarks.detection_pairs import pgd
-from benchmarks.report import stamp
 from benchmarks.results import Loader, markdown
 from captum_classfilters import PathDetector, PathOutlierDetector, PathPairs, adversarial_paths
 from captum_classfilters.detection import AdaptivePGD, PathMatching, distil, false_positive_interval
 from captum_classfilters.metrics import wilson
 
-PARTS = ("adaptive", "sizes", "calibration", "noise")
 ADAPTIVE_IMAGES, ADAPTIVE_STEPS = 400, 40
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    options = parser.parse_args()
-    print(stamp("detection_results", "cpu"), flush=True)
-    bench = opened(options.folder)
-    for part in options.parts:
-        started = time.time()
-        globals()[part](bench)
-        print(f"\n<!-- {part}: {time.time() - started:.0f} s -->", flush=True)
 
 
 # -- the attacker who knows --------------------------------------------------------------------------------------------
@@ -186,4 +168,4 @@ def noise(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("detection_results", __doc__, [adaptive, sizes, calibration, noise])

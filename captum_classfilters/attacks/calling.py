@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from captum.robust import Perturbation
+from captum.robust import FGSM, Perturbation
 from torch import Tensor, nn
 
 from captum_classfilters.attacks.oracle import check_images
@@ -59,6 +59,8 @@ class Attack:
             raise OptionError(f"expected an attack that was made, as PGD(model), got {perturbation!r:.60}")
         if epsilon is not None and (not isinstance(epsilon, Real) or not epsilon > 0):
             raise OptionError(f"epsilon must be above 0, got {epsilon!r}; None leaves it to the attack")
+        fgsm = getattr(perturbation, "fgsm", perturbation)  # PGD has one inside
+        self._logarithm_of = fgsm.forward_func if isinstance(fgsm, FGSM) and fgsm.loss_func is None else None
         self.name = type(perturbation).__name__ if isinstance(perturbation, Perturbation) else "the attack"
         self.epsilon, self.bounds = epsilon, (lower_bound, upper_bound)
         known = _parameters(self.call)
@@ -92,6 +94,7 @@ class Attack:
         Raises:
             ShapeError, DeviceError, NonFiniteError, OptionError: It gave something else.
         """
+        self._check_default_loss(images)
         # a copy: an attack may write into it
         given = images.detach().clone()
         named = {} if self.label is None else {self.label: labels}
@@ -110,7 +113,8 @@ class Attack:
                 f"{self.name} gave NaN or infinite pixels; Captum's FGSM and PGD take the logarithm of what the model "
                 'gives unless told otherwise: pass loss_func=torch.nn.CrossEntropyLoss(reduction="none")'
             )
-        check_images(found, *self.bounds, what=f"images from {self.name}")
+        remedy = "make the attack with these bounds: Captum's have none by default"
+        check_images(found, *self.bounds, what=f"images from {self.name}", remedy=remedy)
         # half precision too, and no less than it came in
         wide = torch.promote_types(images.dtype, torch.float32)
         changed = (found.to(wide) - images.to(wide)).abs().max().item() if len(images) else 0.0
@@ -121,6 +125,18 @@ class Attack:
                 "it was made with, or None"
             )
         return found.to(images.dtype)
+
+    def _check_default_loss(self, images: Tensor) -> None:
+        """Captum's own loss is the logarithm of what the model gives: of logits that is NaN, which moves no pixel."""
+        if self._logarithm_of is None or not len(images):
+            return
+        with torch.no_grad():
+            output = self._logarithm_of(images[:1])
+        if bool((output < 0).any() | (output > 1 + 1e-3).any()):
+            raise OptionError(
+                f"{self.name} was made without loss_func and takes the logarithm of what the model gives, which are no "
+                'probabilities; pass loss_func=torch.nn.CrossEntropyLoss(reduction="none")'
+            )
 
 
 def _parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:

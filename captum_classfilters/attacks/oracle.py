@@ -74,7 +74,12 @@ def check_bounds(lower_bound: float, upper_bound: float) -> None:
         )
 
 
-def check_images(images: Any, lower_bound: float, upper_bound: float, what: str = "images") -> None:
+_PIXELS = "pass lower_bound= and upper_bound=, or images before normalisation with a model that normalises them itself"
+
+
+def check_images(
+    images: Any, lower_bound: float, upper_bound: float, what: str = "images", remedy: str = _PIXELS
+) -> None:
     """Refuse what is not ``(N, colours, H, W)`` of floats in the bounds."""
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -87,8 +92,7 @@ def check_images(images: Any, lower_bound: float, upper_bound: float, what: str 
     # the negation: NaN is refused as well
     if not (low >= lower_bound - tolerance and high <= upper_bound + tolerance):
         raise OptionError(
-            f"{what} must lie in [{lower_bound}, {upper_bound}], got values from {low:.6g} to {high:.6g}; pass "
-            "lower_bound= and upper_bound=, or images before normalisation with a model that normalises them itself"
+            f"{what} must lie in [{lower_bound}, {upper_bound}], got values from {low:.6g} to {high:.6g}; {remedy}"
         )
 
 

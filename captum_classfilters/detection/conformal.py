@@ -4,6 +4,7 @@ n clean paths for calibration, m paths judged.
 """
 
 import math
+from abc import ABC, abstractmethod
 from numbers import Real
 from typing import Any
 
@@ -72,15 +73,15 @@ def check_enough(count: int, alpha: float) -> None:
         )
 
 
-class Calibrated:
+class Calibrated(ABC):
     """What a detector gains by clean paths that it was not fitted on: p-values, and alarms at a given rate.
 
     A class that has this gives `strangeness`: larger for what is more likely adversarial.
     """
 
+    @abstractmethod
     def strangeness(self, X: Any) -> Array:  # noqa: N803
         """``(m,)`` float64."""
-        raise NotImplementedError
 
     def calibrate(self, X_clean: Any, alpha: float = 0.05) -> Any:  # noqa: N803
         """Set the alarm to go off for a share ``alpha`` of clean images, by paths the detector was not fitted on.

@@ -339,8 +339,4 @@ def _first(pairs: PathPairs, count: int, found: list[_Batch]) -> PathPairs:
 def _in_vain(pairs: PathPairs, attack: Attack) -> str:
     if not pairs.tried:
         return "the network sees none of these images right, so none was attacked; look at its labels and its images"
-    return (
-        f"{attack.name} fooled the network on none of {pairs.tried} images; raise epsilon or its steps. Captum's FGSM "
-        "and PGD do nothing where loss_func is not given and the model gives logits: pass "
-        'loss_func=torch.nn.CrossEntropyLoss(reduction="none")'
-    )
+    return f"{attack.name} fooled the network on none of {pairs.tried} images; raise epsilon or its steps"

@@ -5,28 +5,13 @@ import threading
 
 import pytest
 import torch
+from shared import Passing
 from test_decoupler import LABELS, by_hand, decoupled, images, network
 from test_decoupler_frozen import rows
 
 from captum_classfilters.core.errors import HardGatesWarning, OptionError
 
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5])
-
-
-class Passing(torch.autograd.Function):
-    """1[g > 0], whose derivative is said to be that of clamp(1.2 sigmoid(g) - 0.1, 0, 1)."""
-
-    @staticmethod
-    def forward(ctx, g):
-        ctx.save_for_backward(g)
-        return (g > 0).to(g.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (g,) = ctx.saved_tensors
-        share = 1 / (1 + torch.exp(-g))
-        inside = (1.2 * share - 0.1 > 0) & (1.2 * share - 0.1 < 1)
-        return gradient * inside * 1.2 * share * (1 - share)
 
 
 def straight_by_hand(decoupler, x):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from contract import Snapshot
 from scipy.stats import spearmanr
-from shared import SmallCNN, seeded
+from shared import Passing, SmallCNN, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,20 +62,6 @@ def surrogate():
 
 def wrong(decoupler, images, labels):
     return decoupler.paths(images).predictions != labels
-
-
-class Passing(torch.autograd.Function):
-    """1[g > 0], whose derivative is said to be that of clamp(1.2 sigmoid(g) - 0.1, 0, 1)."""
-
-    @staticmethod
-    def forward(ctx, g):
-        ctx.save_for_backward(g)
-        return (g > 0).to(g.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        share = ctx.saved_tensors[0].sigmoid()
-        return gradient * ((1.2 * share - 0.6).abs() < 0.5) * 1.2 * share * (1 - share)
 
 
 def by_hand(decoupler, x):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.robust import FGSM, PGD
 from contract import Snapshot
-from examples import attack_on, decoupler_of, inverted, planted, right_and_wrong, tints
+from examples import attack_on, decoupler_of, inverted, planted, tints
 from torch import nn
 
 from captum_classfilters.attacks import Normalized
@@ -18,22 +18,10 @@ from captum_classfilters.detection import PathPairs, adversarial_paths, stack_pa
 
 EPSILON = 0.1
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-# of each of its own steps but the first
-CAPTUMS = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 
 
 def cut(images, labels, size=15):
     return list(zip(images.split(size), labels.split(size), strict=True))
-
-
-@pytest.fixture
-def decoupler():
-    return decoupler_of()
-
-
-@pytest.fixture
-def data(decoupler):
-    return right_and_wrong(decoupler)
 
 
 def one_by_one(decoupler, image):
@@ -193,7 +181,6 @@ def test_without_epsilon_noise_is_the_attacks_own_changes_in_other_places(decoup
 # -- attacks -----------------------------------------------------------------------------------------------------------
 
 
-@CAPTUMS
 def test_captums_pgd_takes_steps(decoupler, data):
     calls = []
 

@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from captum.robust import FGSM
-from examples import attack_on, decoupler_of, inverted, planted, right_and_wrong
+from captum.robust import FGSM, PGD
+from examples import attack_on, inverted, planted
 from torch import nn
 
 from captum_classfilters.attacks import Normalized
 from captum_classfilters.core import errors
 from captum_classfilters.detection import adversarial_paths, stack_pairs
-
-
-@pytest.fixture
-def decoupler():
-    return decoupler_of()
-
-
-@pytest.fixture
-def data(decoupler):
-    return right_and_wrong(decoupler)
 
 
 @pytest.mark.parametrize(("attack", "options", "error", "message"), [
@@ -48,7 +38,7 @@ def test_what_captums_attacks_need_is_asked_for(decoupler, data):
     with pytest.raises(errors.OptionError, match="FGSM has no argument 'step_num'; it has"):
         adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.1, step_num=3)
     beyond = FGSM(decoupler, nn.CrossEntropyLoss(reduction="none"))  # without bounds
-    with pytest.raises(errors.OptionError, match="images from FGSM must lie in"):
+    with pytest.raises(errors.OptionError, match=r"images from FGSM must lie in .*make the attack with these bounds"):
         adversarial_paths(decoupler, [data], beyond, epsilon=0.3)
 
 
@@ -131,3 +121,9 @@ def test_paths_of_other_classes_are_no_twins():
     clean, attacked = planted(12)
     with pytest.raises(errors.OptionError, match="these are not twins: their true classes differ"):
         stack_pairs(clean, attacked[torch.arange(11, -1, -1)])
+
+
+@pytest.mark.parametrize("kind", [FGSM, PGD])
+def test_captums_default_loss_on_logits_is_refused(decoupler, data, kind):
+    with pytest.raises(errors.OptionError, match="was made without loss_func and takes the logarithm"):
+        adversarial_paths(decoupler, [data], kind(decoupler, lower_bound=0, upper_bound=1), epsilon=0.1)
