@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from captum_classfilters._version import __version__
 
 if TYPE_CHECKING:
+    from captum_classfilters.cam import LayerGradCamPlusPlus as LayerGradCamPlusPlus
+    from captum_classfilters.cam import LayerSmoothGradCamPlusPlus as LayerSmoothGradCamPlusPlus
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
     from captum_classfilters.heads import decompose as decompose
     from captum_classfilters.heads import recover as recover
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
+    from captum_classfilters.splitting import ALDSplitter as ALDSplitter
+    from captum_classfilters.splitting import ALDTree as ALDTree
 
 _HOMES = {
+    "ALDSplitter": "splitting",
+    "ALDTree": "splitting",
     "ClassFilters": "class_filters",
     "ClassFiltersError": "core.errors",
     "SingularMomentsWarning": "core.errors",
@@ -45,6 +51,8 @@ _HOMES = {
     "InfluentialFeatures": "influential",
     "LabelSensitiveGate": "gating",
     "LabelSensitiveTraining": "gating",
+    "LayerGradCamPlusPlus": "cam",
+    "LayerSmoothGradCamPlusPlus": "cam",
     "PathAttribution": "decoupling",
     "PathDecoupler": "decoupling",
     "PathDetector": "detection",
@@ -53,12 +61,14 @@ _HOMES = {
     "Paths": "decoupling",
     "adversarial_paths": "detection",
     "attacks": "attacks",
+    "cam": "cam",
     "decompose": "heads",
     "detection": "detection",
     "filter_ambiguity": "gating",
     "heads": "heads",
     "metrics": "metrics",
     "recover": "heads",
+    "splitting": "splitting",
     "stack_pairs": "detection",
     "visualize": "visualize",
 }

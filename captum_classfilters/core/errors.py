@@ -75,6 +75,14 @@ class AttackFailedWarning(UserWarning):
     """An attack fooled the network on no image."""
 
 
+class ZeroMapWarning(UserWarning):
+    """A heat map is zero by its definition: the chosen channels have no positive gradient for the target."""
+
+
+class DegenerateFitWarning(UserWarning):
+    """A class has no two different weights, so no distribution can be fitted to them."""
+
+
 class SingularMomentsWarning(UserWarning):
     """Features that follow from one another over the samples seen."""
 

@@ -6,7 +6,6 @@ hooks, `HeadSearch.found` looks at what they saw. `core/stream.py` does both.
 N samples, K features, C classes, h x w positions.
 """
 
-import difflib
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import Borrowed
 from captum_classfilters.core.errors import HeadError
+from captum_classfilters.core.layers import ITSELF, find_module
 
 # What a head can be
 Candidate: TypeAlias = nn.Linear | nn.Conv2d
@@ -26,8 +26,6 @@ Candidate: TypeAlias = nn.Linear | nn.Conv2d
 _PROBE = 2
 # The head is called last or nearly so; of earlier candidates only the names are kept
 _RECENT = 4
-# The name of a model that is its own head
-_ITSELF = "the model itself"
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class HeadSearch:
             return []
         names = self._names[module][:]
         for other, parameter in self._model.named_parameters(remove_duplicate=False):
-            owner = other.rpartition(".")[0] or _ITSELF
+            owner = other.rpartition(".")[0] or ITSELF
             if parameter is module.weight and owner not in names:
                 names.append(owner)
         return names if len(names) > 1 else []
@@ -262,31 +260,27 @@ def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
     return Head(_names(model)[module][0], module, None)
 
 
+def last_head(model: nn.Module) -> Head:
+    """The head by its place alone: the last layer with a matrix of weights. For those who read weights and no data.
+
+    Raises:
+        HeadError: That layer is no ``nn.Linear`` or 1x1 convolution.
+    """
+    with_matrix = [module for module in model.modules() if _has_matrix(module) or _is_quantised(module)]
+    if not with_matrix:
+        raise HeadError("the model has no layer with a matrix of weights, so no head; pass layer= with the one meant")
+    return find_head(model, with_matrix[-1])
+
+
 def has_layer(model: nn.Module, name: str) -> bool:
     """Does a layer of the model bear this name, as `Head.name` gives it?"""
-    return name == _ITSELF or name in dict(model.named_modules())
+    return name == ITSELF or name in dict(model.named_modules())
 
 
 def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
     """The module that ``layer`` names, checked to be one that can be a head."""
-    module: nn.Module
-    if isinstance(layer, str):
-        if model is None:
-            raise HeadError(f"layer={layer!r} is a name, but the model is a bare function: pass the module itself")
-        known = {_ITSELF: model, **dict(model.named_modules())}
-        if layer not in known:
-            near = difflib.get_close_matches(layer, known, n=3, cutoff=0.5) or [
-                n for n, m in known.items() if _is_candidate(m)
-            ]
-            raise HeadError(f"the model has no layer {layer!r}; did you mean one of {near[-6:]}?")
-        module = known[layer]
-    else:
-        module = layer
-        if model is not None and all(module is not inner for inner in model.modules()):
-            raise HeadError(
-                f"layer {type(module).__name__} is not a module of this model; pass one that is, or its name"
-            )
-    if "quantized" in type(module).__module__:
+    module = find_module(model, layer, error=HeadError, likely=_is_candidate)
+    if _is_quantised(module):
         raise HeadError(f"layer {layer} is quantised, its weights cannot be read; use the network before quantisation")
     if not _is_candidate(module):
         raise HeadError(
@@ -296,6 +290,10 @@ def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
     return module
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    return "quantized" in type(module).__module__ and hasattr(module, "weight")
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
@@ -303,7 +301,7 @@ def _has_matrix(module: nn.Module) -> bool:
 def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False) if model is not None else ():
-        names.setdefault(module, []).append(name or _ITSELF)
+        names.setdefault(module, []).append(name or ITSELF)
     return names
 
 

@@ -17,9 +17,10 @@ from torch.utils.data import Subset
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table, merge_ranks, one_table
 from captum_classfilters.core.captum_compat import log_usage
-from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, UnseenClassWarning
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError, UnseenClassWarning
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.tables import K1, Tables, check_options
 
 
@@ -330,21 +331,7 @@ def _plain(k1: Any) -> Any:
 
 def _targets(target: Any, batch: Batch) -> Tensor:
     count, classes = batch.logits.shape
-    if isinstance(target, str):
-        raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
-    found = torch.as_tensor(target, device=batch.logits.device)
-    if found.is_floating_point() or found.dtype == torch.bool:
-        raise LabelError(f"target must be integers, got {found.dtype}; pass class indices")
-    if found.dim() == 0 or (found.dim() == 1 and len(found) == 1):
-        found = found.reshape(1).expand(count)
-    if found.shape != (count,):
-        raise LabelError(
-            f"target must be an int or {count} of them, one for each sample; got shape {tuple(found.shape)}"
-        )
-    low, high = int(found.min()), int(found.max())
-    if low < 0 or high >= classes:
-        raise LabelError(f"target must lie in [0, {classes}), got {low if low < 0 else high}")
-    return found.long()
+    return classes_of(target, count, classes, batch.logits.device)
 
 
 def _names_of(loader: Any) -> Sequence[Any] | None:

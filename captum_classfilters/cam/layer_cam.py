@@ -1,0 +1,164 @@
+"""What both maps share: the layer is read through Captum, channels are weighed and summed, bad input is refused.
+
+`equations.py` says what a channel weighs. N samples, K channels.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from captum.attr import GradientAttribution, LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters.cam.channels import Channels, channel_mask, own_weights
+from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.errors import LayerError, OptionError, ShapeError, ZeroMapWarning
+from captum_classfilters.core.layers import find_module
+from captum_classfilters.core.stream import batches
+from captum_classfilters.core.targets import classes_of
+
+
+class LayerCam(GradientAttribution, LayerAttribution):
+    """A class activation map: a layer's channels, weighed and summed. Its subclasses find the weights.
+
+    Args:
+        forward_func: The model, or a function.
+        layer: A module of it, or its dotted name.
+        device_ids: As for Captum's ``LayerGradCam``.
+        reshape: Makes ``(N, K, h, w)`` of what the layer gives, where it does not: of tokens, of channels last. It may
+            only move numbers about, for gradients are moved the same way.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str,
+        device_ids: list[int] | None = None,
+        *,
+        reshape: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        inner = unwrap(forward_func)
+        known = inner if isinstance(inner, nn.Module) else None
+        LayerAttribution.__init__(self, forward_func, find_module(known, layer), device_ids)
+        GradientAttribution.__init__(self, forward_func)
+        if reshape is not None and not callable(reshape):
+            raise OptionError(f"reshape must be a function of the layer's output, got {type(reshape).__name__}")
+        self.reshape = reshape
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """The map is of activations, not of inputs."""
+        return False
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def _borrowed(self) -> AbstractContextManager[Borrowed]:
+        if torch.is_inference_mode_enabled():
+            raise OptionError("gradients are needed, which torch.inference_mode() forbids; call it outside, or no_grad")
+        model = unwrap(self.forward_func)
+        return borrowed(model if isinstance(model, nn.Module) else None, grad=True)
+
+    def _devices(self) -> list[int] | None:
+        # of DataParallel, which `_forward` hides from Captum
+        return self.device_ids or getattr(self.forward_func, "device_ids", None)
+
+    def _forward(self, target: Any) -> Callable[..., Any]:
+        """The forward function, with a look at the target before Captum picks it."""
+
+        def forward(*args: Any) -> Any:
+            output = self.forward_func(*args)
+            if isinstance(output, Tensor) and output.dim() == 2:
+                check_target(target, output)
+            return output
+
+        return forward
+
+    def _one_map(self, tensors: tuple[Tensor, ...], what: str) -> Tensor:
+        """The layer's tensor as ``(N, K, *)``."""
+        if len(tensors) != 1:
+            raise LayerError(f"the layer's {what} must be one tensor, got {len(tensors)}; choose another layer")
+        if self.reshape is None:
+            maps, how = tensors[0], "pass the layer of a convolution, or reshape= for tokens"
+        else:
+            maps, how = self.reshape(tensors[0]), "it is what reshape= gave"
+        if not isinstance(maps, Tensor) or maps.dim() < 3:
+            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            raise ShapeError(f"the layer's {what} must have positions, (N, K, h, w), got {got}; {how}")
+        if len(maps) != len(tensors[0]):
+            raise ShapeError(f"reshape must keep the {len(tensors[0])} samples, it gave {len(maps)}")
+        return maps
+
+    # -- the map ---------------------------------------------------------------------------------------------------
+
+    def _map(
+        self,
+        activations: Tensor,
+        weigh: Callable[[], Tensor],
+        channels: Channels,
+        given: Any,
+        relu: bool,
+        summed: bool,
+    ) -> Tensor:
+        """``weigh``: Grad-CAM++'s weights ``(N, K)``, which the caller's may replace."""
+        samples, size = activations.shape[:2]
+        # channels first: a wrong one is refused before anything is computed
+        mask = None if channels is None else channel_mask(channels, samples, size, activations.device)
+        weights = weigh() if given is None else own_weights(given, samples, size, activations.device)
+        if mask is not None:
+            weights = weights * mask
+            if given is None and not bool((weights != 0).any(1).all()):
+                _warn_zero(int((weights == 0).all(1).sum()), samples)
+        weights = weights.expand(samples, -1).view(samples, size, *[1] * (activations.dim() - 2))
+        found = weights.to(_at_least_float(activations.dtype)) * activations
+        found = found.sum(1, keepdim=True) if summed else found
+        found = found.relu() if relu else found
+        return found.to(activations.dtype).detach()
+
+    def _head_weights(self, inputs: Any, target: Any, forward_args: Any, maps: Tensor) -> Tensor:
+        """The head's weights for the target, ``(N, K)``; the head is found on the first sample."""
+        first = tuple(value[:1] for value in inputs)
+        args = tuple(rows_of(value, slice(0, 1), len(inputs[0])) for value in forward_args)
+        with batches(self.forward_func, [(first, None)], need_labels=False, forward_args=args) as stream:
+            head = next(iter(stream)).head
+        if head.num_features != maps.shape[1]:
+            raise ShapeError(
+                f'channel_weights="head" are of {head.num_features} features, the layer has {maps.shape[1]} channels; '
+                "pass the layer whose map the head reads"
+            )
+        return head.weight[classes_of(target, len(maps), head.num_classes, head.weight.device)]
+
+
+def check_target(target: Any, output: Tensor) -> None:
+    """Refuse a target that is missing or out of range, in words."""
+    classes = output.shape[1]
+    if target is None and classes > 1:
+        raise OptionError(f"the model gives {classes} outputs: pass target=, the class, or one for each sample")
+    # a tuple, or a list of tuples, picks from outputs of more axes: Captum's own affair
+    if isinstance(target, int | Tensor) or (isinstance(target, list) and all(isinstance(t, int) for t in target)):
+        classes_of(target, len(output), classes, output.device)
+
+
+def rows_of(value: Any, rows: Any, samples: int) -> Any:
+    """The samples ``rows`` of an argument that has one entry for each, any other as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == samples else value
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """One, none or several."""
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def _at_least_float(dtype: torch.dtype) -> torch.dtype:
+    return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+
+
+def _warn_zero(zero: int, samples: int) -> None:
+    warnings.warn(
+        f"Grad-CAM++ counts positive gradients, of which the chosen channels have none in {zero} of {samples} samples: "
+        "these maps are zero. What speaks against the target: against=True; where channels are active, whatever for: "
+        'channel_weights="ones"',
+        ZeroMapWarning,
+        stacklevel=5,
+    )

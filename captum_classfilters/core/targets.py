@@ -1,0 +1,40 @@
+"""Captum's ``target`` where it must be classes: one index, or one for each sample."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_classfilters.core.errors import LabelError
+
+
+def classes_of(target: Any, samples: int, classes: int, device: torch.device) -> Tensor:
+    """The classes as ``(N,)`` int64.
+
+    Args:
+        target: An int, or N of them.
+        samples: N.
+        classes: C.
+        device: Where they are wanted.
+
+    Raises:
+        LabelError: Not integers, not N of them, or outside ``[0, C)``.
+    """
+    if isinstance(target, str):
+        raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
+    try:
+        found = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LabelError(f"target must be a class index, or one for each sample; got {target!r}") from error
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise LabelError(f"target must be integers, got {found.dtype}; pass class indices")
+    if found.dim() == 0 or (found.dim() == 1 and len(found) == 1):
+        found = found.reshape(1).expand(samples)
+    if found.shape != (samples,):
+        raise LabelError(
+            f"target must be an int or {samples} of them, one for each sample; got shape {tuple(found.shape)}"
+        )
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= classes:
+        raise LabelError(f"target must lie in [0, {classes}), got {low if low < 0 else high}")
+    return found.long()

@@ -1,0 +1,204 @@
+"""`ALDSplitter`: splits a class's final-layer weights, and shows what the neurons of a node look at.
+
+The fit is in `laplace.py`, the split in `stages.py`. N samples, K neurons (channels), C classes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
+from typing import Any, overload
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters.class_filters import ClassFilters, names_of
+from captum_classfilters.core.captum_compat import log_usage
+from captum_classfilters.core.errors import HeadError, OptionError
+from captum_classfilters.core.stream import Batch, batches, check_labels, check_range
+from captum_classfilters.core.targets import classes_of
+from captum_classfilters.splitting.ald_tree import ALDTree
+from captum_classfilters.splitting.splits import Splits, split_weights
+from captum_classfilters.splitting.weights import head_weights
+
+
+class ALDSplitter(LayerAttribution):
+    """Which neurons of the final layer shout a class's name, and which confuse it; from the weights alone.
+
+    A class's weights are taken to follow an asymmetric Laplace distribution. Both of its sides are split at their
+    mean, the outer part again at its mean, and so on; the last node of the positive side holds the most discriminative
+    neurons, that of the negative side the most confusing ones.
+
+    Source: "An interpretation of the final fully connected layer", sections III and IV. Differs: exact zeros are
+    dropped and counted; a fit by maximum likelihood beside the paper's line; all classes at once. How well the
+    distribution fits is another question: `metrics.ald_evidence`.
+
+    Args:
+        forward_func: The model, an ``nn.Module``; compiled, DataParallel and DDP ones are unwrapped. A function also
+            does, with ``layer``.
+        layer: The head, an ``nn.Linear`` or a 1x1 convolution, as a module or a dotted name. None: the last layer of
+            the model that has a matrix of weights (nothing is run to find it).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> splitter = ALDSplitter(model)
+        >>> tree = splitter.split(target=2)
+        >>> sorted(tree.nodes)[:2], len(splitter.split())
+        (['+1', '+2'], 3)
+        >>> splitter.class_filters("negative")
+        ClassFilters('ald_negative', 3 classes x 64 channels of '1', 3 samples)
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], layer: nn.Module | str | None = None) -> None:
+        super().__init__(forward_func, layer)
+        # now: a wrong layer is refused before anything is asked of it
+        head_weights(forward_func, layer)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """The map is of activations, not of inputs."""
+        return False
+
+    @overload
+    def split(self, target: int, **options: Any) -> ALDTree: ...
+    @overload
+    def split(self, target: Sequence[int] | None = ..., **options: Any) -> dict[int, ALDTree]: ...
+
+    def split(self, target: Any = None, **options: Any) -> Any:
+        """The tree of a class; of several or of all, a dict of trees by class.
+
+        Args:
+            target: An index in ``[0, C)``, several, or None for all.
+            **options: ``fit`` (``"loglinear"`` or ``"mle"``), ``first_threshold`` (``"zero"`` or ``"mean"``) and
+                ``min_size`` (20), as in `splits.split_weights`.
+
+        Raises:
+            LabelError: A class out of range.
+            OptionError: An option is not among what it may be, or the head has fewer features than ``min_size``.
+            NonFiniteError: NaN or infinity among the weights.
+
+        Warns:
+            DegenerateFitWarning: A class has no two different weights, and ``fit="mle"``.
+        """
+        one = isinstance(target, Integral) and not isinstance(target, bool)
+        several = [target] if one else target
+        splits = self._splits(several, options)
+        trees = {known: ALDTree(splits, row) for row, known in enumerate(splits.targets)}
+        return trees[int(target)] if one else trees
+
+    def splits(self, **options: Any) -> Splits:
+        """The numbers behind `split`, as tables of all classes."""
+        return self._splits(None, options)
+
+    def class_filters(
+        self, branch: str = "positive", *, class_names: Sequence[str] | None = None, **options: Any
+    ) -> ClassFilters:
+        """The answer every method gives: how deep in a branch each neuron lies.
+
+        Args:
+            branch: ``"positive"`` or ``"negative"``.
+            class_names: C names; otherwise numbers.
+            **options: As for `split`.
+
+        Returns:
+            ``scores``: a neuron's deepest node over the branch's last one, so 1 for terminal neurons and 0 outside;
+            ``mass``: ``|weight|``, which breaks ties; ``counts``: 1, for no sample is looked at, and 0 for a class
+            whose branch is empty. The terminal sets differ in size: ``filters.scores == 1`` has them.
+        """
+        splits = self.splits(**options)
+        names = names_of(class_names, len(splits.weights))
+        depths = splits.depths(branch)
+        scores = splits.stages(branch).double() / depths.clamp(min=1)[:, None]
+        mass = splits.weights.double().abs()
+        about = {"merge": "never", "branch": branch, **options}
+        return ClassFilters(scores, mass, (depths > 0).long(), f"ald_{branch}", splits.layer, names, about)
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any,
+        additional_forward_args: Any = None,
+        *,
+        branch: str = "positive",
+        stage: int | None = None,
+        channel_weights: str = "head",
+        **options: Any,
+    ) -> Tensor:
+        """What the neurons of a node look at: the feature map behind the head, summed over these neurons alone.
+
+        Where the head's input is the map's average, the map of ``channel_weights="head"`` averages to what these neurons
+        add to the class's logit: a class activation map (Zhou et al. 2016) of one node. The paper shows Smooth
+        Grad-CAM++ of terminal nodes: `LayerSmoothGradCamPlusPlus` with ``channels=tree.terminal("positive")``.
+
+        Args:
+            inputs: Images, ``(N, ...)``, or a tuple of tensors.
+            target: The class, an int, or N of them; each image gets the neurons of its own.
+            additional_forward_args: Passed on to the forward pass.
+            branch: ``"positive"`` or ``"negative"``.
+            stage: 1 for the whole side, 2 for what lies beyond its mean, and so on. None: the last.
+            channel_weights: ``"head"``: each channel times its weight for the class (below 0 on the negative branch);
+                ``"ones"``: the plain sum, as in the published code.
+            **options: As for `split`.
+
+        Returns:
+            ``(N, 1, h, w)``, signed; ready for ``LayerAttribution.interpolate`` and ``visualize_image_attr``.
+
+        Raises:
+            HeadError: The head is not the one whose weights were read, or there is no feature map behind it.
+            OptionError: A class has no such stage, or no weights on that side.
+            LabelError: A target out of range.
+        """
+        if channel_weights not in ("head", "ones"):
+            raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+        name, _ = head_weights(self.forward_func, self.layer)
+        with batches(
+            self.forward_func,
+            [(inputs, None)],
+            layer=self.layer,
+            need_labels=False,
+            need_maps=True,
+            forward_args=additional_forward_args,
+        ) as stream:
+            batch: Batch = next(iter(stream))
+        if batch.head.name != name:
+            raise HeadError(
+                f"the last layer with a matrix is {name}, but the logits come from {batch.head.name}; pass "
+                f"layer={batch.head.name!r}"
+            )
+        classes = classes_of(target, len(batch.features), batch.head.num_classes, batch.features.device)
+        chosen = self._chosen(classes, branch, stage, options).to(batch.features.device)
+        weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
+        maps: Tensor = batch.maps  # type: ignore[assignment]
+        return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)
+
+    def _chosen(self, classes: Tensor, branch: str, stage: int | None, options: dict[str, Any]) -> Tensor:
+        """The neurons of each sample's class, ``(N, K)`` bool."""
+        wanted, places = torch.unique(classes.cpu(), return_inverse=True)
+        splits = self._splits(wanted.tolist(), options)
+        depths = splits.depths(branch)
+        if stage is None:
+            least = depths
+        else:
+            if isinstance(stage, bool) or not isinstance(stage, Integral) or stage < 1:
+                raise OptionError(f"stage must be an integer of at least 1, or None for the last; got {stage!r}")
+            least = torch.full_like(depths, int(stage))
+        short = [
+            (known, depth) for known, depth, want in zip(wanted, depths, least, strict=True) if depth < max(want, 1)
+        ]
+        if short:
+            known, depth = (int(number) for number in short[0])
+            what = f"{depth} stages on the {branch} side, so no stage {stage}" if depth else f"no {branch} weights"
+            raise OptionError(f"class {known} has {what}; see print(splitter.split({known}))")
+        return (splits.stages(branch) >= least[:, None])[places]
+
+    def _splits(self, targets: Iterable[Any] | None, options: dict[str, Any]) -> Splits:
+        name, weights = head_weights(self.forward_func, self.layer)
+        if targets is None:
+            return split_weights(weights, layer=name, **options)
+        rows = check_labels(list(targets), len(list(targets)))
+        check_range(rows, len(weights))
+        known = tuple(dict.fromkeys(rows.tolist()))
+        if not known:
+            raise OptionError("target is empty; pass a class, several, or None for all")
+        return split_weights(weights[list(known)], targets=known, layer=name, **options)
