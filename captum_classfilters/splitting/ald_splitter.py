@@ -127,8 +127,8 @@ class ALDSplitter(LayerAttribution):
     ) -> Tensor:
         """What the neurons of a node look at: the feature map behind the head, summed over these neurons alone.
 
-        Where the head's input is the map's average, the map of ``channel_weights="head"`` averages to what these neurons
-        add to the class's logit: a class activation map (Zhou et al. 2016) of one node. The paper shows Smooth
+        Where the head's input is the map's average, the map of ``channel_weights="head"`` averages to what these
+        neurons add to the class's logit: a class activation map (Zhou et al. 2016) of one node. The paper shows Smooth
         Grad-CAM++ of terminal nodes: `LayerSmoothGradCamPlusPlus` with ``channels=tree.terminal("positive")``.
 
         Args:
