@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from captum_classfilters.heads import decompose as decompose
     from captum_classfilters.heads import recover as recover
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
+    from captum_classfilters.metrics import explain_confusion as explain_confusion
     from captum_classfilters.splitting import ALDSplitter as ALDSplitter
     from captum_classfilters.splitting import ALDTree as ALDTree
 
@@ -64,6 +65,7 @@ _HOMES = {
     "cam": "cam",
     "decompose": "heads",
     "detection": "detection",
+    "explain_confusion": "metrics",
     "filter_ambiguity": "gating",
     "heads": "heads",
     "metrics": "metrics",

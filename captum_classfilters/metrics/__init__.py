@@ -5,8 +5,11 @@ Every table has its random control and its interval.
 
 from captum_classfilters.metrics.ablation import class_ablation
 from captum_classfilters.metrics.accuracy import accuracy_curve
+from captum_classfilters.metrics.ald import ald_evidence, pruning_curve
 from captum_classfilters.metrics.concepts import collate_concepts, concept_scores, layer_scores
+from captum_classfilters.metrics.confusion import Confusion, explain_confusion
 from captum_classfilters.metrics.correlation import correlated_share, filter_correlation, inter_class_correlation
+from captum_classfilters.metrics.deletion import channel_deletion
 from captum_classfilters.metrics.fields import activation_thresholds, field_iou, receptive_fields
 from captum_classfilters.metrics.gates import density, feature_clusters, gate_similarity
 from captum_classfilters.metrics.information import mutual_information
@@ -21,10 +24,13 @@ from captum_classfilters.metrics.robustness import attack_success
 from captum_classfilters.metrics.sets import overlap, stability
 
 __all__ = [
+    "Confusion",
     "Occlusion",
     "accuracy_curve",
     "activation_thresholds",
+    "ald_evidence",
     "attack_success",
+    "channel_deletion",
     "class_ablation",
     "class_masking",
     "collate_concepts",
@@ -32,6 +38,7 @@ __all__ = [
     "concept_scores",
     "correlated_share",
     "density",
+    "explain_confusion",
     "feature_clusters",
     "field_iou",
     "filter_correlation",
@@ -49,6 +56,7 @@ __all__ = [
     "overlap",
     "path_accuracy",
     "path_information",
+    "pruning_curve",
     "receptive_fields",
     "stability",
     "wilson",

@@ -1,0 +1,275 @@
+"""Do a head's weights follow an asymmetric Laplace distribution? And may those that do not be pruned?
+
+The distribution and its fits are in `splitting/`. C classes, K weights in each.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from captum_classfilters.core.errors import LabelError, OptionError, ShapeError
+from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.metrics.accuracy import check_draws
+from captum_classfilters.metrics.intervals import Floats, mean_interval, wilson
+from captum_classfilters.splitting import ALDSplitter, Splits, split_weights
+from captum_classfilters.splitting.laplace import fit_mle, ks_distance
+
+CRITERIA = ("deviation", "magnitude", "random")
+
+# Numbers of a bootstrap that are made at once
+_CELLS = 2**21
+
+
+def ald_evidence(
+    model: Any,
+    *,
+    layer: nn.Module | str | None = None,
+    targets: Iterable[int] | None = None,
+    bootstrap: int = 200,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """How well the asymmetric Laplace distribution fits each class's weights, beside four others.
+
+    The paper shows plots of the line in log space. Its R2 is high for whatever is monotone, so each row has the R2 of
+    as many normal numbers for a control; distance and likelihood say more. Exact zeros are dropped.
+
+    Args:
+        model: The network; only its weights are read.
+        layer: The head; None: the last layer with a matrix of weights.
+        targets: Which classes; None: all.
+        bootstrap: Samples for each p value, at least 20; 0: none, and ``p`` is NaN.
+        seed: Of samples and controls.
+        class_names: C names; otherwise numbers.
+        show_progress: A tqdm bar.
+
+    Returns:
+        One row for each class: ``class_name``, ``weights`` (how many that are not 0), ``zeros``; ``r2_positive``,
+        ``r2_negative``: of the paper's line on each side; ``r2_normal``: of the positive side of as many normal
+        numbers, the control; ``ks``: Kolmogorov and Smirnov's distance from the fit by maximum likelihood; ``p``: share
+        of samples of that fit that lie at least as far from their own fit (parametric bootstrap: below .05 the
+        distribution is refused); ``aic_ald``, ``aic_laplace``, ``aic_normal``, ``aic_student_t``, ``aic_skew_normal``:
+        Akaike's criterion, the lower the better; ``best``: whose is lowest. scipy fits Student's t and the skew normal;
+        where its optimiser ends below the normal distribution, which both contain, that one's likelihood is taken. A
+        class without two different weights has NaN.
+
+    Raises:
+        OptionError: bootstrap out of range.
+        HeadError, LabelError, NonFiniteError: As for `ALDSplitter.split`.
+    """
+    if bootstrap and bootstrap < 20:
+        raise OptionError(
+            f"bootstrap must be 0 or at least 20 samples, got {bootstrap}; fewer give no p value to speak of"
+        )
+    splits = ALDSplitter(model, layer).splits(min_size=2)
+    chosen = range(len(splits.weights)) if targets is None else list(targets)
+    if wrong := [target for target in chosen if not 0 <= target < len(splits.weights)]:
+        raise LabelError(f"targets must lie in [0, {len(splits.weights)}), got {wrong[0]}")
+    names = list(map(str, range(len(splits.weights)))) if class_names is None else list(class_names)
+    if len(names) != len(splits.weights):
+        raise OptionError(f"class_names must be {len(splits.weights)}, one for each class; got {len(names)}")
+    generator = np.random.default_rng(seed)
+    rows = tqdm(chosen, desc="ald_evidence", disable=not show_progress)
+    return pd.DataFrame([{"class_name": names[row], **_evidence(splits, row, bootstrap, generator)} for row in rows])
+
+
+def pruning_curve(
+    model: Any,
+    loader: Iterable[Any],
+    shares: Iterable[float],
+    *,
+    criteria: Sequence[str] = CRITERIA,
+    layer: nn.Module | str | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """Accuracy when a share of the final layer's weights is set to 0, without retraining.
+
+    Source: the paper's section VI proposes to prune the weights that deviate from the distribution, and shows no
+        result.
+    Here a weight's deviation is the distance of its logarithm from its side's line, `Splits.deviations`.
+
+    Args:
+        model: The network; borrowed.
+        loader: Batches ``(inputs, labels)``; without labels there is agreement alone.
+        shares: Of each class's weights, in [0, 1); 0 always comes first.
+        criteria: What goes first: ``"deviation"`` the weights that deviate most, ``"magnitude"`` the smallest,
+            ``"random"`` any, the control, which is always there.
+        layer: The head, if it cannot be found.
+        draws: Of the control, at least 5.
+        seed: Of these.
+        show_progress: A tqdm bar.
+
+    Returns:
+        One row for each criterion and share: ``criterion``, ``share``, ``weights`` that are left; ``accuracy``,
+        ``low``, ``high`` (Wilson; Student-t over draws for the control), ``agreement`` with the whole head's
+        predictions, ``agreement_low``, ``agreement_high``, ``samples``. Accuracy is NaN without labels.
+
+    Raises:
+        OptionError: shares, criteria or draws out of range.
+        ShapeError: The head that was read is not the one that the model uses.
+    """
+    check_draws(draws)
+    wanted = sorted({0.0, *map(float, shares)})
+    if wanted[0] < 0 or wanted[-1] >= 1:
+        raise OptionError(f"shares must lie in [0, 1), got {wanted[0] if wanted[0] < 0 else wanted[-1]}")
+    unknown = [criterion for criterion in criteria if criterion not in CRITERIA]
+    if unknown or isinstance(criteria, str):
+        raise OptionError(f"criteria must be some of {list(CRITERIA)}, got {criteria!r}")
+    names = [*dict.fromkeys(criteria), *(() if "random" in criteria else ("random",))]
+    heads: dict[tuple[str, float], list[Tensor]] = {}
+    tallies: dict[tuple[str, float], Tensor] = {}
+    samples, labelled = 0, True
+    with batches(
+        model, loader, layer=layer, need_labels=False, show_progress=show_progress, description="pruning_curve"
+    ) as stream:
+        for batch in stream:
+            if not heads:
+                kept = _kept(batch, names, wanted, draws, seed)
+                heads = {
+                    key: [batch.head.weight * mask.to(batch.head.weight.device) for mask in masks]
+                    for key, masks in kept.items()
+                }
+                tallies = {key: torch.zeros(2, len(masks), dtype=torch.int64) for key, masks in kept.items()}
+            features = batch.features.to(batch.head.weight.dtype)
+            whole, labels = batch.logits.argmax(1), batch.labels
+            labelled, samples = labelled and labels is not None, samples + len(features)
+            for key, weights in heads.items():
+                predicted = torch.stack([F.linear(features, weight, batch.head.bias).argmax(1) for weight in weights])
+                right = predicted == (whole if labels is None else labels)
+                tallies[key] += torch.stack([right.sum(1), (predicted == whole).sum(1)]).cpu()
+    left = {key: float(np.mean([int((weight != 0).sum()) for weight in weights])) for key, weights in heads.items()}
+    return pd.DataFrame(
+        [_pruned_row(*key, left[key], tally.numpy(), samples, labelled) for key, tally in tallies.items()]
+    )
+
+
+# -- evidence ----------------------------------------------------------------------------------------------------------
+
+
+def _evidence(splits: Splits, row: int, bootstrap: int, generator: np.random.Generator) -> dict[str, Any]:
+    weights = splits.weights[row].double().numpy()
+    weights = np.sort(weights[weights != 0])
+    fitted, likelihood = fit_mle(weights[None]) if len(weights) else (None, [np.nan])
+    found: dict[str, Any] = {
+        "weights": len(weights),
+        "zeros": int(splits.zeros[row]),
+        "r2_positive": splits.positive.r2[row, 0],
+        "r2_negative": splits.negative.r2[row, 0],
+        "r2_normal": _control_r2(len(weights), generator),
+    }
+    if fitted is None or np.isnan(likelihood[0]):
+        nothing = dict.fromkeys(["ks", "p", *(f"aic_{name}" for name in ("ald", *_OTHERS))], np.nan)
+        return found | nothing | {"best": None}
+    found["ks"] = float(ks_distance(weights[None], fitted)[0])
+    found["p"] = _bootstrap_p(found["ks"], fitted, len(weights), bootstrap, generator)
+    criteria = {"ald": 2 * 3 - 2 * float(likelihood[0])}
+    normal = _normal(weights)
+    for name, (parameters, likelihood_of) in _OTHERS.items():
+        criteria[name] = 2 * parameters - 2 * max(likelihood_of(weights), normal if parameters == 3 else -np.inf)
+    found |= {f"aic_{name}": value for name, value in criteria.items()}
+    return found | {"best": min(criteria, key=lambda name: criteria[name])}
+
+
+def _control_r2(size: int, generator: np.random.Generator) -> float:
+    """R2 of the positive side of as many normal numbers."""
+    if size < 2:
+        return float("nan")
+    normal = torch.from_numpy(generator.standard_normal((1, size)))
+    return float(split_weights(normal, min_size=2).positive.r2[0, 0])
+
+
+def _bootstrap_p(distance: float, fitted: Any, size: int, samples: int, generator: np.random.Generator) -> float:
+    if not samples:
+        return float("nan")
+    further, at_once = 0, max(1, _CELLS // size)
+    for start in range(0, samples, at_once):
+        count = min(at_once, samples - start)
+        drawn = np.sort(type(fitted)(*(np.repeat(part, count) for part in fitted)).sample(size, generator), axis=1)
+        further += int((ks_distance(drawn, fit_mle(drawn)[0]) >= distance).sum())
+    # the sample itself counts as one, so that p is never 0
+    return (1 + further) / (1 + samples)
+
+
+def _normal(weights: Floats) -> float:
+    return float(stats.norm.logpdf(weights, weights.mean(), weights.std()).sum())
+
+
+def _laplace(weights: Floats) -> float:
+    median = np.median(weights)
+    return float(stats.laplace.logpdf(weights, median, np.abs(weights - median).mean()).sum())
+
+
+def _by_scipy(distribution: Any) -> Callable[[Floats], float]:
+    def likelihood(weights: Floats) -> float:
+        # of unit size: its optimiser's steps are absolute
+        scale = weights.std()
+        with np.errstate(all="ignore"):
+            fitted = distribution.fit(weights / scale)
+            found = distribution.logpdf(weights / scale, *fitted).sum() - len(weights) * np.log(scale)
+        return float(found) if np.isfinite(found) else -np.inf
+
+    return likelihood
+
+
+# How many parameters, and the logarithm of the likelihood
+_OTHERS: dict[str, tuple[int, Callable[[Floats], float]]] = {
+    "laplace": (2, _laplace),
+    "normal": (2, _normal),
+    "student_t": (3, _by_scipy(stats.t)),
+    "skew_normal": (3, _by_scipy(stats.skewnorm)),
+}
+
+
+# -- pruning -----------------------------------------------------------------------------------------------------------
+
+
+def _kept(
+    batch: Batch, names: Sequence[str], shares: Sequence[float], draws: int, seed: int
+) -> dict[tuple[str, float], list[Tensor]]:
+    """Which weights stay, ``(C, K)`` bool: one mask for each criterion and share, several for the control."""
+    weights = batch.head.weight.cpu().to(torch.promote_types(batch.head.weight.dtype, torch.float32))
+    if weights.shape[1] < 2:
+        raise ShapeError(f"the head has {weights.shape[1]} features; pruning needs at least two")
+    generator = torch.Generator().manual_seed(seed)
+    # the higher, the sooner a weight goes
+    orders = {
+        "deviation": lambda: [split_weights(weights, min_size=2).deviations()],
+        "magnitude": lambda: [-weights.abs()],
+        "random": lambda: [torch.rand(weights.shape, generator=generator) for _ in range(draws)],
+    }
+    kept = {}
+    for name in names:
+        # place in the order of going: 0 goes first
+        places = [key.argsort(1, descending=True).argsort(1) for key in orders[name]()]
+        for share in shares:
+            kept[name, share] = [place >= round(share * weights.shape[1]) for place in places]
+    return kept
+
+
+def _pruned_row(criterion: str, share: float, left: float, tally: Any, samples: int, labelled: bool) -> dict[str, Any]:
+    numbers = []
+    for hits in tally:
+        if criterion == "random":
+            numbers += list(map(float, mean_interval(hits / samples)))
+        else:
+            numbers += [float(hits[0] / samples), *(float(bound) for bound in wilson(hits[0], samples))]
+    if not labelled:
+        numbers[:3] = [float("nan")] * 3
+    columns = ("accuracy", "low", "high", "agreement", "agreement_low", "agreement_high")
+    return {
+        "criterion": criterion,
+        "share": share,
+        "weights": left,
+        **dict(zip(columns, numbers, strict=True)),
+        "samples": samples,
+    }
