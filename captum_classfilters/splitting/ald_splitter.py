@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters.class_filters import ClassFilters, names_of
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.errors import HeadError, OptionError
-from captum_classfilters.core.stream import Batch, batches, check_labels, check_range
+from captum_classfilters.core.stream import Batch, batches
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.splitting.ald_tree import ALDTree
 from captum_classfilters.splitting.splits import Splits, split_weights
@@ -80,11 +80,10 @@ class ALDSplitter(LayerAttribution):
         Warns:
             DegenerateFitWarning: A class has no two different weights, and ``fit="mle"``.
         """
-        one = isinstance(target, Integral) and not isinstance(target, bool)
-        several = [target] if one else target
-        splits = self._splits(several, options)
+        one = getattr(target, "ndim", None) == 0 or not (target is None or isinstance(target, Iterable))
+        splits = self._splits([target] if one else target, options)
         trees = {known: ALDTree(splits, row) for row, known in enumerate(splits.targets)}
-        return trees[int(target)] if one else trees
+        return trees[splits.targets[0]] if one else trees
 
     def splits(self, **options: Any) -> Splits:
         """The numbers behind `split`, as tables of all classes."""
@@ -196,9 +195,8 @@ class ALDSplitter(LayerAttribution):
         name, weights = head_weights(self.forward_func, self.layer)
         if targets is None:
             return split_weights(weights, layer=name, **options)
-        rows = check_labels(list(targets), len(list(targets)))
-        check_range(rows, len(weights))
-        known = tuple(dict.fromkeys(rows.tolist()))
-        if not known:
+        wanted = list(targets)
+        if not wanted:
             raise OptionError("target is empty; pass a class, several, or None for all")
+        known = tuple(dict.fromkeys(classes_of(wanted, len(wanted), len(weights), torch.device("cpu")).tolist()))
         return split_weights(weights[list(known)], targets=known, layer=name, **options)

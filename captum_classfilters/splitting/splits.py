@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.errors import DegenerateFitWarning, OptionError, quoted
+from captum_classfilters.core.errors import DegenerateFitWarning, NonFiniteError, OptionError, ShapeError, quoted
 from captum_classfilters.splitting.laplace import AsymmetricLaplace, Floats, fit_mle
 from captum_classfilters.splitting.stages import Ints, Side, split_sides
 
@@ -86,7 +86,7 @@ class Splits:
             inside = away > 0
             order = away.argsort(1).argsort(1)
             size = inside.sum(1, keepdim=True)
-            place = (order - (away.shape[1] - size)) / size
+            place = (order - (away.shape[1] - size)).double() / size
             slope, intercept = (torch.from_numpy(column[:, :1]) for column in (side.slope, side.intercept))
             line = slope.nan_to_num(0) * place + intercept
             logs = torch.where(inside, away, 1.0).log()
@@ -119,13 +119,18 @@ def split_weights(
 
     Raises:
         OptionError: An option is not among what it may be, or no row could be split.
+        ShapeError: Not one row for each class.
+        NonFiniteError: NaN or infinity among the weights.
 
     Warns:
         DegenerateFitWarning: Rows of alike numbers, to which no distribution can be fitted.
     """
     _check(weights, fit, first_threshold, min_size)
     # sorted as they are: float32 takes half the time
-    ordered = np.sort(weights.numpy(), axis=1).astype(np.float64)
+    ordered = np.sort(weights.detach().numpy(), axis=1).astype(np.float64)
+    # NaN is sorted to the end
+    if not np.isfinite(ordered[:, [0, -1]]).all():
+        raise NonFiniteError("weights must be finite, got NaN or infinity; load a whole checkpoint")
     zeros = (ordered == 0).sum(1)
     if first_threshold == "mean":
         first = ordered.sum(1) / np.maximum(ordered.shape[1] - zeros, 1)
@@ -155,6 +160,8 @@ def _check(weights: Tensor, fit: Any, first_threshold: Any, min_size: Any) -> No
         raise OptionError(f"first_threshold must be one of {list(FIRST)}, got {first_threshold!r}")
     if isinstance(min_size, bool) or not isinstance(min_size, Integral) or int(min_size) < 2:
         raise OptionError(f"min_size must be an integer of at least 2, got {min_size!r}")
+    if weights.dim() != 2 or not len(weights):
+        raise ShapeError(f"weights must have shape (C, K), one row for each class; got {tuple(weights.shape)}")
     if weights.shape[1] < int(min_size):
         raise OptionError(
             f"the head has {weights.shape[1]} features, fewer than min_size={min_size}, so nothing would be split; "

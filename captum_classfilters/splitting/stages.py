@@ -39,8 +39,20 @@ def split_sides(ordered: Floats, min_size: int) -> tuple[Side, Side]:
     """
     rows = max(1, _NUMBERS // ordered.shape[1])
     blocks = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
-    above = _joined([_split(block, min_size) for block in blocks])
-    return above, _joined([_split(-block[:, ::-1], min_size) for block in blocks])
+    above = _joined([_above(block, min_size) for block in blocks])
+    return above, _joined([_below(block, min_size) for block in blocks])
+
+
+def _above(ordered: Floats, min_size: int) -> Side:
+    inside = ordered > 0
+    return _split(ordered[inside], inside.sum(1), min_size)
+
+
+def _below(ordered: Floats, min_size: int) -> Side:
+    inside = ordered < 0
+    # turned round as a whole, rows ascend again, the last row first
+    side = _split(-ordered[inside][::-1], inside.sum(1)[::-1], min_size)
+    return Side(*(column[::-1] for column in side))  # type: ignore[arg-type]  # one generator of two kinds
 
 
 def _joined(parts: list[Side]) -> Side:
@@ -55,20 +67,16 @@ def _joined(parts: list[Side]) -> Side:
     return Side(*columns)
 
 
-def _split(ordered: Floats, min_size: int) -> Side:
-    """Stages of the numbers above 0."""
-    positive = ordered > 0
-    lengths = positive.sum(1)
-    values = ordered[positive]  # row after row, each ascending
+def _split(values: Floats, lengths: Ints, min_size: int) -> Side:
+    """Stages of numbers above 0: row after row, each ascending, and how many there are in each."""
     ends = lengths.cumsum()
     first = ends - lengths
-    totals = np.concatenate([[0.0], values.cumsum()])
     starts, thresholds, means = [first], [np.zeros(len(lengths))], []
     while True:
         start = starts[-1]
         size = ends - start
-        with np.errstate(invalid="ignore"):
-            mean = np.where(size > 0, (totals[ends] - totals[start]) / size, np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = np.where(size > 0, _segments(values, start, ends) / size, np.nan)
         means.append(mean)
         following = np.where(size >= min_size, _first_above(values, start, ends, mean), ends)
         # alike numbers have no upper part, whichever way their mean was rounded
@@ -82,6 +90,18 @@ def _split(ordered: Floats, min_size: int) -> Side:
     none = sizes == 0
     columns = [np.stack(thresholds, 1), np.stack(means, 1), *line]
     return Side(sizes, *(np.where(none, np.nan, column) for column in columns))
+
+
+def _segments(numbers: Floats, start: Ints, end: Ints) -> Floats:
+    """Sums of ``numbers[start:end]`` for each row; each on its own, so that no other row's numbers round it."""
+    if not len(numbers):
+        return np.zeros(len(start))
+    edges = np.stack([start, end], 1).ravel()
+    # no edge may stand behind the last number; it is cut off at the end of the last row
+    cut = np.minimum(edges, len(numbers) - 1)
+    sums = np.add.reduceat(numbers, cut)[::2]
+    sums += np.where((end == len(numbers)) & (start < end - 1), numbers[-1], 0.0)
+    return np.where(start < end, sums, 0.0)
 
 
 def _first_above(values: Floats, start: Ints, end: Ints, threshold: Floats) -> Ints:
@@ -100,6 +120,9 @@ def _fit_lines(values: Floats, first: Ints, bounds: Ints, ends: Ints) -> tuple[F
         nothing = np.full(bounds.shape, np.nan)
         return nothing, nothing, nothing
     logs = np.log(values)
+    # from the side's largest: nodes of nearly alike numbers keep the digits in which they differ
+    top = logs[np.maximum(ends - 1, 0)]
+    logs -= np.repeat(top, ends - first)
     ranks = np.arange(len(values), dtype=np.float64) - np.repeat(first, ends - first)
     size = (ends[:, None] - bounds).astype(np.float64)
     sum_y = _sums(logs, bounds, ends)
@@ -116,7 +139,7 @@ def _fit_lines(values: Floats, first: Ints, bounds: Ints, ends: Ints) -> tuple[F
         low, high = values[np.minimum(bounds, len(values) - 1)], values[np.maximum(ends - 1, 0)]
         slope = np.where(low == high[:, None], 0.0, sxy / sxx)
         slope[size < 2] = np.nan
-        intercept = sum_y / size - slope * (size - 1) / (2 * size)
+        intercept = top[:, None] + sum_y / size - slope * (size - 1) / (2 * size)
         # a line through alike numbers explains nothing, for there is nothing to explain
         r2 = np.where((low == high[:, None]) | (size < 2), np.nan, sxy**2 / (sxx * syy))
     return slope, intercept, r2
