@@ -28,6 +28,8 @@ FLOORS = {
     "metrics": 4,
     "visualize": 4,
     "detection": 4,
+    "comparison": 4,
+    "cli": 5,
     "_version": 0,
     "__init__": 5,
     "__main__": 5,

@@ -1,0 +1,62 @@
+"""The methods that are compared: each a function from a loader to a table of the head's input channels.
+
+Weights only, one pass, or a gate that was trained: what they have in common is the answer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from captum.attr import LayerAttribution
+
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.comparison.aggregate import aggregate
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.head import Head
+from captum_classfilters.gating import LabelSensitiveGate
+from captum_classfilters.influential import InfluentialFeatures
+from captum_classfilters.splitting import ALDSplitter
+
+Method = Callable[[Iterable[Any]], ClassFilters]
+
+# Of InfluentialFeatures: one for each idea
+SELECTORS = ("histogram", "mean_activation", "contribution", "margin", "weight")
+
+
+def known_methods(
+    model: Any,
+    head: Head,
+    gate: LabelSensitiveGate | None,
+    attributions: Mapping[str, LayerAttribution],
+    class_names: Sequence[str] | None,
+) -> dict[str, Method]:
+    """Every method by name, that of weights first.
+
+    A decoupled network's paths are of its convolutions' channels, not of the head's: they are in no row; the network
+    itself may be the model.
+    """
+    layer = head.module
+
+    def selected(selector: str) -> Method:
+        return lambda loader: InfluentialFeatures(model, layer).attribute(
+            loader, selector=selector, class_names=class_names
+        )
+
+    def summed(attribution: LayerAttribution) -> Method:
+        # its own layer is the map that the head reads: the same channels by another name
+        return lambda loader: replace(aggregate(attribution, loader, class_names=class_names), layer=head.name)
+
+    methods: dict[str, Method] = {
+        "ALDSplitter": lambda loader: ALDSplitter(model, layer).class_filters(
+            class_names=class_names, min_size=min(20, head.num_features)
+        )
+    }
+    methods |= {f"InfluentialFeatures, {selector}": selected(selector) for selector in SELECTORS}
+    if gate is not None:
+        # a gate does not know what its layer is called
+        methods["LabelSensitiveGate"] = lambda loader: replace(gate.class_filters(class_names), layer=head.name)
+    for name, attribution in attributions.items():
+        if name in methods or name == "random":
+            raise OptionError(f"attributions may not be named {name!r}, which is taken; give it another name")
+        methods[str(name)] = summed(attribution)
+    return methods
