@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from captum_classfilters.cam import LayerGradCamPlusPlus as LayerGradCamPlusPlus
     from captum_classfilters.cam import LayerSmoothGradCamPlusPlus as LayerSmoothGradCamPlusPlus
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
+    from captum_classfilters.comparison import aggregate as aggregate
+    from captum_classfilters.comparison import compare as compare
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
@@ -61,8 +63,11 @@ _HOMES = {
     "PathPairs": "detection",
     "Paths": "decoupling",
     "adversarial_paths": "detection",
+    "aggregate": "comparison",
     "attacks": "attacks",
     "cam": "cam",
+    "compare": "comparison",
+    "comparison": "comparison",
     "decompose": "heads",
     "detection": "detection",
     "explain_confusion": "metrics",

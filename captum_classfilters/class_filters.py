@@ -5,6 +5,7 @@ method's own room. C classes, K channels.
 """
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError
+from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError, UnseenClassWarning
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.ranks import sum_over
@@ -307,6 +308,18 @@ def check_table(filters: ClassFilters, head: Head) -> None:
             f"the table is {filters.num_classes} classes x {filters.num_channels} channels of layer {filters.layer!r}, "
             f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model "
             "(where only the name differs: dataclasses.replace(filters, layer=...))"
+        )
+
+
+def warn_unseen(filters: ClassFilters, stacklevel: int) -> None:
+    """One warning that names the classes without samples."""
+    unseen = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
+    if unseen:
+        shown = ", ".join(unseen[:10]) + (f", ... ({len(unseen)} in all)" if len(unseen) > 10 else "")
+        warnings.warn(
+            f"no sample of class {shown}: its count is 0, top() gives -1 and mask() nothing for it",
+            UnseenClassWarning,
+            stacklevel=stacklevel,
         )
 
 

@@ -9,7 +9,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, to_grid
+from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, to_grid, warn_unseen
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
@@ -80,13 +80,15 @@ def aggregate(
                         continue
                     labels = _labels(given, inputs, label_source, attribution.forward_func, index)
                     arguments = {**options, **({"target": labels} if _takes_target(attribution) else {})}
-                    found = attribution.attribute(inputs[0] if len(inputs) == 1 else inputs, **arguments)
-                    sums.add(_channels(found, channel_dim, index), labels, index)
+                    values = attribution.attribute(inputs[0] if len(inputs) == 1 else inputs, **arguments)
+                    sums.add(_channels(values, channel_dim, index), labels, index)
         except BaseException as error:
             if sums.scores is not None:
                 error.partial_result = sums.table()  # type: ignore[attr-defined]
             raise
-    return sums.table()
+    found = sums.table()
+    warn_unseen(found, stacklevel=3)
+    return found
 
 
 class _Sums:

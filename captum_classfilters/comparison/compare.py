@@ -4,6 +4,7 @@ What is compared is in `methods.py`. N samples, C classes, K channels: the featu
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table
-from captum_classfilters.comparison.methods import Method, known_methods
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, warn_unseen
+from captum_classfilters.comparison.methods import SELECTORS, Method, known_methods
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError, UnseenClassWarning
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.gating import LabelSensitiveGate
@@ -97,9 +98,13 @@ def compare(
     for name, method in known_methods(model, head, gate, attributions or {}, class_names).items():
         if show_progress:
             print(f"compare: {name}", flush=True)
-        found[name] = _run(method, loader)
+        with warnings.catch_warnings():
+            # said once, below; half of the batches may well lack a class
+            warnings.simplefilter("ignore", UnseenClassWarning)
+            found[name] = _run(method, loader)
         check_table(found[name].filters, head)
     tables = {name: each.filters for name, each in found.items()}
+    warn_unseen(tables[f"InfluentialFeatures, {SELECTORS[0]}"], stacklevel=3)
     keep = _keep(accuracy_curve(model, tables, test_loader, wanted, layer=head.module, draws=draws, seed=seed))
     drop = _drop(model, head, tables, test_loader, wanted, draws, seed)
     rows = [

@@ -15,9 +15,17 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_names, check_table, merge_ranks, one_table
+from captum_classfilters.class_filters import (
+    ClassFilters,
+    check_k,
+    check_names,
+    check_table,
+    merge_ranks,
+    one_table,
+    warn_unseen,
+)
 from captum_classfilters.core.captum_compat import log_usage
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError, UnseenClassWarning
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.stream import Batch, batches
 from captum_classfilters.core.targets import classes_of
@@ -167,7 +175,8 @@ class InfluentialFeatures(LayerAttribution):
             key = 0 if several_names else 1 if several_k1 else None
             run = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs), key)
             found = run.over(stream, group)
-        _warn_unseen(found if isinstance(found, ClassFilters) else next(iter(found.values())))
+        # past Captum's wrapper around `attribute`, to the caller
+        warn_unseen(found if isinstance(found, ClassFilters) else next(iter(found.values())), stacklevel=4)
         return found
 
     def explain(
@@ -361,14 +370,3 @@ def _class_names(given: Sequence[str] | None, known: Sequence[Any] | None, class
     # torchvision's ImageNet has tuples of synonyms, and two cranes
     plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in known]
     return tuple(f"{name} ({index})" if plain.count(name) > 1 else name for index, name in enumerate(plain))
-
-
-def _warn_unseen(filters: ClassFilters) -> None:
-    unseen = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
-    if unseen:
-        shown = ", ".join(unseen[:10]) + (f", ... ({len(unseen)} in all)" if len(unseen) > 10 else "")
-        warnings.warn(
-            f"no sample of class {shown}: its count is 0, top() gives -1 and mask() nothing for it",
-            UnseenClassWarning,
-            stacklevel=4,  # past Captum's wrapper around `attribute`, to the caller
-        )

@@ -1,0 +1,166 @@
+"""`compare`: its columns against the metrics they come from, and against loops."""
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
+from shared import seeded
+from torch import nn
+
+from captum_classfilters import ALDSplitter, ClassFiltersError, InfluentialFeatures, LabelSensitiveGate, metrics
+from captum_classfilters.comparison import compare, method_overlap
+from captum_classfilters.comparison.compare import _hoyer
+
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+def batches_of(count, seed, size=10):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(count, 3, 8, 8, generator=generator), torch.randint(4, (count,), generator=generator)
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, count, size)], x, y
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
+    )  # fmt: skip
+    model = seeded(model, 3).eval()
+    with torch.no_grad():
+        # features of an average are much alike: what differs must count
+        model[4].weight *= 20
+        model[4].bias.zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def case(network):
+    loader, *_ = batches_of(60, 0)
+    judge, x, y = batches_of(50, 1)
+    gate = LabelSensitiveGate(4, 12, generator=torch.Generator().manual_seed(0))
+    gate.counts.fill_(15)
+    attributions = {"gradient x activation": LayerGradientXActivation(network, network[1])}
+    frame = compare(
+        network, loader, judge, [1, 4], gate=gate, attributions=attributions, class_names=NAMES, draws=6
+    )  # fmt: skip
+    return frame, loader, judge, x, y, gate
+
+
+def test_there_is_a_row_for_each_method_and_k(case):
+    frame, *_ = case
+    expected = ["ALDSplitter", *(f"InfluentialFeatures, {s}" for s in ("histogram", "mean_activation", "contribution"))]
+    expected += [
+        "InfluentialFeatures, margin",
+        "InfluentialFeatures, weight",
+        "LabelSensitiveGate",
+        "gradient x activation",
+    ]
+    assert list(frame.method.unique()) == expected
+    assert (frame.groupby("method").k.unique().map(list) == [[1, 4]] * 8).all()
+    assert not frame.drop(columns="stability").isna().any(axis=None)
+
+
+def test_keep_is_the_accuracy_curve_s(case, network):
+    frame, loader, judge, *_ = case
+    tables = {
+        "InfluentialFeatures, margin": InfluentialFeatures(network).attribute(loader, selector="margin"),
+        "ALDSplitter": ALDSplitter(network).class_filters(min_size=12),
+    }
+    curve = metrics.accuracy_curve(network, tables, judge, [1, 4], draws=6)
+    curve = curve[curve.class_name == "all"].set_index(["filters", "k"])
+    for name in tables:
+        for k in (1, 4):
+            row = frame[(frame.method == name) & (frame.k == k)].iloc[0]
+            assert row.keep == curve.accuracy[name, k]
+            assert (row.keep_low, row.keep_high) == (curve.low[name, k], curve.high[name, k])
+            assert row.keep_random == curve.accuracy["random", k]
+            assert row.dense == curve.accuracy["dense", 12]
+
+
+def test_drop_agrees_with_a_loop(case, network):
+    frame, loader, _, x, y, _ = case
+    table = InfluentialFeatures(network).attribute(loader, selector="contribution")
+    with torch.no_grad():
+        features = network[:4](x)
+        for k in (1, 4):
+            mask = table.mask(k)
+            own = network[4](features * ~mask[y]).argmax(1) == y
+            row = frame[(frame.method == "InfluentialFeatures, contribution") & (frame.k == k)].iloc[0]
+            assert row.drop_own == pytest.approx(own.double().mean().item())
+            others = [(network[4](features * ~mask[(y + step) % 4]).argmax(1) == y).double() for step in (1, 2, 3)]
+            low, high = torch.stack(others).min(0).values.mean(), torch.stack(others).max(0).values.mean()
+            assert low <= row.drop_other <= high
+            assert (row.drop_own_low, row.drop_own_high) == pytest.approx(metrics.wilson(own.sum(), 50))
+            assert row.samples == 50
+
+
+def test_sets_are_compared_as_their_own_metrics_do(case, network):
+    frame, loader, *_, gate = case
+    row = frame[(frame.method == "LabelSensitiveGate") & (frame.k == 4)].iloc[0]
+    pairs = metrics.overlap(gate.class_filters(), 4)
+    assert row.class_overlap == pytest.approx(pairs.jaccard.mean())
+    assert row.overlap_random == pytest.approx(pairs.random[0])
+    assert np.isnan(row.stability)
+    halves = [InfluentialFeatures(network).attribute(loader[i::2]).mask(4) for i in (0, 1)]
+    shared = (halves[0] & halves[1]).sum(1).double()
+    histogram = frame[(frame.method == "InfluentialFeatures, histogram") & (frame.k == 4)].iloc[0]
+    assert histogram.stability == pytest.approx((shared / (8 - shared)).mean().item())
+
+
+def test_agreement_is_the_mean_of_the_overlaps_with_others(network):
+    loader, *_ = batches_of(40, 2)
+    tables = InfluentialFeatures(network).attribute(loader, selector=["histogram", "margin", "weight"])
+    frame = method_overlap(tables, 3)
+    assert len(frame) == 3
+    first = frame[(frame.method_a == "histogram") & (frame.method_b == "margin")].iloc[0]
+    a, b = tables["histogram"].mask(3), tables["margin"].mask(3)
+    each = [
+        len({*i.nonzero().flatten().tolist()} & {*j.nonzero().flatten().tolist()}) for i, j in zip(a, b, strict=True)
+    ]
+    assert first.jaccard == pytest.approx(np.mean([n / (6 - n) for n in each]))
+    assert frame.random.iloc[0] == metrics.overlap(tables["margin"], 3).random[0]
+
+
+def test_sparsity_is_hoyer_s(network):
+    loader, *_ = batches_of(40, 2)
+    table = InfluentialFeatures(network).attribute(loader)
+    each = []
+    for row in table.scores.numpy():
+        each.append((np.sqrt(12) - np.abs(row).sum() / np.sqrt((row**2).sum())) / (np.sqrt(12) - 1))
+    assert _hoyer(table) == pytest.approx(np.mean(each))
+
+
+def test_one_batch_has_no_halves(network):
+    loader, *_ = batches_of(10, 4)
+    frame = compare(network, loader, loader, [2])
+    assert frame.stability.isna().all()
+    assert len(frame) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ks": [0]}, r"\[1, 12\]"),
+        ({"ks": [13]}, r"\[1, 12\]"),
+        ({"draws": 2}, "at least 5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(network, change, words):
+    loader, *_ = batches_of(20, 5)
+    with pytest.raises(ClassFiltersError, match=words):
+        compare(network, loader, loader, **{"ks": [1], **change})
+
+
+def test_iterators_names_and_layers_that_do_not_fit_are_refused(network):
+    loader, *_ = batches_of(20, 5)
+    with pytest.raises(ClassFiltersError, match="no iterator"):
+        compare(network, iter(loader), loader, [1])
+    with pytest.raises(ClassFiltersError, match="is taken"):
+        compare(
+            network, loader, loader, [1], attributions={"ALDSplitter": LayerGradientXActivation(network, network[1])}
+        )
+    wide = nn.Sequential(nn.Conv2d(3, 7, 1), network).eval()
+    narrow = nn.Sequential(nn.Conv2d(3, 7, 1), nn.Conv2d(7, 3, 1), network).eval()
+    del wide
+    with pytest.raises(ClassFiltersError, match="7 channels"):
+        compare(narrow, loader, loader, [1], attributions={"early": LayerIntegratedGradients(narrow, narrow[0])})
