@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types notebooks slow bench clean
+.PHONY: demo test test-oldest lint types notebooks slow bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m captum_classfilters demo --out demo
 
 test: .venv/test.stamp lint types
 	$(BIN)/python -m pytest
+
+# The oldest versions that are supported, for which PYTHON must be 3.10 to 3.12; the notebooks are shown with the newest
+test-oldest: .venv-oldest/test.stamp
+	.venv-oldest/bin/python -m pytest --ignore tests/tutorials
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -27,9 +31,9 @@ slow: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks
 
-.venv/bin/python:
+.venv/bin/python .venv-oldest/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
@@ -39,5 +43,9 @@ bench: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ .venv/demo.stamp
 
+.venv-oldest/test.stamp: .venv-oldest/bin/python pyproject.toml tests/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-oldest demo build *.egg-info

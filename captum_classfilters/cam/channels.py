@@ -24,7 +24,7 @@ def channel_mask(channels: Channels, samples: int, size: int, device: torch.devi
         OptionError: None chosen, out of range, or no channels at all.
         ShapeError: Not for N samples, or a mask not of K channels.
     """
-    if isinstance(channels, list | tuple) and channels and not isinstance(channels[0], int | float):
+    if isinstance(channels, list | tuple) and channels and _is_row(channels[0]):
         rows = [_one(row, size) for row in channels]
         mask = torch.stack(rows)
     else:
@@ -89,10 +89,15 @@ def _tensor(channels: Any) -> Tensor:
         given = torch.as_tensor(channels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"channels must be indices or a mask, got {type(channels).__name__} ({error})") from error
-    if given.dtype == torch.bool or not given.numel():
+    if not given.numel():
         return given if given.dtype == torch.bool else given.long()
     if given.is_floating_point() or given.is_complex() or given.dim() == 0:
         raise OptionError(
             f"channels must be a sequence of indices, or a mask; got {given.dtype} of shape {tuple(given.shape)}"
         )
-    return given.long()
+    return given if given.dtype == torch.bool else given.long()
+
+
+def _is_row(value: Any) -> bool:
+    """Is this one sample's channels, rather than a channel?"""
+    return isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) > 0

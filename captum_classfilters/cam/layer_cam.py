@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
     def _borrowed(self) -> AbstractContextManager[Borrowed]:
         if torch.is_inference_mode_enabled():
             raise OptionError("gradients are needed, which torch.inference_mode() forbids; call it outside, or no_grad")
-        model = unwrap(self.forward_func)
+        # wrappers too, for it is they that run: a compiled one would skip the hooks
+        model = self.forward_func if isinstance(self.forward_func, nn.Module) else unwrap(self.forward_func)
         return borrowed(model if isinstance(model, nn.Module) else None, grad=True)
 
     def _devices(self) -> list[int] | None:
@@ -135,9 +137,26 @@ def check_target(target: Any, output: Tensor) -> None:
     classes = output.shape[1]
     if target is None and classes > 1:
         raise OptionError(f"the model gives {classes} outputs: pass target=, the class, or one for each sample")
-    # a tuple, or a list of tuples, picks from outputs of more axes: Captum's own affair
-    if isinstance(target, int | Tensor) or (isinstance(target, list) and all(isinstance(t, int) for t in target)):
+    if target is not None and not _picks_by_tuple(target):
         classes_of(target, len(output), classes, output.device)
+
+
+def as_target(target: Any) -> Any:
+    """The target as Captum takes it: it knows no numbers of numpy's, and no list of one for several samples."""
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        return target.long()  # until torch 2.5, gather takes no other integers
+    if not isinstance(target, np.generic | np.ndarray | list) or _picks_by_tuple(target):
+        return target
+    try:
+        numbers = torch.as_tensor(target).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return target  # refused by `check_target`, which knows the outputs
+    return numbers[0] if isinstance(numbers, list) and len(numbers) == 1 else numbers
+
+
+def _picks_by_tuple(target: Any) -> bool:
+    # from outputs of more axes: Captum's own affair
+    return isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
 
 
 def rows_of(value: Any, rows: Any, samples: int) -> Any:

@@ -43,7 +43,8 @@ def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False
     ``training`` is restored module by module: a model whose batch norms were frozen by hand stays so.
     ``model=None``: a bare function, of which only the hooked layers are known.
     """
-    modules = list(model.modules()) if model is not None else []
+    # outermost modules are given back first: until torch 2.5 a compiled one writes a stale mode into the one inside
+    modules = list(model.modules())[::-1] if model is not None else []
     training = [module.training for module in modules]
     with ExitStack() as stack:
         for module, was in zip(modules, training, strict=True) if not train else ():
@@ -52,14 +53,31 @@ def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False
             module.training = False
         if not train:
             stack.enter_context(torch.set_grad_enabled(grad))
-        if hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules)):
+        if compiled := list(filter(_is_compiled, modules)):
             # a compiled module skips hooks that were set after its compilation
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_eagerly(compiled))
         yield Borrowed(stack)
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+@contextmanager
+def _eagerly(compiled: list[nn.Module]) -> Iterator[None]:
+    """What was compiled runs as it was written."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # until torch 2.6, which has stances, is the oldest: what each module calls is put aside
+    with ExitStack() as stack:
+        for module in compiled:
+            inside, own = getattr(module, "_orig_mod", None), vars(module)
+            name = "_compiled_call_impl" if inside is None else "forward"
+            stack.callback(own.__setitem__, name, own[name])
+            own[name] = None if inside is None else inside.__call__
+        yield
 
 
 def without_compile(model: Any) -> Any:

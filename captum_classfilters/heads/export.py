@@ -29,7 +29,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str],
 
     Raises:
         OptionError: An operator set that the exporter cannot write.
-        ImportError: onnx or onnxscript is missing.
+        ImportError: onnx or onnxscript is missing, or torch is older than 2.6.
     """
     try:
         import onnx
@@ -42,6 +42,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str],
             f"opset must be an integer in [{_LOWEST}, {newest}], what the exporter can write; got {opset!r}"
         )
     check_folder(Path(path))
+    if not hasattr(torch.export.Dim, "DYNAMIC"):
+        raise ImportError(
+            "export_onnx needs torch 2.6 or newer, whose exporter leaves the batch's size open; "
+            f"this is {torch.__version__}"
+        )
     module = unwrap(model)
     # one sample would be taken for a fixed size
     example = torch.cat([example, example]) if len(example) == 1 else example

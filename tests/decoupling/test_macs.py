@@ -138,7 +138,7 @@ def rebuilt(decoupler, gates, seen):
     for unit, gate in zip(decoupler.units, gates, strict=True):
         site = model.get_submodule(unit.site)
         closing = Closing(site, gate)
-        model.set_submodule(unit.site, closing)
+        put(model, unit.site, closing)
     for name, (inputs, shape) in seen.items():
         conv = decoupler.model.get_submodule(name)
         outputs = gate_of.get(name, torch.ones(conv.out_channels, dtype=torch.bool))
@@ -147,8 +147,14 @@ def rebuilt(decoupler, gates, seen):
         if isinstance(place, Closing):
             place.inner = new
         else:
-            model.set_submodule(name, new)
+            put(model, name, new)
     return model
+
+
+def put(model, name, module):
+    """``model.set_submodule``, which torch 2.4 has not."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 class Closing(nn.Module):

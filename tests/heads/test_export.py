@@ -16,6 +16,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+needs_exporter = pytest.mark.skipif(not hasattr(torch.export.Dim, "DYNAMIC"), reason="needs torch 2.6")
+
+
 def rows(count, seed=0):
     return torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
 
@@ -41,6 +44,7 @@ def answers(path, inputs):
     return torch.from_numpy(session.run(["logits"], {"inputs": inputs.numpy()})[0])
 
 
+@needs_exporter
 @pytest.mark.parametrize(("kind", "example"), [("even", 1), ("ragged", 4)])
 def test_the_file_answers_as_the_layer_does_for_any_batch(kind, example, tmp_path):
     layer = head(kind)
@@ -53,6 +57,7 @@ def test_the_file_answers_as_the_layer_does_for_any_batch(kind, example, tmp_pat
     assert "Gather" in {node.op_type for node in written.graph.node}
 
 
+@needs_exporter
 def test_a_whole_network_answers_as_it_does_in_eval_mode_and_is_given_back(small_cnn, images, tmp_path):
     model = decompose(small_cnn(), any_table(), 2, backend="bag").train()
     model.bn1.eval()
@@ -78,6 +83,13 @@ def test_a_missing_folder_is_refused_before_the_export(tmp_path):
         export_onnx(nn.Identity(), None, tmp_path / "nowhere" / "head.onnx")
 
 
+def test_an_older_torch_is_refused_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.export.Dim, "DYNAMIC", raising=False)
+    with pytest.raises(ImportError, match=r"export_onnx needs torch 2\.6 or newer, .* this is \d+\.\d+"):
+        export_onnx(nn.Identity(), None, tmp_path / "head.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 class Unexportable(nn.Linear):
     """Asks for a number that only data can give."""
 
@@ -85,6 +97,7 @@ class Unexportable(nn.Linear):
         return super().forward(x) * float(x.sum()) if float(x.sum()) > 0 else x
 
 
+@needs_exporter
 @pytest.mark.parametrize("when", ["exporting", "writing"])
 def test_an_export_that_fails_leaves_an_older_file_whole_and_the_model_as_it_was(when, tmp_path, monkeypatch):
     path = tmp_path / "head.onnx"

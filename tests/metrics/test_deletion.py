@@ -55,7 +55,7 @@ def test_curve_and_area_agree_with_a_loop(case, sizes):
         np.testing.assert_allclose(rows.probability, curve.mean(0), atol=1e-6)
         half = 1.959964 * curve.std(0, ddof=1) / np.sqrt(40)
         np.testing.assert_allclose(rows.high - rows.probability, half, atol=1e-6)
-        area = np.trapezoid(curve, dx=0.2, axis=1)
+        area = (curve[:, :-1] + curve[:, 1:]).sum(1) * 0.1
         np.testing.assert_allclose(rows.auc, area.mean(), atol=1e-6)
         np.testing.assert_allclose(rows.auc - rows.auc_low, 1.959964 * area.std(ddof=1) / np.sqrt(40), atol=1e-6)
         counts = np.floor(each[labels][:, None] * np.arange(6) / 5 + 0.5)
