@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from captum_classfilters.cli.parser import build_parser
+from captum_classfilters.core.errors import ClassFiltersError, SingularMomentsWarning, UnseenClassWarning
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _as_note
+        for category in (UnseenClassWarning, SingularMomentsWarning):
+            warnings.simplefilter("always", category)
         try:
             _run(options)
         except KeyboardInterrupt as error:
@@ -37,8 +40,6 @@ def _run(options: Any) -> None:
 def _words(error: Exception) -> str | None:
     """What a user is told of an error that is theirs to mend; None of one that is ours."""
     import torch
-
-    from captum_classfilters.core.errors import ClassFiltersError
 
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device has too little memory ({_first_line(error)}); pass a smaller --batch-size, or --device cpu"

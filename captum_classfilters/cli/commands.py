@@ -1,0 +1,278 @@
+"""What each command does, from top to bottom."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from captum_classfilters.class_filters import ClassFilters, check_table
+from captum_classfilters.cli.prepare import Job, working
+from captum_classfilters.cli.report import as_json
+from captum_classfilters.cli.writing import top_csv, top_lines
+from captum_classfilters.core.errors import OptionError, quoted
+from captum_classfilters.core.files import replacing
+from captum_classfilters.heads import DecomposedLinear, HeadMoments
+from captum_classfilters.heads import decompose as make_small
+from captum_classfilters.heads.decompose import Pointwise
+from captum_classfilters.influential import InfluentialFeatures
+
+_JUDGED_BY = (1, 2, 3, 5, 10, 20, 50)
+_LEGIBLE = 200  # classes: of more, what two share is less than a pixel
+
+
+def demo(options: Any) -> None:
+    """The shipped network on the shipped images."""
+    from captum_classfilters.cli.demo import run_demo
+
+    try:
+        run_demo(options.out)
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {options.out}: {error.strerror or error}; choose another folder with --out"
+        ) from error
+
+
+def attribute(options: Any) -> None:
+    """A network and images in, class filters out."""
+    suffixes = {name: f"_{name}" if len(options.selector) > 1 else "" for name in options.selector}
+    files = [f"filters{suffix}.safetensors" for suffix in suffixes.values()]
+    pictures = [f"{what}{suffix}.png" for suffix in suffixes.values() for what in ("class_filters", "overlap")]
+    curve = ["accuracy_curve.csv", "accuracy_curve.png"] if options.judge else []
+    _check_judged(options, options.selector)
+    with working(options, [*files, "top.csv", *pictures, *curve]) as job:
+        tables = _tables(job, options, options.selector)
+        for name, table in tables.items():
+            with job.output.into(f"filters{suffixes[name]}.safetensors") as path:
+                table.save(path)
+        job.output.text("top.csv", top_csv(tables, options.k))
+        _tell_tables(job, tables, options.k)
+        for name, table in tables.items():
+            _draw(job, table, options.k, suffixes[name])
+        if job.judge is not None:
+            ks = sorted({k for k in (*_JUDGED_BY, options.k) if k <= job.head.num_features})
+            _judge(job, options, tables, ks, draw=True)
+
+
+def decompose(options: Any) -> None:
+    """A network and its class filters in, the same network with a small head out."""
+    refit = None if options.refit == "none" else options.refit
+    if refit == "omp" and options.filters is not None:
+        raise OptionError("--refit omp chooses the features itself; leave --filters out, or pass --refit least_squares")
+    given = None if options.filters is None else ClassFilters.load(options.filters)
+    made = ["filters.safetensors"] if given is None and refit != "omp" else []
+    made += ["moments.safetensors"] if refit else []
+    curve = ["accuracy.csv"] if options.judge else []
+    if refit != "omp":
+        _check_judged(options, [given.method if given else options.selector])
+    with working(options, [*made, "small.safetensors", "decompose.json", *curve]) as job:
+        if given is not None:
+            check_table(given, job.head)
+            _check_names_of(given, job, options.filters)
+
+        filters = given
+        if filters is None and refit != "omp":
+            (filters,) = _tables(job, options, [options.selector]).values()
+            with job.output.into("filters.safetensors") as path:
+                filters.save(path)
+        _check_seen(filters, options.unseen)
+        moments = _moments(job, options) if refit else None
+        small = make_small(
+            job.model, filters, options.k,
+            refit=refit, moments=moments, backend=options.backend, unseen=options.unseen, layer=options.layer,
+        )  # fmt: skip
+        _save_network(job, small)
+        _tell_small(job, options, small, refit)
+        if job.judge is not None:
+            tables = None if filters is None else {filters.method: filters}
+            _judge(job, options, tables, [options.k], refit=refit, moments=moments)
+        job.output.text("decompose.json", as_json(job.report.facts) + "\n")
+
+
+# -- passes over the images --------------------------------------------------------------------------------------------
+
+
+def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilters]:
+    """One pass; what was counted before it was ended early is kept."""
+    try:
+        tables: dict[str, ClassFilters] = InfluentialFeatures(job.model, options.layer).attribute(
+            job.loader,
+            selector=selectors,
+            k1=options.k1,
+            class_names=job.class_names,
+            show_progress=not options.quiet,
+        )
+    except BaseException as error:
+        for name, table in getattr(error, "partial_result", {}).items():
+            stem = f"filters_{name}" if len(selectors) > 1 else "filters"
+            _keep_partial(job, stem, table, int(table.counts.sum()))
+        raise
+    return tables
+
+
+def _moments(job: Job, options: Any) -> HeadMoments:
+    try:
+        moments = HeadMoments.collect(job.model, job.loader, layer=options.layer, show_progress=not options.quiet)
+    except BaseException as error:
+        if (partial := getattr(error, "partial_result", None)) is not None:
+            _keep_partial(job, "moments", partial, partial.count)
+        raise
+    with job.output.into("moments.safetensors") as path:
+        moments.save(path)
+    return moments
+
+
+def _keep_partial(job: Job, stem: str, found: Any, images: int) -> None:
+    path = job.output.keep_partial(stem, found)
+    job.report.note(f"ended early; what the first {images} images gave is kept in {path}")
+
+
+def _judge(
+    job: Job,
+    options: Any,
+    tables: Mapping[str, ClassFilters] | None,
+    ks: list[int],
+    *,
+    draw: bool = False,
+    refit: str | None = None,
+    moments: HeadMoments | None = None,
+) -> None:
+    """Accuracy with k channels for each class, on images that had no part in choosing them, and a random control."""
+    from captum_classfilters import metrics, visualize
+
+    curve = metrics.accuracy_curve(
+        job.model, tables, job.judge, ks, refit=refit, moments=moments, layer=options.layer,  # type: ignore[arg-type]
+        class_names=None if tables else job.class_names, show_progress=not options.quiet,
+    )  # fmt: skip
+    stem = "accuracy_curve" if draw else "accuracy"
+    job.output.text(f"{stem}.csv", curve.to_csv(index=False, lineterminator="\n"))
+    if draw:
+        job.output.picture(f"{stem}.png", lambda: visualize.accuracy_curve(curve))
+    overall = curve[curve.class_name == "all"].drop(columns="class_name")
+    job.report.facts["judged"] = overall.to_dict("records")
+    job.report.say(
+        f"\nAccuracy on {int(overall.samples.iloc[0])} other images (dense: all channels; random: a control)"
+    )
+    for row in overall.itertuples():
+        job.report.say(f"  {row.filters:<24}k = {row.k:<6}{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
+
+
+# -- what came out -----------------------------------------------------------------------------------------------------
+
+
+def _tell_tables(job: Job, tables: Mapping[str, ClassFilters], k: int) -> None:
+    job.report.facts["filters"] = {
+        name: {
+            "samples": int(table.counts.sum()),
+            "k": k,
+            "top": dict(zip(table.class_names, table.top(k).tolist(), strict=True)),
+        }
+        for name, table in tables.items()
+    }
+    for name, table in tables.items():
+        job.report.say(f"\nTop {k} of {table.num_channels} channels for each class, by {name}")
+        for line in top_lines(table, k):
+            job.report.say(line)
+
+
+def _draw(job: Job, table: ClassFilters, k: int, suffix: str) -> None:
+    from captum_classfilters import visualize
+
+    # few classes leave most of many channels empty
+    scored = int(table.scores.any(0).sum())
+    channels = min(256, scored) or table.num_channels
+    job.output.picture(f"class_filters{suffix}.png", lambda: visualize.class_filters(table, k=k, max_channels=channels))
+    if table.num_classes > _LEGIBLE:
+        job.report.note(
+            f"no picture of what {table.num_classes} classes share: of more than {_LEGIBLE} none can be read"
+        )
+        return
+    job.output.picture(f"overlap{suffix}.png", lambda: visualize.overlap(table, k))
+
+
+def _save_network(job: Job, small: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    # clones: the format refuses tensors that share memory
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in small.state_dict().items()}
+    with job.output.into("small.safetensors") as path, replacing(path) as beside:
+        save_file(state, beside, metadata={"format": "pt"})
+
+
+def _tell_small(job: Job, options: Any, small: nn.Module, refit: str | None) -> None:
+    layer = small.get_submodule(job.head.name) if small is not job.model else small
+    kept, form = _kept(layer)
+    total = job.head.num_classes * job.head.num_features
+    # with a plain linear head it is still the same kind of network
+    fits = small.state_dict().keys() == job.model.state_dict().keys() and form == "dense"
+    lines = _recipe(job, options, refit, form, fits)
+    job.report.facts |= {
+        "k": options.k,
+        "refit": options.refit,
+        "backend": form,
+        "unseen": options.unseen,
+        "kept_weights": kept,
+        "total_weights": total,
+        "load": lines,
+    }
+    job.report.say(f"\nThe head keeps {kept} of {total} weights ({options.k} for each class; form: {form})")
+    job.report.say("To load it again:")
+    for line in lines:
+        job.report.say(f"  {line}")
+
+
+def _kept(layer: nn.Module) -> tuple[int, str]:
+    """Weights that are not left out, and the form of the head."""
+    if isinstance(layer, Pointwise):
+        layer = layer.linear
+    if isinstance(layer, DecomposedLinear):
+        return layer.weight.numel(), layer.backend
+    return int(torch.count_nonzero(layer.weight)), "dense"  # type: ignore[arg-type]
+
+
+def _recipe(job: Job, options: Any, refit: str | None, form: str, fits: bool) -> list[str]:
+    """Lines of Python that load the small network: the network, or the call that made the small one; its weights."""
+    folder = options.out.resolve()
+    load = ["from safetensors.torch import load_file"]
+    weights = f"load_state_dict(load_file({str(folder / 'small.safetensors')!r}))"
+    if fits:
+        return [*job.found.recipe, *load, f"model.{weights}", "model.eval()"]
+    filters = "None"
+    if refit != "omp":
+        file = Path(options.filters).resolve() if options.filters else folder / "filters.safetensors"
+        filters = f"ClassFilters.load({str(file)!r})"
+    moments = f"HeadMoments.load({str(folder / 'moments.safetensors')!r})"
+    extra = f', refit="{refit}", moments={moments}' if refit else ""
+    unseen = ', unseen="dense"' if options.unseen == "dense" else ""
+    return [
+        *job.found.recipe,
+        *load,
+        "from captum_classfilters import ClassFilters, HeadMoments, decompose",
+        f'small = decompose(model, {filters}, {options.k}{extra}, backend="{form}"{unseen})',
+        f"small.{weights}",
+        "small.eval()",
+    ]
+
+
+def _check_judged(options: Any, selectors: list[str]) -> None:
+    if options.judge and set(selectors) == {"random"}:
+        raise OptionError("--judge has a random control of its own; name another selector, too, or leave --judge out")
+
+
+def _check_seen(filters: ClassFilters | None, unseen: str) -> None:
+    if filters is None or unseen == "dense" or bool(filters.seen.all()):
+        return
+    missing = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
+    raise OptionError(
+        f"no image of class {quoted(missing)}: nothing is known of its features; add some, or keep all weights of such "
+        "classes with --unseen dense"
+    )
+
+
+def _check_names_of(filters: ClassFilters, job: Job, path: Path) -> None:
+    if filters.class_names != job.class_names:
+        raise OptionError(
+            f"{path} is of the classes {', '.join(filters.class_names[:5])}, ... ({filters.num_classes}), the images "
+            f"of {', '.join(job.class_names[:5])}, ... ({len(job.class_names)}); pass the table made with these"
+        )

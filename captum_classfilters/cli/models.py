@@ -1,0 +1,280 @@
+"""The network that MODEL names: torchvision's, timm's, or what a function of the user's returns."""
+
+import difflib
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from captum_classfilters.cli.checkpoints import classes_in, fill, read_weights
+from captum_classfilters.cli.images import Preprocessing
+from captum_classfilters.core.errors import ClassFiltersError, OptionError
+
+
+class Found(NamedTuple):
+    """A network with its weights."""
+
+    model: nn.Module  # on the CPU
+    about: str
+    recipe: list[str]  # lines of Python that make it, without its weights
+    preprocessing: Preprocessing | None  # of published weights
+
+
+def find_model(options: Any, data_classes: int) -> Found:
+    """Make the network and load its weights.
+
+    Args:
+        options: ``model``, ``weights``, ``pretrained``, ``random_weights`` and ``num_classes`` of the command line.
+        data_classes: Classes of the images, for a network whose number stands nowhere else.
+    """
+    # a wrong path is said before anything slow
+    state = None if options.weights is None else read_weights(options.weights)
+    package, _, rest = options.model.partition(":")
+    if rest and package not in _ZOOS:
+        found = _from_callable(options)
+        if state is not None:
+            fill(found.model, state, options.weights, options.model)
+    else:
+        zoo, name = _zoo_of(options.model)
+        if options.pretrained:
+            return _published(zoo, name, options.num_classes)
+        if state is None and not options.random_weights:
+            raise OptionError(
+                f"{name} without weights: channels of a random network work for no class; pass --weights FILE, or "
+                "--pretrained for the published ones (--random-weights to try this out)"
+            )
+        classes = _classes(zoo, name, state, options, data_classes)
+        found = Found(zoo.make(name, classes), f"{zoo.package}:{name}", zoo.recipe(name, classes), None)
+        if state is not None:
+            fill(found.model, state, options.weights, found.about)
+    weights = f", weights {options.weights}" if state is not None else ", random weights" * options.random_weights
+    return found._replace(about=found.about + weights)
+
+
+def _classes(zoo: "Zoo", name: str, state: Any, options: Any, data_classes: int) -> int:
+    """Outputs of the network to make: as asked for, as in the file, or as in the data."""
+    in_file = None if state is None else classes_in(state, lambda classes: zoo.make(name, classes))
+    if in_file is not None and options.num_classes not in (None, in_file):
+        raise OptionError(
+            f"the head in {options.weights} has {in_file} classes, --num-classes says {options.num_classes}; leave it "
+            f"out, or pass --num-classes {in_file}"
+        )
+    return int(options.num_classes or in_file or data_classes)
+
+
+# -- torchvision and timm ----------------------------------------------------------------------------------------------
+
+
+class Zoo(Protocol):
+    """A package of networks."""
+
+    package: str
+
+    def names(self) -> Sequence[str]: ...  # noqa: D102
+    def has(self, name: str) -> bool: ...  # noqa: D102
+    def make(self, name: str, classes: int) -> nn.Module: ...  # noqa: D102
+    def recipe(self, name: str, classes: int) -> list[str]: ...  # noqa: D102
+    def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]: ...  # noqa: D102
+
+
+class _Torchvision:
+    package = "torchvision"
+
+    def names(self) -> Sequence[str]:
+        from torchvision import models
+
+        names: list[str] = models.list_models(module=models)  # the classifiers
+        return names
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def make(self, name: str, classes: int) -> nn.Module:
+        from torchvision import models
+
+        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **self._extra(name))
+        return model
+
+    def recipe(self, name: str, classes: int) -> list[str]:
+        extra = "".join(f", {key}={value}" for key, value in self._extra(name).items())
+        return [
+            "import torchvision",
+            f'model = torchvision.models.get_model("{name}", weights=None, num_classes={classes}{extra})',
+        ]
+
+    def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]:
+        from torchvision import models
+
+        weights = models.get_model_weights(name).DEFAULT
+        model: nn.Module = models.get_model(name, weights=weights)
+        return model, len(weights.meta["categories"]), self.preprocessing(weights.transforms())
+
+    @staticmethod
+    def preprocessing(theirs: Any) -> Preprocessing:
+        mean, std = tuple(theirs.mean), tuple(theirs.std)
+        return Preprocessing(
+            len(mean), theirs.resize_size[0], theirs.crop_size[0], mean, std, theirs.interpolation.value
+        )
+
+    @staticmethod
+    def _extra(name: str) -> dict[str, Any]:
+        # these two ask, with a warning, how slowly to draw weights that a file will overwrite
+        return {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+
+
+class _Timm:
+    package = "timm"
+
+    def names(self) -> Sequence[str]:
+        names: list[str] = self._timm().list_models()
+        return names
+
+    def has(self, name: str) -> bool:
+        # "resnet50.a1_in1k": the architecture, and which training
+        return bool(self._timm().is_model(name))
+
+    def make(self, name: str, classes: int) -> nn.Module:
+        model: nn.Module = self._timm().create_model(name, pretrained=False, num_classes=classes)
+        return model
+
+    def recipe(self, name: str, classes: int) -> list[str]:
+        return ["import timm", f'model = timm.create_model("{name}", num_classes={classes})']
+
+    def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]:
+        timm = self._timm()
+        model = timm.create_model(name, pretrained=True)
+        return model, model.num_classes, self.preprocessing(timm.data.resolve_model_data_config(model))
+
+    @staticmethod
+    def preprocessing(theirs: dict[str, Any]) -> Preprocessing:
+        size = theirs["input_size"]
+        larger = math.floor(size[-1] / theirs["crop_pct"])
+        return Preprocessing(
+            size[0], larger, size[-1], tuple(theirs["mean"]), tuple(theirs["std"]), theirs["interpolation"]
+        )
+
+    @staticmethod
+    def _timm() -> Any:
+        return importlib.import_module("timm")
+
+
+_ZOOS: dict[str, Zoo] = {"torchvision": _Torchvision(), "timm": _Timm()}
+
+
+def _zoo_of(text: str) -> tuple[Zoo, str]:
+    """The package that has the network, and its name there; a bare name is looked for in each that is installed."""
+    package, colon, name = text.partition(":")
+    if colon and not name:
+        raise OptionError(f"{text!r} names no network; expected {package}:NAME, such as {package}:resnet50")
+    asked = {package: _ZOOS[package]} if colon else _ZOOS
+    known: list[str] = []
+    looked: list[str] = []
+    for zoo in asked.values():
+        try:
+            if zoo.has(name or text):
+                return zoo, name or text
+            known += zoo.names()
+            looked.append(zoo.package)
+        except ImportError:
+            if colon:
+                raise
+    close = list(dict.fromkeys(difflib.get_close_matches(name or text, known, n=5)))
+    hint = f"did you mean {', '.join(close)}?" if close else "expected such as resnet50"
+    absent = "" if colon or len(looked) == len(asked) else "; timm is not installed: pip install timm"
+    raise OptionError(
+        f"no classifier is called {name or text!r} in {' or '.join(looked)}; {hint} Your own: package.module:callable"
+        f"{absent}"
+    )
+
+
+def _published(zoo: Zoo, name: str, classes: int | None) -> Found:
+    try:
+        model, outputs, preprocessing = zoo.published(name)
+    except ImportError:
+        raise
+    except Exception as error:  # two packages and their downloaders, each with errors of its own
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ClassFiltersError(
+            f"the published weights of {zoo.package}:{name} could not be loaded ({first}); without a network pass "
+            "--weights FILE"
+        ) from error
+    if classes not in (None, outputs):
+        raise OptionError(
+            f"the published {name} has {outputs} classes, --num-classes says {classes}; leave it out, or pass "
+            "--weights of a network trained for those"
+        )
+    return Found(model, f"{zoo.package}:{name}, published weights", zoo.recipe(name, outputs), preprocessing)
+
+
+# -- a function of the user's ------------------------------------------------------------------------------------------
+
+
+def _from_callable(options: Any) -> Found:
+    module_name, _, path = options.model.partition(":")
+    if options.pretrained or options.random_weights or options.num_classes is not None:
+        raise OptionError(
+            f"{options.model} makes its network itself: --pretrained, --random-weights and --num-classes are for "
+            "torchvision and timm; leave them out (--weights FILE may be given)"
+        )
+    make = _callable(module_name, path)
+    try:
+        model = make()
+    except Exception as error:  # whatever the user's code raises
+        raise ClassFiltersError(
+            f"{options.model} was called without arguments and failed: {type(error).__name__}: {error}; --debug shows "
+            "where"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{options.model} returned {type(model).__name__}; expected a torch.nn.Module: return the network alone"
+        )
+    first, *rest = path.split(".")
+    recipe = [f"from {module_name} import {first}", f"model = {'.'.join([first, *rest])}()"]
+    return Found(model.cpu(), options.model, recipe, None)
+
+
+def _callable(module_name: str, path: str) -> Callable[[], Any]:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as python -m has it
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # of a module that the user's own module wants, say that one's name
+        if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise OptionError(
+            f"there is no module {module_name!r} to import; MODEL is package.module:callable, seen from {here}"
+        ) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            close = difflib.get_close_matches(name, public, n=3) or public[:5]
+            raise OptionError(f"{module_name} has no {path!r}; it has {', '.join(close) or 'nothing to call'}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise OptionError(
+            f"{module_name}:{path} is {type(found).__name__}, nothing to call; name what makes the network"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` names, if it is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"--device {name}, but this machine shows {torch.cuda.device_count()} CUDA devices to torch; pass --device "
+            "cpu"
+        )
+    return device

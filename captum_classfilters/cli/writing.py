@@ -1,0 +1,125 @@
+"""Files that come out: each whole or not at all, an older one stays until then."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.core.files import check_folder, replacing
+
+
+class Output:
+    """The folder a command writes into; made, and tried, before work starts.
+
+    Args:
+        folder: Where to write.
+        names: The files that are to come: none may be a folder.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder = folder
+        self.written: list[Path] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                check_folder(folder / name)
+            # what permissions say is not the whole truth: only writing is
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"\0")
+        except OSError as error:
+            raise OSError(f"cannot write to {folder}: {_why(error)}; choose another folder with --out") from error
+
+    @contextmanager
+    def into(self, name: str) -> Iterator[Path]:
+        """The path to save a file under; errors say which file, and that an older one is still there."""
+        path = self.folder / name
+        try:
+            yield path
+        except (OSError, SafetensorError) as error:
+            before = "; the one from before is untouched" if path.exists() else ""
+            raise OSError(
+                f"cannot write {path}: {_why(error)}{before}; make room, or choose another folder with --out"
+            ) from error
+        self.written.append(path)
+
+    def text(self, name: str, text: str) -> None:
+        """Write text."""
+        with self.into(name) as path, replacing(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+
+    def picture(self, name: str, draw: Callable[[], object]) -> None:
+        """Write the figure that ``draw`` makes as PNG."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")  # no window, wherever this runs
+        import matplotlib.pyplot as plt
+
+        plt.close("all")
+        try:
+            draw()
+            with self.into(name) as path, replacing(path) as beside:
+                plt.gcf().savefig(beside, format="png", dpi=120, bbox_inches="tight")
+        finally:
+            plt.close("all")
+
+    def keep_partial(self, stem: str, found: Any) -> Path:
+        """Save what a pass had counted before it ended early: a table, or moments."""
+        with self.into(f"{stem}.partial.safetensors") as path:
+            found.save(path)
+        self.written.remove(path)  # said by itself: it is not what was asked for
+        return path
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def top_csv(tables: Mapping[str, ClassFilters], k: int) -> str:
+    """Each class's k strongest channels as CSV; classes without images are left out.
+
+    ``score`` is as in the table. ``per_image`` is the score divided by the images of the class, where scores add up
+    over images: for the histogram the share of them that vote for the channel. ``share`` is the channel's part of the
+    sum of the class's positive scores.
+    """
+    import pandas as pd
+
+    rows = []
+    for selector, table in tables.items():
+        adds_up = table.meta.get("merge", "sum") == "sum"
+        for index, channels in enumerate(table.top(k).tolist()):
+            if not table.seen[index]:
+                continue
+            scores, images = table.scores[index], int(table.counts[index])
+            positive = float(scores.clamp(min=0).sum())
+            for rank, channel in enumerate(channels, 1):
+                score = float(scores[channel])
+                per_image = score / images if adds_up else float("nan")
+                share = max(score, 0.0) / positive if positive else float("nan")
+                rows.append((selector, table.class_names[index], rank, channel, score, per_image, share, images))
+    columns = ["selector", "class", "rank", "channel", "score", "per_image", "share", "images"]
+    return str(pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
+
+
+def top_lines(table: ClassFilters, k: int, most: int = 20) -> list[str]:
+    """The first classes and their channels, for people."""
+    width = max(len(_short(name)) for name in table.class_names[:most])
+    lines = []
+    for name, seen, channels in zip(
+        table.class_names[:most], table.seen[:most].tolist(), table.top(k)[:most].tolist(), strict=True
+    ):
+        row = "".join(f"{channel:>6}" for channel in channels) if seen else "  (no images)"
+        lines.append(f"  {_short(name):<{width}}{row}")
+    if table.num_classes > most:
+        lines.append(f"  ... and {table.num_classes - most} more classes")
+    return lines
+
+
+def _short(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."
