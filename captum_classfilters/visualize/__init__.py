@@ -1,9 +1,10 @@
-"""Results in, matplotlib Axes out: tables, curves, calculation paths, detectors and the images behind a channel.
+"""Results in, matplotlib Axes out: tables, curves, paths, detectors, split heads and the images behind a channel.
 
 Every function takes ``ax``, draws there, and returns it; without ``ax`` it makes a figure of fitting size. None shows
 or saves a figure, or changes matplotlib's settings. The only room that imports matplotlib.
 """
 
+from captum_classfilters.visualize.branches import branch_maps
 from captum_classfilters.visualize.cards import filter_cards
 from captum_classfilters.visualize.costs import macs_accuracy
 from captum_classfilters.visualize.curves import accuracy_curve
@@ -19,11 +20,15 @@ from captum_classfilters.visualize.gates import (
 )
 from captum_classfilters.visualize.grid import k_grid
 from captum_classfilters.visualize.paths import filter_states, path_embedding, path_profiles
+from captum_classfilters.visualize.splitting import ald_fit, ald_tree
 from captum_classfilters.visualize.tables import class_filters, overlap
 
 __all__ = [
     "accuracy_curve",
+    "ald_fit",
+    "ald_tree",
     "auc_matrix",
+    "branch_maps",
     "class_filters",
     "cluster_centres",
     "confusion",
