@@ -10,7 +10,7 @@ from benchmarks.workload import Settings
 
 NAMES = (
     "attribute_speed", "memory", "grid", "import_time", "determinism", "head_speed", "refit_speed", "ranks_speed",
-    "gate_speed", "path_speed", "split_speed",
+    "gate_speed", "path_speed", "split_speed", "compare_speed",
 )  # fmt: skip
 
 

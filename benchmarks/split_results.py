@@ -134,9 +134,8 @@ def _summary(name: str, frame: pd.DataFrame) -> pd.Series:
     }
     for other in ("ald", "laplace", "normal", "student_t", "skew_normal"):
         cells[f"lowest AIC: {other.replace('_', ' ')}"] = share(int((frame.best == other).sum()))
-    cells["AIC of ALD over the best other, mean"] = (
-        f"{(frame.aic_ald - frame[[c for c in frame if c.startswith('aic_') and c != 'aic_ald']].min(axis=1)).mean():+.1f}"
-    )
+    others = frame[[column for column in frame if column.startswith("aic_") and column != "aic_ald"]]
+    cells["AIC of ALD over the best other, mean"] = f"{(frame.aic_ald - others.min(axis=1)).mean():+.1f}"
     return pd.Series(cells, name=name)
 
 
@@ -186,8 +185,8 @@ def terminal(kanji: Path) -> None:
         shared = (_overlap(tables["terminal +"], other, sizes) for other in (others["weight"], others["contribution"]))
         weight, contribution = shared
         title = (
-            f"{case.name}: sets of {int(sizes.min())} to {int(sizes.max())} channels (mean {sizes.double().mean():.1f}), "
-            f"{int(last.samples.iloc[0])} images; of terminal + are among the largest weights {weight:.2f}, the largest "
+            f"{case.name}: {int(sizes.min())} to {int(sizes.max())} channels (mean {sizes.double().mean():.1f}), "
+            f"{int(last.samples.iloc[0])} images; of terminal + among the largest weights {weight:.2f}, the largest "
             f"contributions {contribution:.2f}"
         )
         markdown(pd.DataFrame(rows).T, title)
