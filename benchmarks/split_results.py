@@ -8,7 +8,7 @@ Prints Markdown; pictures go to ``benchmarks/figures``.
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +34,11 @@ PARTS = ["evidence", "pruning", "terminal"]
 SHARES = [0.1, 0.25, 0.5, 0.75, 0.9]
 BOOTSTRAP = 200
 CROPS = 20  # of each photograph
+MANY = 20_000  # training images of the kanji
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials" / "recipes"))
 from data import load  # noqa: E402
-from kanji import load_kanji  # noqa: E402
+from kanji import calibration, load_kanji  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -52,12 +53,18 @@ class Case(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", help="of part terminal: only networks whose names begin so")
     parser.add_argument("--kanji", type=Path, required=True, help="data.safetensors that recipes/kanji.py drew")
     options = parser.parse_args()
     print(stamp("split_results", "cpu"))
     for name in options.parts:
         started = time.time()
-        {"evidence": evidence, "pruning": pruning, "terminal": terminal}[name](options.kanji)
+        parts: dict[str, Callable[[], None]] = {
+            "evidence": evidence,
+            "pruning": lambda: pruning(options.kanji),
+            "terminal": lambda: terminal(options.kanji, options.only or ""),
+        }
+        parts[name]()
         print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
 
 
@@ -70,7 +77,8 @@ def trained(kanji: Path | None) -> list[Case]:
         for seed in range(3)
     ]
     drawn = load_kanji(kanji) if kanji is not None else None
-    loaders = (Loader(drawn.train), Loader(drawn.test)) if drawn is not None else (None, None)
+    # training images degraded as the test's are, or contributions would be those of another task
+    loaders = (None, None) if drawn is None else (Loader(calibration(drawn, MANY, 0)), Loader(drawn.test))
     cases.append(Case("1,000 kanji, ResNet-14", load_kanji_network()[0], *loaders))
     return cases
 
@@ -104,7 +112,7 @@ def untrained() -> list[Case]:
     return [Case("never trained, ResNet-20 (10 x 64)", small), Case("never trained, ResNet-50 (1000 x 2048)", large)]
 
 
-def evidence(kanji: Path) -> None:
+def evidence() -> None:
     """Whose distribution are the weights of?"""
     print("\n## Do the weights follow an asymmetric Laplace distribution?\n")
     found = []
@@ -154,10 +162,10 @@ def pruning(kanji: Path) -> None:
         markdown(table, f"{case.name}: {value[0]} by share pruned, {frame.samples[0]} images [95 % intervals]")
 
 
-def terminal(kanji: Path) -> None:
+def terminal(kanji: Path, only: str) -> None:
     """Do the terminal neurons matter more than as many others?"""
     print("\n## Do terminal neurons matter?\n")
-    for case in trained(kanji):
+    for case in (case for case in trained(kanji) if case.name.startswith(only)):
         splitter = ALDSplitter(case.model)
         tables = {
             f"terminal {sign}": splitter.class_filters(branch)

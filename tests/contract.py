@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, PathDecoupler, filter_ambiguity, metrics
+from captum_classfilters import (
+    ALDSplitter,
+    ClassFilters,
+    HeadMoments,
+    InfluentialFeatures,
+    PathDecoupler,
+    filter_ambiguity,
+    metrics,
+)
 from captum_classfilters.core.stream import check_range
 from captum_classfilters.decoupling import PathAttribution
 
@@ -60,6 +68,11 @@ ROWS = (
         "InfluentialFeatures.explain",
         "tensor",
         lambda model, images, target: InfluentialFeatures(model).explain(images, target, any_filters(model), 2),
+    ),
+    Row(
+        "ALDSplitter.attribute",
+        "tensor",
+        lambda model, images, target: ALDSplitter(model).attribute(images, target, stage=1, min_size=2),
     ),
     Row("HeadMoments.collect", "loader", lambda model, loader: HeadMoments.collect(model, loader)),
     Row("filter_ambiguity", "loader", lambda model, loader: filter_ambiguity(model, loader, steps=3)),

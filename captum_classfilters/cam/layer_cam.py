@@ -141,6 +141,14 @@ def check_target(target: Any, output: Tensor) -> None:
         classes_of(target, len(output), classes, output.device)
 
 
+def check_against(against: bool, channel_weights: Any) -> None:
+    """Refuse to turn round weights that are the caller's own."""
+    if against and channel_weights is not None:
+        raise OptionError(
+            "against= turns Grad-CAM++'s gradients round, and channel_weights= takes their place; pass one of the two"
+        )
+
+
 def as_target(target: Any) -> Any:
     """The target as Captum takes it: it knows no numbers of numpy's, and no list of one for several samples."""
     if isinstance(target, Tensor) and not target.is_floating_point():

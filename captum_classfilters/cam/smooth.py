@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_classfilters.cam.channels import Channels
 from captum_classfilters.cam.equations import channel_weights as weights_of
-from captum_classfilters.cam.layer_cam import LayerCam, as_target, as_tuple, rows_of
+from captum_classfilters.cam.layer_cam import LayerCam, as_target, as_tuple, check_against, rows_of
 from captum_classfilters.core.captum_compat import layer_gradients, layer_outputs, log_usage
 from captum_classfilters.core.errors import OptionError
 
@@ -77,6 +77,7 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
         """
         inputs, forward_args = as_tuple(inputs), as_tuple(additional_forward_args)
         target = as_target(target)
+        check_against(against, channel_weights)
         spread = _check(inputs, n_samples, stdevs, internal_batch_size)
         with self._borrowed():
             with torch.no_grad():

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from captum.attr import LayerAttribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, warn_unseen
-from captum_classfilters.comparison.methods import SELECTORS, Method, known_methods
+from captum_classfilters.comparison.methods import SELECTORS, Attribution, Method, known_methods
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError, UnseenClassWarning
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
@@ -43,7 +42,7 @@ def compare(
     ks: Sequence[int] = (1, 3, 5, 10),
     *,
     gate: LabelSensitiveGate | None = None,
-    attributions: Mapping[str, LayerAttribution] | None = None,
+    attributions: Mapping[str, Attribution] | None = None,
     layer: nn.Module | str | None = None,
     class_names: Sequence[str] | None = None,
     draws: int = 5,
@@ -59,7 +58,8 @@ def compare(
         ks: How many channels of each class, each in ``[1, K]``.
         gate: The gate that the network was trained with, if any.
         attributions: Captum layer attributions by name, of the map whose channels the head reads (aggregated over the
-            loader), such as ``{"LayerIntegratedGradients": LayerIntegratedGradients(model, model.layer4)}``.
+            loader), such as ``{"gradient x activation": LayerGradientXActivation(model, model.layer4)}``; a pair has
+            what is passed on to it: ``{"IG": (LayerIntegratedGradients(model, model.layer4), {"n_steps": 10})}``.
         layer: The head, if it cannot be found.
         class_names: C names; otherwise numbers.
         draws: Random tables for the control, at least 5.

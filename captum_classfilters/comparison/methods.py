@@ -5,7 +5,7 @@ Weights only, one pass, or a gate that was trained: what they have in common is 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from captum.attr import LayerAttribution
 
@@ -18,6 +18,8 @@ from captum_classfilters.influential import InfluentialFeatures
 from captum_classfilters.splitting import ALDSplitter
 
 Method = Callable[[Iterable[Any]], ClassFilters]
+# Alone, or with what `aggregate` passes on to it, such as {"n_steps": 10}
+Attribution: TypeAlias = LayerAttribution | tuple[LayerAttribution, Mapping[str, Any]]
 
 # Of InfluentialFeatures: one for each idea
 SELECTORS = ("histogram", "mean_activation", "contribution", "margin", "weight")
@@ -27,7 +29,7 @@ def known_methods(
     model: Any,
     head: Head,
     gate: LabelSensitiveGate | None,
-    attributions: Mapping[str, LayerAttribution],
+    attributions: Mapping[str, Attribution],
     class_names: Sequence[str] | None,
 ) -> dict[str, Method]:
     """Every method by name, that of weights first.
@@ -42,9 +44,12 @@ def known_methods(
             loader, selector=selector, class_names=class_names
         )
 
-    def summed(attribution: LayerAttribution) -> Method:
+    def summed(given: Attribution) -> Method:
+        attribution, options = given if isinstance(given, tuple) else (given, {})
         # its own layer is the map that the head reads: the same channels by another name
-        return lambda loader: replace(aggregate(attribution, loader, class_names=class_names), layer=head.name)
+        return lambda loader: replace(
+            aggregate(attribution, loader, class_names=class_names, **options), layer=head.name
+        )
 
     methods: dict[str, Method] = {
         "ALDSplitter": lambda loader: ALDSplitter(model, layer).class_filters(

@@ -213,12 +213,13 @@ class _Rewriter:
             return True
         if node.op == "call_function" and node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
             if all(isinstance(source, fx.Node) for source in node.args):
-                node.target = pieces.plus
+                _call(node, pieces.plus)
                 return True
             return False
         if node.op == "call_function" and node.target in (torch.cat, torch.concat) and _dim(node) == 1:
             values = node.args[0] if node.args else node.kwargs["tensors"]
-            node.target, node.args, node.kwargs = pieces.concatenated, (values,), {}
+            node.args, node.kwargs = (values,), {}
+            _call(node, pieces.concatenated)
             self._gives_pieces.add(node)
             return True
         if len(node.all_input_nodes) == 1 and keeps_zero(node, self._network) and not self._knows_channels(node):
@@ -250,6 +251,7 @@ class _Rewriter:
             if source in self._gives_pieces:
                 with self._graph.inserting_before(node):
                     filled = self._graph.call_function(pieces.full, (source,))
+                _call(filled, pieces.full)
                 node.replace_input_with(source, filled)
 
     def _gate(self, node: fx.Node, conv: str, features: Any) -> None:
@@ -258,6 +260,12 @@ class _Rewriter:
         with self._graph.inserting_after(node):
             gated = self._graph.call_module(name, (features, node))
         _put_after(node, gated)
+
+
+def _call(node: fx.Node, function: Any) -> None:
+    """Let a node call one of the functions of `pieces`, also when the graph is traced anew: as on loading a pickle."""
+    node.target = function
+    node.meta["is_wrapped"] = True
 
 
 def _put_after(node: fx.Node, new: fx.Node) -> None:

@@ -179,6 +179,10 @@ class ALDTree:
                 Side(*(tensors[f"{branch} {name}"].numpy() for name in Side._fields)) for branch in BRANCHES
             )
             fitted = tensors["laplace"].numpy() if "laplace" in tensors else None
+            if tensors["weights"].dim() != 2 or any(
+                len({part.shape for part in side}) > 1 for side in (positive, negative)
+            ):
+                raise ValueError("its tables do not fit together")
             return cls(
                 Splits(
                     tensors["weights"],

@@ -111,7 +111,8 @@ def _fit(ordered: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         rate = 1 / (kappa * a + b / kappa)
         likelihood = -count * (2 * np.log(np.sqrt(a) + np.sqrt(b)) + 1)
     alike = ~(np.isfinite(rate) & np.isfinite(likelihood))
-    location = np.where(alike, np.nan, values[pick] + pivot)
+    # the number itself: added to the pivot again it would be another in its last digit, on the wrong side of itself
+    location = np.where(alike, np.nan, ordered[pick])
     return location, np.where(alike, np.nan, rate), np.where(alike, np.nan, kappa), np.where(alike, np.nan, likelihood)
 
 

@@ -148,7 +148,7 @@ def split_weights(
             f"classes {quoted(rows)} have no two different weights, so no distribution can be fitted: its parameters "
             'are NaN; fit="loglinear" needs none',
             DegenerateFitWarning,
-            stacklevel=3,
+            stacklevel=4,  # past `ALDSplitter.split`, to its caller
         )
     return Splits(weights, known, first, zeros, *split_sides(away, min_size), laplace, likelihood, int(min_size), layer)
 

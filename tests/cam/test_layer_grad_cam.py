@@ -1,0 +1,732 @@
+"""`LayerGradCamPlusPlus`: the arguments of Captum's ``LayerGradCam``, chosen channels, borrowed models, bad input."""
+
+import copy
+import inspect
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from captum.attr import LayerGradCam, NoiseTunnel
+from contract import Snapshot
+from shared import seeded
+from test_equations import weights_by_loop
+from torch import nn
+
+from captum_classfilters import LayerGradCamPlusPlus, LayerSmoothGradCamPlusPlus
+from captum_classfilters.core import captum_compat
+from captum_classfilters.core.errors import (
+    HeadError,
+    LabelError,
+    LayerError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    ZeroMapWarning,
+)
+
+CLASSES = (LayerGradCamPlusPlus, LayerSmoothGradCamPlusPlus)
+
+
+def gradient_and_map(forward, layer, images, chosen, as_maps=lambda tensor: tensor):
+    """In float64, without Captum; ``chosen`` picks one number of each sample's output."""
+    kept = []
+
+    def keep(module, args, output):
+        kept.append(output)
+        return output.clone()  # an in-place operation may follow
+
+    handle = layer.register_forward_hook(keep)
+    score = chosen(forward(images)).sum()
+    handle.remove()
+    return as_maps(torch.autograd.grad(score, kept[0])[0]).double(), as_maps(kept[0].detach()).double()
+
+
+def by_loop(forward, layer, images, chosen, sign=1, **options):
+    """Each channel's part of the map, ``(N, K, ...)``."""
+    gradient, maps = gradient_and_map(forward, layer, images, chosen, **options)
+    gradient = sign * gradient
+    weights = weights_by_loop(gradient, gradient**2, gradient**3, maps)
+    return weights.view(*weights.shape, *[1] * (maps.dim() - 2)) * maps
+
+
+def of_class(*targets):
+    return lambda logits: logits[torch.arange(len(logits)), list(targets) * (len(logits) // len(targets))]
+
+
+def heat(model, images, target=1, layer="relu", **options):
+    return LayerGradCamPlusPlus(model, layer).attribute(images, target, **options)
+
+
+def close(found, expected, rtol=1e-4):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-5 * float(expected.abs().max()))
+
+
+# -- the map -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("layer", ["bn1", "bn2", "relu"])
+def test_the_map_is_the_definition_s(small_cnn, images, layer, count):
+    """Of the first normalisation activations have both signs; behind the second there is an in-place ReLU."""
+    model, inputs = small_cnn(), images(count)
+    parts = by_loop(model, model.get_submodule(layer), inputs, of_class(2))
+    found = heat(model, inputs, 2, layer)
+    assert found.shape == (count, 1, *parts.shape[2:])
+    assert not found.requires_grad
+    close(found, parts.sum(1, keepdim=True))
+    assert (parts < 0).any() == (layer != "relu" and layer != "bn2")
+
+
+def test_a_batch_is_image_by_image(small_cnn, images):
+    model, inputs, targets = small_cnn(), images(3), [0, 2, 3]
+    one_by_one = [heat(model, inputs[i : i + 1], target) for i, target in enumerate(targets)]
+    torch.testing.assert_close(heat(model, inputs, targets), torch.cat(one_by_one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.tensor([1, 0, 3]),
+        [1, 0, 3],
+        torch.tensor([1, 0, 3], dtype=torch.int32),
+        np.array([1, 0, 3]),
+        [np.int64(1), torch.tensor(0), 3],
+        [(1,), (0,), (3,)],
+    ],
+    ids=str,
+)
+def test_targets_for_each_sample(small_cnn, images, target):
+    model, inputs = small_cnn(), images(3)
+    close(heat(model, inputs, target), by_loop(model, model.relu, inputs, of_class(1, 0, 3)).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("target", [2, torch.tensor(2), torch.tensor([2]), np.int64(2), [2], (2,)], ids=repr)
+def test_one_target_for_all(small_cnn, images, target):
+    model, inputs = small_cnn(), images(3)
+    close(heat(model, inputs, target), by_loop(model, model.relu, inputs, of_class(2)).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [((1, 0), lambda z: z[:, 1, 0]), ([(1, 0), (3, 1), (0, 0)], lambda z: z[[0, 1, 2], [1, 3, 0], [0, 1, 0]])],
+)
+def test_outputs_of_more_axes_are_picked_by_tuples(small_cnn, images, target, chosen):
+    model, inputs = small_cnn(), images(3)
+
+    def two_heads(pictures):
+        logits = model(pictures)
+        return torch.stack([logits, logits.flip(1) * 2], 2)
+
+    found = LayerGradCamPlusPlus(two_heads, model.relu).attribute(inputs, target)
+    close(found, by_loop(two_heads, model.relu, inputs, chosen).sum(1, keepdim=True))
+
+
+def test_an_output_of_one_number_needs_no_target(small_cnn, images):
+    model, inputs = small_cnn(num_classes=1), images(3)
+    expected = by_loop(model, model.relu, inputs, lambda z: z[:, 0]).sum(1, keepdim=True)
+    close(heat(model, inputs, None), expected)
+    plain = LayerGradCamPlusPlus(lambda pictures: model(pictures)[:, 0], model.relu)
+    close(plain.attribute(inputs), expected)
+
+
+class Scaled(nn.Module):
+    """Takes further arguments: a number for each sample, a flag, a name."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pictures, scale, flag=False, name=None):
+        logits = self.inner(pictures * scale.view(-1, 1, 1, 1))
+        return logits**3 if flag and name == "cubed" else logits
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_further_arguments_of_the_forward(small_cnn, images, cls):
+    model, inputs, scale = Scaled(small_cnn()), images(3), torch.tensor([0.5, 1.0, 2.0])
+    options = {} if cls is LayerGradCamPlusPlus else {"n_samples": 2, "stdevs": 0.0, "internal_batch_size": 2}
+    method = cls(model, model.inner.relu)
+    close(
+        method.attribute(inputs, 1, scale, **options),
+        by_loop(lambda x: model(x, scale), model.inner.relu, inputs, of_class(1)).sum(1, keepdim=True),
+    )
+    close(
+        method.attribute(inputs, [1, 2, 3], (scale, True, "cubed"), **options),
+        by_loop(lambda x: model(x, scale, True, "cubed"), model.inner.relu, inputs, of_class(1, 2, 3)).sum(1, True),
+    )
+
+
+def test_the_layer_s_input_in_place_of_its_output(small_cnn, images):
+    model, inputs = small_cnn(), images(3)
+    found = heat(model, inputs, layer="pool", attribute_to_layer_input=True)
+    torch.testing.assert_close(found, heat(model, inputs, layer="relu"), rtol=1e-5, atol=1e-6)
+    before = heat(model, inputs, layer="relu", attribute_to_layer_input=True)
+    torch.testing.assert_close(before, heat(model, inputs, layer="bn2"), rtol=1e-5, atol=1e-6)
+
+
+def test_relu_and_summation(small_cnn, images):
+    model, inputs = small_cnn(), images(3)
+    parts = heat(model, inputs, layer="bn1", attr_dim_summation=False)
+    close(parts, by_loop(model, model.bn1, inputs, of_class(1)))
+    whole = heat(model, inputs, layer="bn1")
+    torch.testing.assert_close(parts.sum(1, keepdim=True), whole, rtol=1e-4, atol=1e-5)
+    assert (whole < 0).any()
+    torch.testing.assert_close(heat(model, inputs, layer="bn1", relu_attributions=True), whole.relu())
+    positive = heat(model, inputs, layer="bn1", relu_attributions=True, attr_dim_summation=False)
+    torch.testing.assert_close(positive, parts.relu())
+
+
+def test_options_of_grad_are_passed_on(small_cnn, images):
+    model, inputs = small_cnn(), images(2)
+    plain = heat(model, inputs)
+    found = heat(model, inputs, grad_kwargs={"create_graph": True})
+    torch.testing.assert_close(found, plain)
+    assert not found.requires_grad
+    with pytest.raises(TypeError, match="nonsense"):
+        heat(model, inputs, grad_kwargs={"nonsense": True})
+
+
+def test_the_arguments_of_captum_s_layer_grad_cam_come_in_its_order(small_cnn, images):
+    theirs = list(inspect.signature(LayerGradCam.attribute).parameters.values())
+    for cls in CLASSES:
+        ours = list(inspect.signature(cls.attribute).parameters.values())
+        assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+    method = LayerGradCamPlusPlus(small_cnn(), "relu")
+    assert method.has_convergence_delta() is False
+    assert method.multiplies_by_inputs is False
+
+
+# -- channels ----------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.filterwarnings("ignore::captum_classfilters.core.errors.ZeroMapWarning")
+
+ALL_SAME = {
+    "indices": torch.tensor([4, 1]),
+    "int32": torch.tensor([4, 1], dtype=torch.int32),
+    "list": [1, 4],
+    "tuple": (1, 4),
+    "numpy": np.array([1, 4]),
+    "numbers of numpy": [np.int64(1), np.int64(4)],
+    "repeated": [1, 4, 4],
+    "mask": torch.tensor([False, True, False, False, True, False]),
+    "list mask": [False, True, False, False, True, False],
+}
+EACH = {
+    "padded": torch.tensor([[1, 4, -1], [0, -1, -1], [5, 2, 3]]),
+    "mask": torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 1]], dtype=torch.bool),
+    "list": [torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([2, 3, 5])],
+    "lists": [range(1, 5, 3), [0], (2, 3, 5)],
+    "mixed": ([1, 4], np.array([0]), torch.tensor([0, 0, 1, 1, 0, 1], dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("form", ALL_SAME)
+def test_channels_for_all_samples(small_cnn, images, form):
+    model, inputs = small_cnn(), images(3)
+    parts = heat(model, inputs, attr_dim_summation=False)
+    found = heat(model, inputs, channels=ALL_SAME[form], attr_dim_summation=False)
+    chosen = torch.zeros(6, dtype=torch.bool).index_fill_(0, torch.tensor([1, 4]), True)
+    assert torch.equal(found, parts * chosen.view(1, 6, 1, 1))
+    assert torch.equal(heat(model, inputs, channels=ALL_SAME[form]), found.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("form", EACH)
+def test_channels_for_each_sample(small_cnn, images, form):
+    model, inputs = small_cnn(), images(3)
+    parts = heat(model, inputs, attr_dim_summation=False, channel_weights="ones")
+    found = heat(model, inputs, channels=EACH[form], attr_dim_summation=False, channel_weights="ones")
+    assert torch.equal(found, parts * EACH["mask"].view(3, 6, 1, 1))
+
+
+def test_a_partition_of_the_channels_sums_to_the_whole(small_cnn, images):
+    model, inputs = small_cnn(), images(3)
+    parts = [heat(model, inputs, channels=some) for some in ([0, 5], [1], [2, 3, 4])]
+    torch.testing.assert_close(sum(parts), heat(model, inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error::captum_classfilters.core.errors.ZeroMapWarning")
+def test_channels_with_negative_gradients_only_are_said(small_cnn, images):
+    model, inputs = small_cnn(), images(3)
+    with torch.no_grad():
+        model.fc.weight[1] = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+    with pytest.warns(
+        ZeroMapWarning, match=r"none in 3 of 3 samples.*against=True.*channel_weights=\"ones\""
+    ) as caught:
+        found = heat(model, inputs, channels=[2, 3])
+    assert caught[0].filename == __file__
+    assert len(caught) == 1
+    assert not found.any()
+    with pytest.warns(ZeroMapWarning, match="none in 1 of 3 samples"):
+        heat(model, inputs, channels=[[0], [2], [5]])
+    assert heat(model, inputs, channels=[2, 3], against=True).any()
+    assert heat(model, inputs, channels=[2, 3], channel_weights="ones").any()
+    heat(model, inputs, channels=[2, 0])
+
+
+class Negated(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pictures):
+        return -self.inner(pictures)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("weights", ["ones", "head", torch.ones(6)])
+def test_against_and_weights_of_one_s_own_exclude_each_other(small_cnn, images, weights, cls):
+    with pytest.raises(OptionError, match="pass one of the two"):
+        cls(small_cnn(), "relu").attribute(images(2), 1, against=True, channel_weights=weights)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_against_is_the_map_of_the_negated_model(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    against = cls(model, "relu").attribute(inputs, 1, against=True)
+    negated = cls(Negated(model), "inner.relu").attribute(inputs, 1)
+    torch.testing.assert_close(against, negated)
+    assert not torch.allclose(against, cls(model, "relu").attribute(inputs, 1), rtol=1e-2)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_given_weights_take_the_place_of_grad_cam_s(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    _, maps = gradient_and_map(model, model.relu, inputs, of_class(1))
+    method = cls(model, "relu")
+    own, each = torch.arange(6.0) - 2, torch.arange(18.0).reshape(3, 6) - 7
+    close(method.attribute(inputs, 1, channel_weights="ones"), maps.sum(1, keepdim=True))
+    close(method.attribute(inputs, 1, channel_weights=own), (own.view(1, 6, 1, 1) * maps).sum(1, keepdim=True))
+    close(method.attribute(inputs, 1, channel_weights=each), (each.view(3, 6, 1, 1) * maps).sum(1, keepdim=True))
+    chosen = method.attribute(inputs, 1, channel_weights=own, channels=[5])
+    close(chosen, own[5] * maps[:, 5:])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_head_s_weights_average_to_the_logit(small_cnn, images, cls):
+    model, inputs, targets = small_cnn(), images(3), [3, 0, 1]
+    with torch.no_grad():
+        logits = of_class(*targets)(model(inputs))
+    for target in (targets, torch.tensor(targets)):
+        found = cls(model, "relu").attribute(inputs, target, channel_weights="head")
+        torch.testing.assert_close(found.mean((1, 2, 3)) + model.fc.bias.detach()[targets], logits)
+    scaled = Scaled(model)
+    scale = torch.tensor([0.5, 1.0, 2.0])
+    found = cls(scaled, "inner.relu").attribute(inputs, 2, scale, channel_weights="head")
+    torch.testing.assert_close(found.mean((1, 2, 3)) + model.fc.bias.detach()[2], scaled(inputs, scale).detach()[:, 2])
+
+
+# -- numbers that are hard ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_vanishing_gradients_give_the_map_of_alpha_one_half(small_cnn, images, cls):
+    """Their squares and cubes are 0 in float32."""
+    model, inputs = small_cnn(), images(3)
+    with torch.no_grad():
+        model.fc.weight *= 1e-20
+    gradient, maps = gradient_and_map(model, model.relu, inputs, of_class(1))
+    assert 0 < float(gradient.abs().max()) < 1e-20
+    expected = ((gradient.relu() / 2).sum((2, 3), keepdim=True) * maps).sum(1, keepdim=True)
+    found = cls(model, "relu").attribute(inputs, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    close(found, by_loop(model, model.relu, inputs, of_class(1)).sum(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("error::captum_classfilters.core.errors.ZeroMapWarning")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_activation_is_a_map_of_zeros(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(2)
+    with torch.no_grad():
+        model.bn2.weight.zero_()
+        model.bn2.bias.fill_(-1.0)
+    found = cls(model, "relu").attribute(inputs, 1)
+    assert torch.equal(found, torch.zeros(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_bfloat16(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = cls(model, "conv2").attribute(inputs, 1)
+    assert mixed.dtype == torch.bfloat16
+    half = cls(copy.deepcopy(model).bfloat16(), "relu").attribute(inputs.bfloat16(), 1)
+    assert half.dtype == torch.bfloat16
+    atol = 0.1 * float(expected.abs().max())
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=atol)
+    plain = cls(model, "conv2").attribute(inputs, 1)
+    torch.testing.assert_close(mixed.float(), plain, rtol=0.1, atol=0.1 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_many_positions_do_not_stall_in_bfloat16(cls):
+    """3,136 equal parts: a sum in bfloat16 would stop at 256 of them."""
+    model = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1)).bfloat16()
+    nn.init.constant_(model[3].weight, 1.0)
+    images = torch.ones(1, 1, 56, 56, dtype=torch.bfloat16)
+    found = cls(model, "0").attribute(images, 0, **({} if cls is LayerGradCamPlusPlus else {"stdevs": 0.0}))
+    g = float(torch.tensor(1 / 3136, dtype=torch.bfloat16))
+    expected = 3136 * g / (2 + 3136 * g)
+    torch.testing.assert_close(found.float(), torch.full((1, 1, 56, 56), expected), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_channels_last(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, 1)
+    model = model.to(memory_format=torch.channels_last)
+    found = cls(model, "relu").attribute(inputs.to(memory_format=torch.channels_last), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- other networks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_of_signals():
+    model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3))
+    seeded(model, 0).eval()
+    signals = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1))
+    expected = by_loop(model, model[1], signals, of_class(2))
+    close(heat(model, signals, 2, "1", attr_dim_summation=False), expected)
+    assert heat(model, signals, 2, "1").shape == (3, 1, 6)
+
+
+def test_swin(images):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 4], [4, 4], num_classes=9).eval()
+
+    def channels_first(tensor):
+        return tensor.permute(0, 3, 1, 2)
+
+    inputs = images(2, size=64)
+    method = LayerGradCamPlusPlus(model, model.features, reshape=channels_first)
+    parts = by_loop(model, model.features, inputs, of_class(7), as_maps=channels_first)
+    assert parts.shape == (2, 24, 8, 8)
+    close(method.attribute(inputs, 7), parts.sum(1, keepdim=True), rtol=1e-3)
+    close(method.attribute(inputs, 7, channels=[1, 20]), parts[:, [1, 20]].sum(1, keepdim=True), rtol=1e-3)
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_vision_transformer(images, pooling):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5, global_pool=pooling, class_token=True
+        ).eval()
+        nn.init.normal_(model.head.weight)
+
+    def without_class_token(tensor):
+        return tensor[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+
+    inputs, layer = images(2, size=64), model.blocks[-1].norm1
+    parts = by_loop(model, layer, inputs, of_class(3), as_maps=without_class_token)
+    found = LayerGradCamPlusPlus(model, layer, reshape=without_class_token).attribute(inputs, 3)
+    assert found.shape == (2, 1, 4, 4)
+    close(found, parts.sum(1, keepdim=True), rtol=1e-3)
+
+
+# -- the model is borrowed ---------------------------------------------------------------------------------------------
+
+
+class Tripwire(nn.Module):
+    """Armed, it raises."""
+
+    error: BaseException | None = None
+
+    def forward(self, tensor):
+        if self.error is not None:
+            raise self.error
+        return tensor
+
+
+def noop(*args):
+    return None
+
+
+def used(small_cnn, images, error=None):
+    """In the middle of its owner's training: mixed modes, frozen parts, gradients, hooks of its own."""
+    model = small_cnn()
+    model.pool = nn.Sequential(model.pool, Tripwire())
+    model.train()
+    model.bn1.eval()
+    model.dropout.eval()
+    model.conv1.requires_grad_(False)
+    model.fc.bias.requires_grad_(False)
+    model(images()).square().sum().backward()
+    model.conv2.register_forward_hook(noop)
+    model.fc.register_forward_pre_hook(noop)
+    model.fc.register_full_backward_hook(noop)
+    model.pool[1].error = error
+    return model
+
+
+SCENARIOS = {
+    "success": (1, None, None),
+    "success of a given weight": (1, None, None),
+    "bad target": (99, None, LabelError),
+    "exception in the model": (1, ZeroDivisionError(), ZeroDivisionError),
+    "KeyboardInterrupt": (1, KeyboardInterrupt(), KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_model_is_given_back(small_cnn, images, cls, scenario, grad):
+    target, error, raised = SCENARIOS[scenario]
+    model = used(small_cnn, images, error)
+    inputs = images(3)
+    options = {"channel_weights": "head"} if "weight" in scenario else {}
+    with torch.set_grad_enabled(grad):
+        before = Snapshot.of(model)
+        if raised is None:
+            cls(model, "relu").attribute(inputs, target, **options)
+        else:
+            with pytest.raises(raised):
+                cls(model, "relu").attribute(inputs, target, **options)
+        Snapshot.of(model).assert_same(before)
+    assert not inputs.requires_grad
+    assert inputs.grad is None
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_model_runs_in_eval_mode_whatever_its_modes(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, 1)
+    model.train()
+    assert torch.equal(cls(model, "relu").attribute(inputs, 1), expected)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_frozen_parameters_and_no_grad(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, 1)
+    model.requires_grad_(False)
+    assert torch.equal(cls(model, "relu").attribute(inputs, 1), expected)
+    with torch.no_grad():
+        assert torch.equal(cls(model, "relu").attribute(inputs, 1), expected)
+    with (
+        torch.inference_mode(),
+        pytest.raises(OptionError, match=r"gradients are needed, which torch.inference_mode\(\) forbids; call it out"),
+    ):
+        cls(model, "relu").attribute(inputs, 1)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_inputs_that_require_gradients(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, 1)
+    inputs.requires_grad_()
+    found = cls(model, "relu").attribute(inputs, 1)
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+    assert inputs.requires_grad
+    assert inputs.grad is None
+
+
+WRAPPERS = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "DataParallel of a compiled one": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "forward": lambda model: model.forward,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_wrapped_models(small_cnn, images, cls, wrapper):
+    model, inputs = small_cnn(), images(3)
+    expected = cls(model, "relu").attribute(inputs, [1, 2, 3])
+    wrapped = WRAPPERS[wrapper](model)
+    wrapped(inputs)  # compiled without hooks, if at all
+    model.train()
+    found = cls(wrapped, "relu").attribute(inputs, [1, 2, 3])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        cls(wrapped, model.relu).attribute(inputs, 1, channel_weights="head").mean((1, 2, 3)) + model.fc.bias[1],
+        model.eval()(inputs)[:, 1],
+    )
+
+
+def without_autograd(forward, layer, inputs, target, args, **options):
+    """In place of Captum's function on a fake device, which has no autograd: activations for gradients."""
+    options.pop("grad_kwargs")
+    maps = captum_compat.layer_outputs(forward, inputs, layer, args, **options)
+    return maps, maps
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_device(device, small_cnn, images, assert_close, cls, monkeypatch):
+    inputs, targets = images(3), [1, 0, 2]
+    more = {} if cls is LayerGradCamPlusPlus else {"generator": torch.Generator(), "stdevs": 0.0}
+    expected = {
+        name: cls(small_cnn(), "relu").attribute(inputs, targets, **call, **more) for name, call in CALLS.items()
+    }
+    if device.name == "cuda" and not torch.cuda.is_available():
+        monkeypatch.setattr(sys.modules[cls.__module__], "layer_gradients", without_autograd)
+    with device.mode:
+        model = small_cnn(device=device.name)
+        for name, call in CALLS.items():
+            found = cls(model, "relu").attribute(inputs.to(device.name), targets, **call, **more)
+            assert_close(found, expected[name].to(device.name), rtol=1e-3, atol=1e-4)
+
+
+CALLS = {
+    "plain": {},
+    "channels": {"channels": [1, 2, 3, 4]},
+    "for each": {"channels": torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 1, 1]]).bool()},
+    "head": {"channel_weights": "head"},
+    "given": {"channel_weights": torch.arange(6.0)},
+    "parts": {"attr_dim_summation": False, "against": True},
+}
+
+
+def test_under_captum_s_noise_tunnel(small_cnn, images):
+    model, inputs = small_cnn(), images(3)
+    method = LayerGradCamPlusPlus(model, model.relu)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        smooth = NoiseTunnel(method).attribute(inputs, nt_type="smoothgrad", nt_samples=3, stdevs=1e-6, target=1)
+    torch.testing.assert_close(smooth, method.attribute(inputs, 1), rtol=1e-4, atol=1e-4)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD_CHANNELS = [
+    ([6], OptionError, r"channels must lie in \[0, 6\), the channels of the layer; got 6"),
+    ([-1], OptionError, r"channels must lie in \[0, 6\).*got -1"),
+    ([[0], [1], [-1]], OptionError, "got -1"),
+    ([], OptionError, "channels are empty: there is nothing to show"),
+    (torch.zeros(6, dtype=torch.bool), OptionError, "channels are empty"),
+    (torch.tensor([[1], [2], [-1]]), OptionError, "channels are empty"),
+    ([[0], [], [1]], OptionError, "channels are empty"),
+    ([0.5, 1], OptionError, "channels must be a sequence of indices, or a mask; got torch.float32"),
+    (3, OptionError, r"channels must be a sequence of indices, or a mask; got torch.int64 of shape \(\)"),
+    (True, OptionError, "channels must be a sequence of indices, or a mask; got torch.bool"),
+    ("all", OptionError, "channels must be indices or a mask, got str"),
+    ([None], OptionError, "channels must be indices or a mask, got list"),
+    (
+        torch.ones(5, dtype=torch.bool),
+        ShapeError,
+        "a mask of channels must have 6 entries, one for each .*; got 5",
+    ),
+    (torch.ones(3, 5, dtype=torch.bool), ShapeError, "a mask of channels must have 6 entries"),
+    (torch.zeros(1, 1, 1, dtype=torch.long), ShapeError, "channels of one sample must be 1-D"),
+    (torch.tensor([[1], [2]]), ShapeError, "must be 3 rows, one for each; got 2. For the same channels in all"),
+    ([[1], [2]], ShapeError, "must be 3 rows, one for each; got 2"),
+    (torch.ones(2, 6, dtype=torch.bool), ShapeError, "must be 3 rows, one for each; got 2"),
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(("channels", "error", "message"), BAD_CHANNELS, ids=lambda value: repr(value)[:40])
+def test_wrong_channels_are_refused(small_cnn, images, cls, channels, error, message):
+    with pytest.raises(error, match=message):
+        cls(small_cnn(), "relu").attribute(images(3), 1, channels=channels)
+
+
+BAD_WEIGHTS = [
+    ("all", OptionError, 'channel_weights must be None .*"ones", "head", or a floating tensor.*got \'all\''),
+    (torch.arange(6), OptionError, "channel_weights must be .*got torch.int64"),
+    ([1.0] * 6, OptionError, "channel_weights must be"),
+    (torch.ones(5), ShapeError, r"channel_weights must have shape \(6,\) or \(3, 6\), got \(5,\): the layer has 6"),
+    (torch.ones(2, 6), ShapeError, r"got \(2, 6\)"),
+    (torch.ones(1, 3, 6), ShapeError, r"got \(1, 3, 6\)"),
+    (torch.tensor([1.0, torch.nan, 1, 1, 1, 1]), NonFiniteError, "channel_weights must be finite, got NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(("given", "error", "message"), BAD_WEIGHTS, ids=lambda value: repr(value)[:40])
+def test_wrong_channel_weights_are_refused(small_cnn, images, cls, given, error, message):
+    with pytest.raises(error, match=message):
+        cls(small_cnn(), "relu").attribute(images(3), 1, channel_weights=given)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (None, OptionError, "the model gives 4 outputs: pass target=, the class, or one for each sample"),
+        (4, LabelError, r"target must lie in \[0, 4\), got 4"),
+        (-1, LabelError, r"target must lie in \[0, 4\), got -1"),
+        ([0, 1, 4], LabelError, "got 4"),
+        (torch.tensor([0, 1]), LabelError, "target must be an int or 3 of them, one for each sample; got shape"),
+        ([0, 1], LabelError, "target must be an int or 3 of them"),
+        (1.5, LabelError, "target must be integers, got torch.float32; pass class indices"),
+        ([0.5, 1, 2], LabelError, "target must be integers, got torch.float32"),
+        (True, LabelError, "target must be integers, got torch.bool"),
+        ("coat", LabelError, r"got the name 'coat'; use class_names.index\('coat'\)"),
+        ([None, 1, 2], LabelError, r"target must be a class index, or one for each sample; got \[None, 1, 2\]"),
+    ],
+    ids=repr,
+)
+def test_wrong_targets_are_refused(small_cnn, images, cls, target, error, message):
+    with pytest.raises(error, match=message):
+        cls(small_cnn(), "relu").attribute(images(3), target)
+
+
+class Two(nn.Module):
+    """A layer that gives two tensors."""
+
+    def forward(self, tensor):
+        return tensor, tensor * 2
+
+
+class WithTwo(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.two = inner, Two()
+
+    def forward(self, pictures):
+        first, second = self.two(pictures)
+        return self.inner(first) + self.inner(second)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_wrong_layers_are_refused(small_cnn, images, cls):
+    model, inputs = small_cnn(), images(3)
+    with pytest.raises(LayerError, match=r"the model has no layer 'rel'; did you mean one of \['relu'"):
+        cls(model, "rel")
+    with pytest.raises(LayerError, match="layer ReLU is not a module of this model; pass one that is, or its name"):
+        cls(model, nn.ReLU())
+    with pytest.raises(LayerError, match="layer='relu' is a name, but the model is a bare function: pass the module"):
+        cls(lambda pictures: model(pictures), "relu")
+    with pytest.raises(OptionError, match="layer must be a module or its dotted name, got int"):
+        cls(model, 3)
+    with pytest.raises(
+        ShapeError, match=r"must have positions, \(N, K, h, w\), got \(3, 4\); pass the layer of a conv"
+    ):
+        cls(model, "fc").attribute(inputs, 1)
+    with pytest.raises(LayerError, match="must be one tensor, got 2; choose another layer"):
+        cls(WithTwo(model), "two").attribute(inputs, 1)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("reshape", "error", "message"),
+    [
+        ("permute", OptionError, "reshape must be a function of the layer's output, got str"),
+        (lambda t: t.flatten(1), ShapeError, r"got \(3, 96\); it is what reshape= gave"),
+        (lambda t: None, ShapeError, "got NoneType; it is what reshape= gave"),
+        (lambda t: t.flatten(0, 1).unflatten(0, (-1, 1)), ShapeError, "reshape must keep the 3 samples, it gave 18"),
+    ],
+)
+def test_a_wrong_reshape_is_refused(small_cnn, images, cls, reshape, error, message):
+    with pytest.raises(error, match=message):
+        cls(small_cnn(), "relu", reshape=reshape).attribute(images(3), 1)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_head_weights_need_the_map_that_the_head_reads(small_cnn, images, cls):
+    with pytest.raises(ShapeError, match='"head" are of 6 features, the layer has 5 channels; pass the layer'):
+        cls(small_cnn(), "conv1").attribute(images(3), 1, channel_weights="head")
+    model = small_cnn()
+    with pytest.raises(HeadError):
+        cls(lambda pictures: model(pictures), model.relu).attribute(images(3), 1, channel_weights="head")
