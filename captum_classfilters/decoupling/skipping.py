@@ -292,8 +292,17 @@ class Format(nn.Module):
 
     def __init__(self, leads_in: bool) -> None:
         super().__init__()
-        self.leads_in = leads_in
-        self.memory_format = torch.channels_last if leads_in else torch.contiguous_format
+        # not the format itself, which torch.save cannot write
+        self.leads_in = self._channels_last = leads_in
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of what comes out."""
+        return torch.channels_last if self._channels_last else torch.contiguous_format
+
+    @memory_format.setter
+    def memory_format(self, memory_format: torch.memory_format) -> None:
+        self._channels_last = memory_format is torch.channels_last
 
     def forward(self, value: Any) -> Any:
         """A copy, unless it is so already."""
