@@ -21,6 +21,7 @@ def run_demo(out: Path) -> None:
     from captum.robust import FGSM
 
     from captum_classfilters import (
+        ALDSplitter,
         HeadMoments,
         InfluentialFeatures,
         LabelSensitiveGate,
@@ -28,6 +29,7 @@ def run_demo(out: Path) -> None:
         PathDetector,
         adversarial_paths,
         decompose,
+        explain_confusion,
         metrics,
         visualize,
     )
@@ -68,6 +70,22 @@ def run_demo(out: Path) -> None:
         f"decompose(model, None, k=5, refit='omp', moments=...): the same network, {kept} of the head's {total} weights"
     )
 
+    trees = ALDSplitter(model).split()
+    print("\nFrom the last layer's weights alone: the most discriminative and the most confusing channels")
+    for name, tree in zip(filters.class_names, trees.values(), strict=True):
+        speaks, confuses = (tree.terminal(branch).tolist()[:5] for branch in ("positive", "negative"))
+        print(f"  {name:<12}{speaks!s:<24}{confuses}")
+    inputs, labels = next(iter(test.batches()))
+    with torch.no_grad():
+        wrong = (model(inputs.to(device)).argmax(1).cpu() != labels).nonzero().flatten()[:1]
+    found = explain_confusion(model, inputs[wrong], labels[wrong])
+    won, lost = (filters.class_names[int(label)] for label in (found.predicted, found.true))
+    first = found.table[found.table.channel >= 0].head(5)
+    print(
+        f"\nWhy image {int(wrong)}, {lost}, is seen as {won}: logits {float(found.difference):.2f} apart, by channels "
+        + ", ".join(f"{row.channel} ({row.contribution:+.2f})" for row in first.itertuples())
+    )
+
     gated, _ = load_demo_network(0, "lsg")
     gate = LabelSensitiveGate.load(gate_file(0, "lsg")).class_filters(train.class_names)
     masked = metrics.class_masking(gated.to(device), gate, test.batches(), threshold=0.5)
@@ -105,6 +123,7 @@ def run_demo(out: Path) -> None:
         "gate": lambda: visualize.gate(gate),
         "paths": lambda: visualize.gate_strip(two),
         "overlap": lambda: visualize.overlap(filters, 5),
+        "ald_tree": lambda: visualize.ald_tree(trees[filters.index("shirt")], class_names=filters.class_names),
         "filter_cards": lambda: visualize.filter_cards(model, filters, test.batches(), "ankle boot"),
     }
     for name, draw in pictures.items():
