@@ -179,11 +179,13 @@ def _run(method: Method, loader: Iterable[Any]) -> Found:
     except EmptyLoaderError:  # one batch has no halves
         whole = method(loader)
         return Found(whole, None, time.perf_counter() - started)
-    if halves[0].meta.get("merge", "sum") != "sum":
-        # both answers are the same: half of the time was the first's
+    how = halves[0].meta.get("merge", "sum")
+    if how == "never":
+        # no sample is looked at: both answers are the same, and half of the time was the first's
         return Found(halves[0], None, (time.perf_counter() - started) / 2)
+    # "same": scores that no sample changes, with counts that add up
     whole = ClassFilters.merge(*halves)
-    return Found(whole, halves, time.perf_counter() - started)
+    return Found(whole, halves if how == "sum" else None, time.perf_counter() - started)
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------

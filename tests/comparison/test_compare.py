@@ -9,7 +9,7 @@ from torch import nn
 
 from captum_classfilters import ALDSplitter, ClassFiltersError, InfluentialFeatures, LabelSensitiveGate, metrics
 from captum_classfilters.comparison import compare, method_overlap
-from captum_classfilters.comparison.compare import _hoyer
+from captum_classfilters.comparison.compare import _hoyer, _run
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -128,6 +128,15 @@ def test_sparsity_is_hoyer_s(network):
     for row in table.scores.numpy():
         each.append((np.sqrt(12) - np.abs(row).sum() / np.sqrt((row**2).sum())) / (np.sqrt(12) - 1))
     assert _hoyer(table) == pytest.approx(np.mean(each))
+
+
+def test_weights_count_every_sample_and_have_no_stability(case, network):
+    frame, loader, *_ = case
+    rows = frame[frame.method == "InfluentialFeatures, weight"]
+    assert rows.stability.isna().all()
+    found = _run(lambda part: InfluentialFeatures(network).attribute(part, selector="weight"), loader)
+    assert int(found.filters.counts.sum()) == 60
+    assert found.halves is None
 
 
 def test_one_batch_has_no_halves(network):
