@@ -14,7 +14,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters.cam.channels import Channels, channel_mask, own_weights
-from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
 from captum_classfilters.core.errors import LayerError, OptionError, ShapeError, ZeroMapWarning
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.stream import batches
@@ -58,9 +58,7 @@ class LayerCam(GradientAttribution, LayerAttribution):
     def _borrowed(self) -> AbstractContextManager[Borrowed]:
         if torch.is_inference_mode_enabled():
             raise OptionError("gradients are needed, which torch.inference_mode() forbids; call it outside, or no_grad")
-        # wrappers too, for it is they that run: a compiled one would skip the hooks
-        model = self.forward_func if isinstance(self.forward_func, nn.Module) else unwrap(self.forward_func)
-        return borrowed(model if isinstance(model, nn.Module) else None, grad=True)
+        return borrowed(outermost(self.forward_func), grad=True)
 
     def _devices(self) -> list[int] | None:
         # of DataParallel, which `_forward` hides from Captum

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, to_grid, warn_unseen
-from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 
@@ -68,7 +68,7 @@ def aggregate(
     model = unwrap(attribution.forward_func)
     known = model if isinstance(model, nn.Module) else None
     sums = _Sums(attribution, known, importance, num_classes, class_names)
-    with borrowed(known, grad=True) as borrow:
+    with borrowed(outermost(attribution.forward_func), grad=True) as borrow:
         if known is not None:
             borrow.after(known, sums.see)
         try:

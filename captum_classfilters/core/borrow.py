@@ -87,6 +87,12 @@ def without_compile(model: Any) -> Any:
     return model
 
 
+def outermost(forward: Any) -> nn.Module | None:
+    """What to borrow where ``forward`` itself is called: a compiled wrapper would skip the hooks on what is inside."""
+    module = forward if isinstance(forward, nn.Module) else unwrap(forward)
+    return module if isinstance(module, nn.Module) else None
+
+
 def process_group(model: Any) -> Any:
     """The group of a model in DistributedDataParallel, compiled or not; None for another."""
     outer = without_compile(model)

@@ -121,6 +121,16 @@ def test_the_model_is_given_back_and_what_was_summed_is_kept(case):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_compiled_model_gives_the_same_table(case):
+    model, loader, *_ = case
+    expected = aggregate(LayerGradientXActivation(model, model.conv2), loader)
+    compiled = torch.compile(model, backend="eager")
+    compiled(loader[0][0])  # now it skips hooks that come later
+    found = aggregate(LayerGradientXActivation(compiled, model.conv2), loader)
+    assert torch.equal(expected.scores, found.scores)
+    assert found.layer == "conv2"
+
+
 def test_mappings_and_integers_are_read_as_everywhere(case):
     model, loader, *_ = case
     expected = aggregate(LayerGradientXActivation(model, model.conv2), loader)
