@@ -20,7 +20,7 @@ from captum_classfilters import LabelSensitiveGate, PathDecoupler, compare
 from captum_classfilters.assets import gate_file, load_demo_network, load_kanji_network, paths_file
 
 KS = [1, 3, 5, 10]
-IMAGES, STEPS = 5_000, 10
+IMAGES, STEPS = 5_000, 5
 MANY = 10_000  # training images of the task with 1,000 classes: ten of each
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials" / "recipes"))

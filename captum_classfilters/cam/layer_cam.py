@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from captum_classfilters.cam.channels import Channels, channel_mask, own_weights
 from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
-from captum_classfilters.core.errors import LayerError, OptionError, ShapeError, ZeroMapWarning
+from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError, ZeroMapWarning
+from captum_classfilters.core.head import shows_features
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.stream import batches
 from captum_classfilters.core.targets import classes_of
@@ -83,12 +84,21 @@ class LayerCam(GradientAttribution, LayerAttribution):
             maps, how = tensors[0], "pass the layer of a convolution, or reshape= for tokens"
         else:
             maps, how = self.reshape(tensors[0]), "it is what reshape= gave"
+        if self.reshape is None and maps.dim() == 3 and not self._knows_signals():
+            raise ShapeError(
+                f"the layer's {what} must have positions, (N, K, h, w), got {tuple(maps.shape)}, which looks like "
+                "tokens; pass reshape= (for signals (N, K, L): reshape=lambda t: t)"
+            )
         if not isinstance(maps, Tensor) or maps.dim() < 3:
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ShapeError(f"the layer's {what} must have positions, (N, K, h, w), got {got}; {how}")
         if len(maps) != len(tensors[0]):
             raise ShapeError(f"reshape must keep the {len(tensors[0])} samples, it gave {len(maps)}")
         return maps
+
+    def _knows_signals(self) -> bool:
+        model = outermost(self.forward_func)
+        return model is not None and any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in model.modules())
 
     # -- the map ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +124,11 @@ class LayerCam(GradientAttribution, LayerAttribution):
         found = weights.to(_at_least_float(activations.dtype)) * activations
         found = found.sum(1, keepdim=True) if summed else found
         found = found.relu() if relu else found
+        if not bool(torch.isfinite(found).all()):
+            raise NonFiniteError(
+                "expected finite activations and gradients, got NaN or infinity in the map; look at the inputs, and at "
+                "the model's weights"
+            )
         return found.to(activations.dtype).detach()
 
     def _head_weights(self, inputs: Any, target: Any, forward_args: Any, maps: Tensor) -> Tensor:
@@ -121,11 +136,14 @@ class LayerCam(GradientAttribution, LayerAttribution):
         first = tuple(value[:1] for value in inputs)
         args = tuple(rows_of(value, slice(0, 1), len(inputs[0])) for value in forward_args)
         with batches(self.forward_func, [(first, None)], need_labels=False, forward_args=args) as stream:
-            head = next(iter(stream)).head
-        if head.num_features != maps.shape[1]:
+            batch = next(iter(stream))
+        head, behind = batch.head, batch.head.feature_map
+        is_behind = behind is not None and behind.module is self.layer
+        if not is_behind and not shows_features(maps[:1], batch.features):
             raise ShapeError(
-                f'channel_weights="head" are of {head.num_features} features, the layer has {maps.shape[1]} channels; '
-                "pass the layer whose map the head reads"
+                f'channel_weights="head" are of the {head.num_features} features that the head reads, which are not '
+                f"the average of this layer's {maps.shape[1]} channels; pass the layer behind the head"
+                + (f", {behind.name!r}" if behind is not None else "")
             )
         return head.weight[classes_of(target, len(maps), head.num_classes, head.weight.device)]
 
@@ -173,6 +191,17 @@ def rows_of(value: Any, rows: Any, samples: int) -> Any:
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """One, none or several."""
     return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def as_inputs(value: Any) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of tensors of at least one sample."""
+    inputs = as_tuple(value)
+    wrong = next((each for each in inputs if not isinstance(each, Tensor)), None)
+    if wrong is not None or not inputs:
+        raise ShapeError(f"inputs must be a tensor (N, ...) or a tuple of them, got {type(wrong).__name__}")
+    if not inputs[0].dim() or not len(inputs[0]):
+        raise ShapeError(f"inputs must hold at least one sample, (N, ...), got shape {tuple(inputs[0].shape)}")
+    return inputs
 
 
 def _at_least_float(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_classfilters.cam.channels import Channels
 from captum_classfilters.cam.equations import channel_weights as weights_of
-from captum_classfilters.cam.layer_cam import LayerCam, as_target, as_tuple, check_against, rows_of
+from captum_classfilters.cam.layer_cam import LayerCam, as_inputs, as_target, as_tuple, check_against, rows_of
 from captum_classfilters.core.captum_compat import layer_gradients, layer_outputs, log_usage
 from captum_classfilters.core.errors import OptionError
 
@@ -21,6 +21,9 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
     image (the paper does not say; torchcam 0.5's ``SmoothGradCAMpp`` weighs those of the last noisy copy, and takes its
     gradient alone for D1); all three derivatives are means over copies; alpha has D2 in its numerator, see
     `equations.channel_weights`; the noise is seeded.
+
+    Where the layer is averaged and read by a linear head, gradients do not depend on the image: the map is then that of
+    `LayerGradCamPlusPlus`, at n + 1 times its cost. Noise matters for layers before.
 
     The model runs in eval mode, and is given back as it was. Arguments as for `LayerGradCamPlusPlus`.
 
@@ -75,7 +78,7 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
         Returns:
             ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum.
         """
-        inputs, forward_args = as_tuple(inputs), as_tuple(additional_forward_args)
+        inputs, forward_args = as_inputs(inputs), as_tuple(additional_forward_args)
         target = as_target(target)
         check_against(against, channel_weights)
         spread = _check(inputs, n_samples, stdevs, internal_batch_size)

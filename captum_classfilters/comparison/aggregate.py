@@ -116,6 +116,11 @@ class _Sums:
     def add(self, values: Tensor, labels: Tensor, index: int) -> None:
         if self.scores is None:
             self._classes = self._classes or self._outputs
+            if self._outputs and self._classes != self._outputs:
+                raise OptionError(
+                    f"the model has {self._outputs} outputs, num_classes= or class_names= say {self._classes}; leave "
+                    f"num_classes= out, or name all {self._outputs}"
+                )
             if not self._classes:
                 raise OptionError("the model does not say how many classes there are: pass num_classes=")
             self.scores = torch.zeros(self._classes, values.shape[1], dtype=torch.float64, device=values.device)
@@ -175,7 +180,8 @@ def _channels(found: Any, channel_dim: int, index: int) -> Tensor:
     values = values.flatten(2).double().sum(2) if values.dim() > 2 else values.double()
     if values.shape[1] < 2:
         raise ShapeError(
-            "the attribution has one channel: this method sums over channels; pass attr_dim_summation=False (Grad-CAM)"
+            "the attribution has one channel, so it says nothing of channels; where the method sums over them, as "
+            "Grad-CAM does, pass attr_dim_summation=False"
         )
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"expected finite attributions, got NaN or infinity in batch {index}; look at that batch")

@@ -6,6 +6,7 @@ What is compared is in `methods.py`. N samples, C classes, K channels: the featu
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, warn_unseen
-from captum_classfilters.comparison.methods import SELECTORS, Attribution, Method, known_methods
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError, UnseenClassWarning
+from captum_classfilters.comparison.methods import SELECTORS, Attribution, Method, check_attribution, known_methods
+from captum_classfilters.core.errors import OptionError, UnseenClassWarning
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
 from captum_classfilters.gating import LabelSensitiveGate
@@ -78,30 +79,37 @@ def compare(
         - ``class_overlap``: Jaccard index of two classes' sets, mean over pairs; ``overlap_random``: of two
           random sets, here and in the next two.
         - ``agreement``: Jaccard index with the other methods' sets, mean over methods and classes.
-        - ``stability``: Jaccard index of a class's sets from either half of the batches, mean over classes; NaN for
-          methods that look at no samples.
+        - ``stability``: Jaccard index of a class's sets from either half of the samples, mean over classes; NaN for
+          methods that look at no samples, and where no class has samples in both halves.
         - ``sparsity``: Hoyer's measure of a class's scores, mean over classes: 0 all alike, 1 one channel alone.
         - ``passes``: wall time over that of one inference pass over the same loader. ``samples``: of the test loader.
 
     Raises:
         OptionError: k or draws out of range, a name that is taken, a loader that can be read only once.
-        ShapeError: A table of other channels than the head's, such as that of an attribution to another layer.
+        ShapeError: An attribution to a layer whose channels are not those that the head reads, or of another network.
     """
     check_draws(draws)
+    if not isinstance(ks, Iterable) or isinstance(ks, str):
+        raise OptionError(f"ks must be a list of numbers of channels, got {ks!r}")
+    ks = list(ks)
+    if attributions is not None and not isinstance(attributions, Mapping):
+        raise OptionError(f"attributions must be given by name, a dict of them; got {type(attributions).__name__}")
     if iter(loader) is loader or iter(test_loader) is test_loader:
         raise OptionError("the loaders are read several times: pass a DataLoader or a list of batches, no iterator")
     head, seconds = _inference(model, loader, layer)
-    wanted = sorted({int(k) for k in ks})
-    for k in wanted:
+    for k in ks:
         check_k(k, head.num_features, "k")
+    wanted = sorted({int(k) for k in ks})
     found = {}
+    for name, given in (attributions or {}).items():
+        check_attribution(name, given, model, head, loader)
     for name, method in known_methods(model, head, gate, attributions or {}, class_names).items():
         if show_progress:
             print(f"compare: {name}", flush=True)
         with warnings.catch_warnings():
             # said once, below; half of the batches may well lack a class
             warnings.simplefilter("ignore", UnseenClassWarning)
-            found[name] = _run(method, loader)
+            found[name] = _run(method, loader, head)
         check_table(found[name].filters, head)
     tables = {name: each.filters for name, each in found.items()}
     warn_unseen(tables[f"InfluentialFeatures, {SELECTORS[0]}"], stacklevel=3)
@@ -154,38 +162,61 @@ def _inference(model: Any, loader: Iterable[Any], layer: Any) -> tuple[Head, flo
     """The head, and the seconds of one pass that does nothing else; the second pass counts, the first warms up."""
     for _ in range(2):
         started = time.perf_counter()
-        with batches(model, loader, layer=layer) as stream:
+        with batches(model, loader, layer=layer, need_labels=False) as stream:
             for batch in stream:
                 head = batch.head
-        seconds = time.perf_counter() - started
+        seconds = _clock(head) - started
     return head, seconds
 
 
 class _Half:
-    """Every second batch of a loader."""
+    """Every second sample of a loader."""
 
-    def __init__(self, loader: Iterable[Any], which: int) -> None:
-        self._loader, self._which = loader, which
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        return (raw for index, raw in enumerate(self._loader) if index % 2 == self._which)
+        # odd ones of odd batches: a loader of single samples has two halves, too
+        return (_every_second(raw, index % 2) for index, raw in enumerate(self._loader))
 
 
-def _run(method: Method, loader: Iterable[Any]) -> Found:
-    """A method on both halves of the batches, which add up to the whole; where they do not, on all at once."""
-    started = time.perf_counter()
-    try:
-        halves = method(_Half(loader, 0)), method(_Half(loader, 1))
-    except EmptyLoaderError:  # one batch has no halves
-        whole = method(loader)
-        return Found(whole, None, time.perf_counter() - started)
-    how = halves[0].meta.get("merge", "sum")
-    if how == "never":
-        # no sample is looked at: both answers are the same, and half of the time was the first's
-        return Found(halves[0], None, (time.perf_counter() - started) / 2)
-    # "same": scores that no sample changes, with counts that add up
-    whole = ClassFilters.merge(*halves)
-    return Found(whole, halves if how == "sum" else None, time.perf_counter() - started)
+def _every_second(raw: Any, first: int) -> Any:
+    if isinstance(raw, Tensor | np.ndarray):
+        return raw[first::2] if raw.ndim else raw
+    if isinstance(raw, Mapping):
+        return {key: _every_second(value, first) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        # a list of numbers or names has one entry for each sample; any other, one for each part of the batch
+        whole = any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in raw)
+        return [_every_second(value, first) for value in raw] if whole else raw[first::2]
+    return raw
+
+
+def _run(method: Method, loader: Iterable[Any], head: Head) -> Found:
+    """A method on the whole loader, timed, and on half of its samples; the other half is what is left of the whole.
+
+    So it does not matter whether the loader shuffles: whatever the half is, the rest is the rest.
+    """
+    started = _clock(head)
+    whole = method(loader)
+    seconds = _clock(head) - started
+    if whole.meta.get("merge", "sum") != "sum":
+        return Found(whole, None, seconds)
+    half = method(_Half(loader))
+    return Found(whole, (half, _minus(whole, half)), seconds)
+
+
+def _minus(whole: ClassFilters, part: ClassFilters) -> ClassFilters:
+    """The table of the other samples: sums on the grid subtract as exactly as they add."""
+    return replace(
+        whole, scores=whole.scores - part.scores, mass=whole.mass - part.mass, counts=whole.counts - part.counts
+    )
+
+
+def _clock(head: Head) -> float:
+    if head.weight.is_cuda:
+        torch.cuda.synchronize(head.weight.device)
+    return time.perf_counter()
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
@@ -229,6 +260,8 @@ def _drop(
     with batches(model, loader, layer=head.module) as stream:
         for batch in stream:
             labels: Tensor = batch.labels  # type: ignore[assignment]
+            if not samples:
+                places = {key: place.to(labels.device) for key, place in places.items()}
             samples += len(labels)
             # drawn on the CPU: the same for every device
             steps = torch.randint(1, max(head.num_classes, 2), (len(labels),), generator=generator)
@@ -236,7 +269,7 @@ def _drop(
             features = batch.features.to(head.weight.dtype)
             for key, place in places.items():
                 for column, whose in enumerate((labels, others)):
-                    ranks = place.to(labels.device)[whose]
+                    ranks = place[whose]
                     for k in ks:
                         logits = F.linear(features * (ranks >= k), head.weight, head.bias)
                         right[key, k][column] += (logits.argmax(1) == labels).sum().cpu()
@@ -263,7 +296,12 @@ def _sets(
     own = tables[name]
     pairs = own.overlap(k)[tuple(torch.triu_indices(own.num_classes, own.num_classes, 1))].numpy()
     others = [np.nanmean(_jaccard(own.mask(k), table.mask(k))) for other, table in tables.items() if other != name]
-    stability = np.nanmean(_jaccard(*(half.mask(k) for half in halves))) if halves is not None else np.nan
+    stability = np.nan
+    if halves is not None:
+        each = _jaccard(*(half.mask(k) for half in halves))
+        # of a class with no sample in one of them nothing is known
+        each[~(halves[0].seen & halves[1].seen).numpy()] = np.nan
+        stability = float("nan") if np.isnan(each).all() else np.nanmean(each)
     return {
         "class_overlap": float(np.nanmean(pairs)) if len(pairs) else float("nan"),
         "agreement": float(np.mean(others)) if others else float("nan"),

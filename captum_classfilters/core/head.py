@@ -254,6 +254,16 @@ class HeadSearch:
         return normalised or small
 
 
+def shows_features(output: Any, features: Tensor) -> bool:
+    """Do the channels of a layer's output, averaged (or maximised) over positions, give the head's input ``(N, K)``?"""
+    if not isinstance(output, Tensor) or len(output) != len(features):
+        return False
+    if output.shape == features.shape:
+        return _close(output, features)
+    layouts = _layouts(output if output.dim() in (3, 4) else None, features.shape[1])
+    return any(_pools_to(_as_nchw(output, layout), features) is not None for layout in layouts)
+
+
 def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
     """The head that ``layer`` names, without a forward pass; nothing is known of the map behind it."""
     module = find_layer(model, layer)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from captum_classfilters.core.errors import LabelError, OptionError, ShapeError
+from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.targets import classes_of
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import Floats, mean_interval, wilson
 from captum_classfilters.splitting import ALDSplitter, Splits, split_weights
@@ -65,14 +66,16 @@ def ald_evidence(
         OptionError: bootstrap out of range.
         HeadError, LabelError, NonFiniteError: As for `ALDSplitter.split`.
     """
-    if bootstrap and bootstrap < 20:
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or (bootstrap and bootstrap < 20):
         raise OptionError(
-            f"bootstrap must be 0 or at least 20 samples, got {bootstrap}; fewer give no p value to speak of"
+            f"bootstrap must be 0 or at least 20 samples, got {bootstrap!r}; fewer give no p value to speak of"
         )
     splits = ALDSplitter(model, layer).splits(min_size=2)
-    chosen = range(len(splits.weights)) if targets is None else list(targets)
-    if wrong := [target for target in chosen if not 0 <= target < len(splits.weights)]:
-        raise LabelError(f"targets must lie in [0, {len(splits.weights)}), got {wrong[0]}")
+    classes = len(splits.weights)
+    given = list(targets) if isinstance(targets, Iterable) else [targets]
+    chosen = (
+        range(classes) if targets is None else classes_of(given, len(given), classes, splits.weights.device).tolist()
+    )
     names = list(map(str, range(len(splits.weights)))) if class_names is None else list(class_names)
     if len(names) != len(splits.weights):
         raise OptionError(f"class_names must be {len(splits.weights)}, one for each class; got {len(names)}")
@@ -119,9 +122,11 @@ def pruning_curve(
         ShapeError: The head that was read is not the one that the model uses.
     """
     check_draws(draws)
-    wanted = sorted({0.0, *map(float, shares)})
-    if wanted[0] < 0 or wanted[-1] >= 1:
-        raise OptionError(f"shares must lie in [0, 1), got {wanted[0] if wanted[0] < 0 else wanted[-1]}")
+    if not isinstance(shares, Iterable) or isinstance(shares, str):
+        raise OptionError(f"shares must be a list of numbers in [0, 1), got {shares!r}")
+    wanted = sorted({0.0, *(float(share) for share in shares)})
+    if wrong := [share for share in wanted if not 0 <= share < 1]:
+        raise OptionError(f"shares must lie in [0, 1), got {wrong[0]}")
     unknown = [criterion for criterion in criteria if criterion not in CRITERIA]
     if unknown or isinstance(criteria, str):
         raise OptionError(f"criteria must be some of {list(CRITERIA)}, got {criteria!r}")

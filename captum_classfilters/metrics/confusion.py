@@ -114,7 +114,8 @@ def _maps(batch: Batch, difference: Tensor, contribution: Tensor) -> tuple[Tenso
     maps, features = batch.maps.double(), batch.features.double()
     scale = float(features.abs().max()) + 1e-12
     # a maximum, or a norm between map and head: then positions do not add up to the feature
-    if float((maps.mean((2, 3)) - features).abs().max()) > 1e-3 * scale:
+    half = min(torch.finfo(batch.maps.dtype).bits, torch.finfo(batch.features.dtype).bits) < 32
+    if float((maps.mean((2, 3)) - features).abs().max()) > (3e-2 if half else 1e-3) * scale:
         return None, None
     each = difference / maps[0, 0].numel()
     sides = [each * (contribution > 0), each * (contribution <= 0)]

@@ -80,7 +80,10 @@ def channel_deletion(
         for batch in stream:
             for table in tables.values():
                 check_table(table, batch.head)
-            own = counts.to(batch.labels.device)[batch.labels]  # type: ignore[union-attr]
+            if not samples:
+                device = batch.head.weight.device
+                counts, places = counts.to(device), {n: [p.to(device) for p in each] for n, each in places.items()}
+            own = counts[batch.labels]
             asked, own = own > 0, own[own > 0]
             labels: Tensor = batch.labels[asked]  # type: ignore[index]
             features = batch.features[asked].to(batch.head.weight.dtype)
@@ -88,7 +91,7 @@ def channel_deletion(
             samples += len(labels)
             for name, several in places.items():
                 for row, place in enumerate(several):
-                    ranks = place.to(labels.device)[labels]
+                    ranks = place[labels]
                     curve = _curve(features, labels, ranks, own, steps, batch.head.weight, batch.head.bias)
                     sums[name][row] += torch.stack([curve.sum(0), (curve**2).sum(0)]).cpu()
     if not samples:

@@ -102,7 +102,9 @@ class ALDSplitter(LayerAttribution):
         Returns:
             ``scores``: a neuron's deepest node over the branch's last one, so 1 for terminal neurons and 0 outside;
             ``mass``: ``|weight|``, which breaks ties; ``counts``: 1, for no sample is looked at, and 0 for a class
-            whose branch is empty. The terminal sets differ in size: ``filters.scores == 1`` has them.
+            whose branch is empty. So the ranking is that of signed weights (of the negative branch: of their
+            negatives), beyond the branch too; what the tree adds is how many belong to it. The terminal sets differ in
+            size: ``filters.scores == 1`` has them.
         """
         splits = self.splits(**options)
         names = names_of(class_names, len(splits.weights))

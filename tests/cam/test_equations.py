@@ -16,7 +16,7 @@ def alphas_by_loop(second, third, activations):
             total = sum(activations[n, k].flatten().tolist())
             for place in torch.cartesian_prod(*map(torch.arange, second.shape[2:])).reshape(-1, second.dim() - 2):
                 at = (n, k, *place.tolist())
-                denominator = 2 * float(second[at]) + total * float(third[at])
+                denominator = 2 * float(second[at]) + max(0.0, total * float(third[at]))
                 found[at] = float(second[at]) / denominator if denominator != 0 else 0.0
     return found
 
@@ -51,13 +51,18 @@ def test_weights_are_those_of_the_loop(seed, shape, sign):
     torch.testing.assert_close(pixel_alphas(second, third, activations), expected, rtol=1e-12, atol=0)
     found = channel_weights(gradients, second, third, activations)
     torch.testing.assert_close(found, weights_by_loop(gradients, second, third, activations), rtol=1e-12, atol=1e-15)
-    assert (found >= 0).all() or sign == "any activations"
+    assert (found >= 0).all()
 
 
-def test_a_denominator_that_vanishes_counts_as_nothing():
-    # 2 * 1 + (-2) * 1 = 0
+def test_a_denominator_cannot_vanish_and_alpha_is_bounded():
+    # by eq. 19 as it stands: 2 * 1 + (-2) * 1 = 0
     gradients, activations = torch.ones(1, 1, 2, dtype=torch.float64), -torch.ones(1, 1, 2, dtype=torch.float64)
-    assert pixel_alphas(gradients**2, gradients**3, activations).tolist() == [[[0.0, 0.0]]]
+    assert pixel_alphas(gradients**2, gradients**3, activations).tolist() == [[[0.5, 0.5]]]
+    # means over noise: the mean of the cubes may be below 0 where that of the gradients is above
+    second, third = numbers(1, 2, 3, 50).abs(), numbers(2, 2, 3, 50)
+    found = pixel_alphas(second, third, numbers(3, 2, 3, 50))
+    assert 0 <= found.min() <= found.max() <= 0.5
+    assert (channel_weights(numbers(4, 2, 3, 50), second, third, numbers(3, 2, 3, 50)) >= 0).all()
 
 
 def test_small_gradients_count_as_large_ones_do():

@@ -7,6 +7,7 @@ import torch
 from captum.attr import NoiseTunnel
 from contract import Snapshot
 from maps_by_hand import CLASSES
+from shared import seeded
 from torch import nn
 
 from captum_classfilters import LayerGradCamPlusPlus
@@ -317,8 +318,38 @@ def test_a_wrong_reshape_is_refused(small_cnn, images, cls, reshape, error, mess
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_head_weights_need_the_map_that_the_head_reads(small_cnn, images, cls):
-    with pytest.raises(ShapeError, match='"head" are of 6 features, the layer has 5 channels; pass the layer'):
+    with pytest.raises(ShapeError, match=r"are of the 6 features that the head reads.*5 channels"):
         cls(small_cnn(), "conv1").attribute(images(3), 1, channel_weights="head")
     model = small_cnn()
     with pytest.raises(HeadError):
         cls(lambda pictures: model(pictures), model.relu).attribute(images(3), 1, channel_weights="head")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_as_many_channels_are_not_the_head_s(small_cnn, images, cls):
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = seeded(nn.Sequential(*model, nn.Linear(6, 4)), 0).eval()
+    with pytest.raises(ShapeError, match="not the average of this layer's 6 channels"):
+        cls(model, "1").attribute(images(2), 1, channel_weights="head")
+    assert cls(model, "2").attribute(images(2), 1, channel_weights="head").shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_tokens_without_reshape_are_refused(images, cls):
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 4)).eval()
+    with pytest.raises(ShapeError, match=r"\(2, 3, 5\), which looks like tokens; pass reshape="):
+        cls(model, "1").attribute(images(2), 1)
+    assert cls(model, "1", reshape=lambda tokens: tokens).attribute(images(2), 1).shape == (2, 1, 5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("given", [[[1.0]], None, (), torch.zeros(0, 3, 8, 8), torch.tensor(1.0)])
+def test_inputs_are_tensors_of_samples(small_cnn, cls, given):
+    with pytest.raises(ShapeError, match="inputs must"):
+        cls(small_cnn(), "relu").attribute(given, 1)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_images_with_nan_are_refused(small_cnn, images, cls):
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the map"):
+        cls(small_cnn(), "relu").attribute(images(2) * torch.nan, 1)

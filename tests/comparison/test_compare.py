@@ -1,15 +1,20 @@
 """`compare`: its columns against the metrics they come from, and against loops."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from shared import seeded
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import ALDSplitter, ClassFiltersError, InfluentialFeatures, LabelSensitiveGate, metrics
 from captum_classfilters.comparison import compare, method_overlap
-from captum_classfilters.comparison.compare import _hoyer, _run
+from captum_classfilters.comparison.compare import _every_second, _hoyer, _run
+from captum_classfilters.core.errors import UnseenClassWarning
+from captum_classfilters.core.head import find_head
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -101,7 +106,8 @@ def test_sets_are_compared_as_their_own_metrics_do(case, network):
     assert row.class_overlap == pytest.approx(pairs.jaccard.mean())
     assert row.overlap_random == pytest.approx(pairs.random[0])
     assert np.isnan(row.stability)
-    halves = [InfluentialFeatures(network).attribute(loader[i::2]).mask(4) for i in (0, 1)]
+    parts = [[(x[(n + i) % 2 :: 2], y[(n + i) % 2 :: 2]) for n, (x, y) in enumerate(loader)] for i in (0, 1)]
+    halves = [InfluentialFeatures(network).attribute(part).mask(4) for part in parts]
     shared = (halves[0] & halves[1]).sum(1).double()
     histogram = frame[(frame.method == "InfluentialFeatures, histogram") & (frame.k == 4)].iloc[0]
     assert histogram.stability == pytest.approx((shared / (8 - shared)).mean().item())
@@ -134,16 +140,50 @@ def test_weights_count_every_sample_and_have_no_stability(case, network):
     frame, loader, *_ = case
     rows = frame[frame.method == "InfluentialFeatures, weight"]
     assert rows.stability.isna().all()
-    found = _run(lambda part: InfluentialFeatures(network).attribute(part, selector="weight"), loader)
+    found = _run(
+        lambda part: InfluentialFeatures(network).attribute(part, selector="weight"), loader, find_head(network, "4")
+    )
     assert int(found.filters.counts.sum()) == 60
     assert found.halves is None
 
 
-def test_one_batch_has_no_halves(network):
-    loader, *_ = batches_of(10, 4)
-    frame = compare(network, loader, loader, [2])
-    assert frame.stability.isna().all()
-    assert len(frame) == 6
+def test_the_halves_are_of_samples_whatever_the_order(network):
+    """A loader that shuffles, or that is sorted by class, has the stability of any other."""
+    _, x, y = batches_of(80, 4)
+    order = y.argsort()
+    by_class = [(x[order][y[order] == c], y[order][y[order] == c]) for c in range(4)]
+    shuffled = DataLoader(
+        TensorDataset(x, y), batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )  # fmt: skip
+    for loader in (by_class, shuffled):
+        method = InfluentialFeatures(network).attribute
+        found = _run(method, loader, find_head(network, "4"))
+        assert int(found.filters.counts.sum()) == 80
+        first, second = found.halves
+        assert torch.equal(first.counts + second.counts, y.bincount(minlength=4))
+        assert (second.scores >= 0).all()
+        assert first.seen.all()
+        assert second.seen.all()
+
+
+def test_half_of_a_batch_of_any_kind():
+    x, y = torch.arange(5), [0, 1, 2, 3, 4]
+    assert [part.tolist() if isinstance(part, torch.Tensor) else part for part in _every_second([x, y], 0)] == [
+        [0, 2, 4],
+        [0, 2, 4],
+    ]
+    found = _every_second({"image": (x, x), "label": y, "name": "a set"}, 1)
+    assert [part.tolist() for part in found["image"]] == [[1, 3], [1, 3]]
+    assert (found["label"], found["name"]) == ([1, 3], "a set")
+
+
+def test_a_class_in_one_half_only_does_not_count(network):
+    (images, _), *_ = batches_of(10, 5)[0]
+    once = [(images[:7], torch.tensor([0, 0, 0, 1, 1, 1, 2]))]
+    with pytest.warns(UnseenClassWarning):
+        frame = compare(network, once, once, [12])
+    # all channels: the same set in both halves
+    assert (frame.stability.dropna() == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +191,9 @@ def test_one_batch_has_no_halves(network):
     [
         ({"ks": [0]}, r"\[1, 12\]"),
         ({"ks": [13]}, r"\[1, 12\]"),
+        ({"ks": [2.7]}, r"\[1, 12\]"),
+        ({"ks": 5}, "ks must be a list"),
+        ({"attributions": []}, "by name"),
         ({"draws": 2}, "at least 5"),
     ],
 )
@@ -168,8 +211,9 @@ def test_iterators_names_and_layers_that_do_not_fit_are_refused(network):
         compare(
             network, loader, loader, [1], attributions={"ALDSplitter": LayerGradientXActivation(network, network[1])}
         )
-    wide = nn.Sequential(nn.Conv2d(3, 7, 1), network).eval()
     narrow = nn.Sequential(nn.Conv2d(3, 7, 1), nn.Conv2d(7, 3, 1), network).eval()
-    del wide
-    with pytest.raises(ClassFiltersError, match="7 channels"):
+    with pytest.raises(ClassFiltersError, match="not the 12 that the head"):
         compare(narrow, loader, loader, [1], attributions={"early": LayerIntegratedGradients(narrow, narrow[0])})
+    other = seeded(copy.deepcopy(network), 5)
+    with pytest.raises(ClassFiltersError, match="another network"):
+        compare(network, loader, loader, [1], attributions={"x": LayerGradientXActivation(other, other[1])})

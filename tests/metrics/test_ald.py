@@ -101,6 +101,10 @@ def test_zeros_are_dropped_and_a_class_without_two_different_weights_is_empty():
     [
         ({"bootstrap": 5}, "at least 20"),
         ({"targets": [0, 7]}, r"\[0, 1\), got 7"),
+        ({"targets": 7}, r"\[0, 1\), got 7"),
+        ({"targets": ["cat"]}, "target must be"),
+        ({"bootstrap": "200"}, "got '200'"),
+        ({"bootstrap": 20.5}, "got 20.5"),
         ({"class_names": ["a", "b"]}, "1, one for each class; got 2"),
     ],
 )
@@ -184,6 +188,8 @@ def test_without_labels_there_is_agreement_alone(case):
     [
         ([1.0], {}, r"\[0, 1\), got 1.0"),
         ([-0.1], {}, "got -0.1"),
+        (0.5, {}, "shares must be a list"),
+        ([float("nan")], {}, "got nan"),
         ([0.5], {"criteria": ["l1"]}, r"some of \['deviation'"),
         ([0.5], {"criteria": "magnitude"}, "some of"),
         ([0.5], {"draws": 2}, "at least 5"),

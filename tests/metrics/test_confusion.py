@@ -1,5 +1,7 @@
 """Explained confusions: sums that are exact, and maps that add up."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,13 @@ def test_maps_and_bias_add_up_to_the_difference(case):
     assert (found.lost_by <= 0).all()
     rows = found.table[(found.table["sample"] == 2) & (found.table.channel >= 0)]
     assert found.won_by[2].sum().item() == pytest.approx(rows.contribution.clip(lower=0).sum(), abs=1e-5)
+
+
+def test_half_precision_has_its_maps(case):
+    model, images, _ = case
+    found = explain_confusion(copy.deepcopy(model).bfloat16(), images, 0, 3)
+    whole = explain_confusion(model, images, 0, 3)
+    torch.testing.assert_close(found.won_by, whole.won_by, atol=0.02 * float(whole.won_by.max()), rtol=0.1)
 
 
 def test_features_that_are_no_average_have_a_table_and_no_map():
