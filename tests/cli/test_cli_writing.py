@@ -255,6 +255,8 @@ def test_a_real_signal_in_a_real_process(words, module, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     calls, ends = tmp_path / "calls", time.monotonic() + 120
     while (not calls.exists() or calls.stat().st_size < 4) and time.monotonic() < ends and process.poll() is None:

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS][:1] == ["01_influential_features.ipynb"]
+    assert [path.name for path in NOTEBOOKS][:2] == ["00_tour.ipynb", "01_influential_features.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
