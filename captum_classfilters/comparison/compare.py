@@ -170,25 +170,38 @@ def _inference(model: Any, loader: Iterable[Any], layer: Any) -> tuple[Head, flo
 
 
 class _Half:
-    """Every second sample of a loader."""
+    """About half of a loader's samples, drawn by seed: a loader may be sorted, or repeat its classes in turn."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        # odd ones of odd batches: a loader of single samples has two halves, too
-        return (_every_second(raw, index % 2) for index, raw in enumerate(self._loader))
+        generator = torch.Generator().manual_seed(0)
+        for raw in self._loader:
+            size = _size(raw)
+            yield _chosen(raw, torch.rand(size, generator=generator) < 0.5, size)
 
 
-def _every_second(raw: Any, first: int) -> Any:
+def _size(raw: Any) -> int:
+    """Samples in a batch: the length of the first tensor in it."""
     if isinstance(raw, Tensor | np.ndarray):
-        return raw[first::2] if raw.ndim else raw
+        return len(raw) if raw.ndim else 0
+    parts = list(raw.values()) if isinstance(raw, Mapping) else list(raw) if isinstance(raw, list | tuple) else []
+    return next((size for size in map(_size, parts) if size), 0)
+
+
+def _chosen(raw: Any, chosen: Tensor, size: int) -> Any:
+    """The chosen samples of everything in a batch that has one entry for each."""
+    if isinstance(raw, Tensor) and raw.ndim and len(raw) == size:
+        return raw[chosen.to(raw.device)]
+    if isinstance(raw, np.ndarray) and raw.ndim and len(raw) == size:
+        return raw[chosen.numpy()]
     if isinstance(raw, Mapping):
-        return {key: _every_second(value, first) for key, value in raw.items()}
+        return {key: _chosen(value, chosen, size) for key, value in raw.items()}
     if isinstance(raw, list | tuple):
-        # a list of numbers or names has one entry for each sample; any other, one for each part of the batch
-        whole = any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in raw)
-        return [_every_second(value, first) for value in raw] if whole else raw[first::2]
+        if any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in raw) or len(raw) != size:
+            return [_chosen(value, chosen, size) for value in raw]
+        return [value for value, own in zip(raw, chosen.tolist(), strict=True) if own]
     return raw
 
 

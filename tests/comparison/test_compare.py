@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import ALDSplitter, ClassFiltersError, InfluentialFeatures, LabelSensitiveGate, metrics
 from captum_classfilters.comparison import compare, method_overlap
-from captum_classfilters.comparison.compare import _every_second, _hoyer, _run
+from captum_classfilters.comparison.compare import _chosen, _hoyer, _run, _size
 from captum_classfilters.core.errors import UnseenClassWarning
 from captum_classfilters.core.head import find_head
 
@@ -106,7 +106,9 @@ def test_sets_are_compared_as_their_own_metrics_do(case, network):
     assert row.class_overlap == pytest.approx(pairs.jaccard.mean())
     assert row.overlap_random == pytest.approx(pairs.random[0])
     assert np.isnan(row.stability)
-    parts = [[(x[(n + i) % 2 :: 2], y[(n + i) % 2 :: 2]) for n, (x, y) in enumerate(loader)] for i in (0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(len(y), generator=generator) < 0.5 for _, y in loader]
+    parts = [[(x[m ^ i], y[m ^ i]) for (x, y), m in zip(loader, drawn, strict=True)] for i in (False, True)]
     halves = [InfluentialFeatures(network).attribute(part).mask(4) for part in parts]
     shared = (halves[0] & halves[1]).sum(1).double()
     histogram = frame[(frame.method == "InfluentialFeatures, histogram") & (frame.k == 4)].iloc[0]
@@ -167,14 +169,21 @@ def test_the_halves_are_of_samples_whatever_the_order(network):
 
 
 def test_half_of_a_batch_of_any_kind():
-    x, y = torch.arange(5), [0, 1, 2, 3, 4]
-    assert [part.tolist() if isinstance(part, torch.Tensor) else part for part in _every_second([x, y], 0)] == [
-        [0, 2, 4],
-        [0, 2, 4],
-    ]
-    found = _every_second({"image": (x, x), "label": y, "name": "a set"}, 1)
-    assert [part.tolist() for part in found["image"]] == [[1, 3], [1, 3]]
-    assert (found["label"], found["name"]) == ([1, 3], "a set")
+    x, y, own = torch.arange(5), [0, 1, 2, 3, 4], torch.tensor([True, False, True, False, False])
+    images, labels = _chosen([x, y], own, 5)
+    assert (images.tolist(), labels) == ([0, 2], [0, 2])
+    found = _chosen({"image": (x, x.numpy()), "label": y, "name": "a set", "size": torch.tensor(3)}, own, 5)
+    assert [part.tolist() for part in found["image"]] == [[0, 2], [0, 2]]
+    assert (found["label"], found["name"], int(found["size"])) == ([0, 2], "a set", 3)
+    assert [_size(raw) for raw in (x, [x, y], {"name": "a", "image": (x, x)}, [])] == [5, 5, 5, 0]
+
+
+def test_classes_in_turn_are_in_both_halves(network):
+    _, x, _ = batches_of(80, 6)
+    turns = [(x[i : i + 8], torch.arange(8) % 4) for i in range(0, 80, 8)]
+    first, second = _run(InfluentialFeatures(network).attribute, turns, find_head(network, "4")).halves
+    assert (first.counts > 4).all()
+    assert (second.counts > 4).all()
 
 
 def test_a_class_in_one_half_only_does_not_count(network):
