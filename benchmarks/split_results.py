@@ -31,7 +31,7 @@ from captum_classfilters.assets import load_demo_network, load_kanji_network
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.metrics.ald import CRITERIA
 
-PARTS = ["evidence", "power", "pruning", "terminal"]
+PARTS = ["evidence", "power", "pruning", "balance", "terminal"]
 SHARES = [0.1, 0.25, 0.5, 0.75, 0.9]
 BOOTSTRAP = 200
 CROPS = 20  # of each photograph
@@ -65,6 +65,7 @@ def main() -> None:
             "evidence": evidence,
             "power": power,
             "pruning": lambda: pruning(options.kanji),
+            "balance": balance,
             "terminal": lambda: terminal(options.kanji, options.only or ""),
         }
         parts[name]()
@@ -191,6 +192,33 @@ def pruning(kanji: Path) -> None:
         markdown(table, f"{case.name}: {value[0]} by share pruned, {frame.samples[0]} images [95 % intervals]")
 
 
+def balance() -> None:
+    """What goes first by deviation? Small weights, but more of one side than of the other: classes shift."""
+    print("\n## What the first quarter is\n")
+    rows = {}
+    for case in (*trained(None)[::6], imagenet()):
+        weights = ALDSplitter(case.model).splits(min_size=2).weights
+        size, generator = weights.abs(), torch.Generator().manual_seed(0)
+        smaller = size <= size.median(1, keepdim=True).values
+        chance = torch.rand(weights.shape, generator=generator)
+        largest = weights.argmax(1, keepdim=True)
+        keys = {
+            "deviation": ALDSplitter(case.model).splits(min_size=2).deviations(),
+            "random": chance,
+            "random of the smaller half": chance + smaller,
+        }
+        for name, key in keys.items():
+            first = key.argsort(1, descending=True)[:, : round(0.25 * weights.shape[1])]
+            gone = torch.zeros_like(smaller).scatter_(1, first, True)
+            rows[f"{case.name}: {name}"] = {
+                "of the smaller half": f"{float(smaller[gone].double().mean()):.2f}",
+                "classes that lose their largest": f"{float(gone.gather(1, largest).double().mean()):.2f}",
+                "sum of sizes": f"{float((size * gone).sum(1).mean()):.2f}",
+                "sum of weights, deviation over classes": f"{float((weights * gone).sum(1).std()):.2f}",
+            }
+    markdown(pd.DataFrame(rows).T, "Of the quarter of each class's weights that goes first; means over classes")
+
+
 def terminal(kanji: Path, only: str) -> None:
     """Do the terminal neurons matter more than as many others?"""
     print("\n## Do terminal neurons matter?\n")
@@ -221,8 +249,10 @@ def terminal(kanji: Path, only: str) -> None:
             }
         shared = (_overlap(tables["terminal +"], other, sizes) for other in (others["weight"], others["contribution"]))
         weight, contribution = shared
+        whole = frame[(frame.share == 0) & (frame.kind == "deletion")].probability.iloc[0]
         title = (
-            f"{case.name}: {int(sizes.min())} to {int(sizes.max())} channels (mean {sizes.double().mean():.1f}), "
+            f"{case.name} (with all channels {whole:.3f}): {int(sizes.min())} to {int(sizes.max())} channels "
+            f"(mean {sizes.double().mean():.1f}), "
             f"{int(last.samples.iloc[0])} images; of terminal + among the largest weights {weight:.2f}, the largest "
             f"contributions {contribution:.2f}"
         )
