@@ -1,4 +1,5 @@
-"""What the package costs, as ratios measured side by side in one run: ``python -m benchmarks``.
+"""What the package costs and what its tables are worth.
 
-Each module has one ``run(settings) -> Table``. Ratios, because seconds belong to one machine.
+``python -m benchmarks`` runs the modules of ``speed``: each has one ``run(settings) -> Table`` of ratios that are
+measured side by side, because seconds belong to one machine. The modules of ``results`` print the published tables.
 """

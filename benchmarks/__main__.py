@@ -5,8 +5,8 @@ from importlib import import_module
 
 import torch
 
-from benchmarks.report import machine
-from benchmarks.workload import Settings
+from benchmarks.lib.report import machine
+from benchmarks.lib.workload import Settings
 
 NAMES = (
     "attribute_speed", "memory", "grid", "import_time", "determinism", "head_speed", "refit_speed", "ranks_speed",
@@ -29,7 +29,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     print(machine(args.device))
     for name in args.names or NAMES:
-        table = import_module(f"benchmarks.{name}").run(Settings(args.device, args.network))
+        table = import_module(f"benchmarks.speed.{name}").run(Settings(args.device, args.network))
         print(f"\n{table}", flush=True)
 
 

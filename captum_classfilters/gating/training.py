@@ -24,7 +24,8 @@ from captum_classfilters.gating.fit import Fit, as_list, default_optimizer
 from captum_classfilters.gating.gate import PENALTIES, LabelSensitiveGate, target_density
 
 SCHEMES = ("alternating", "joint")
-# The smallest of .02, .05, .1, .15, .5 that brings a gate to density .22 by its third epoch: see benchmarks/RESULTS.md
+# The smallest of .02, .05, .1, .15, .5 that brings a gate to density .22 by its third epoch:
+# see benchmarks/results/09_gates.md
 SPARSITY = 0.02
 
 

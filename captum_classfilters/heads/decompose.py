@@ -21,8 +21,8 @@ from captum_classfilters.heads.refits import Refit, least_squares, omp
 
 REFITS = (None, "least_squares", "omp")
 
-# Measured on one CPU thread (`benchmarks/head_speed.py`): a sparse head wins at every batch size when the dense one has
-# at least so many weights ...
+# Measured on one CPU thread (`benchmarks/speed/head_speed.py`): a sparse head wins at every batch size when the dense
+# one has at least so many weights ...
 _LARGE = 2**17
 # ... of which at most this share is kept
 _SHARE = 1 / 8

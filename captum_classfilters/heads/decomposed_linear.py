@@ -15,7 +15,8 @@ from captum_classfilters.core.errors import FileFormatError, OptionError, ShapeE
 
 BACKENDS = ("auto", "csr", "bag", "gather")
 
-# Measured on one CPU thread (`benchmarks/head_speed.py`): for fewer samples the sparse product wins, for more the bag
+# Measured on one CPU thread (`benchmarks/speed/head_speed.py`): the sparse product wins for fewer samples, the bag for
+# more
 BAG_FROM = 16
 _CSR_DTYPES = (torch.float32, torch.float64)
 

@@ -1,0 +1,1 @@
+"""What several benchmarks share: timing, reports, images, networks, baselines."""

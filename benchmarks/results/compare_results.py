@@ -1,0 +1,118 @@
+"""Which method finds the filters that matter, at what cost? `python -m benchmarks.results.compare_results > tables.md`.
+
+`compare` on the networks that ship: plain, trained with a gate, decoupled, and (``--kanji FILE``) of 1,000 classes.
+Filters from the first 5,000 training images (kanji: ten of each class), judged by all test images. Prints Markdown.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
+from torch import nn
+
+from benchmarks.lib.recipes import Data, Loader, Split, calibration, first, load, load_kanji
+from benchmarks.lib.report import interval, markdown, stamp
+from captum_classfilters import LabelSensitiveGate, PathDecoupler, compare
+from captum_classfilters.assets import gate_file, load_demo_network, load_kanji_network, paths_file
+
+KS = [1, 3, 5, 10]
+IMAGES, STEPS = 5_000, 5
+MANY = 10_000  # training images of the task with 1,000 classes: ten of each
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kanji", type=Path, help="data.safetensors that recipes/kanji.py drew")
+    parser.add_argument("--only", nargs="*", help="only the networks whose names begin so")
+    options = parser.parse_args()
+    print(stamp("results.compare_results", "cpu"), flush=True)
+    fashion = load("fashion_mnist")
+    some = first(fashion.train, IMAGES)
+    cases: dict[str, Any] = {}
+    for seed in range(3):
+        cases[f"plain ResNet-20, s{seed}"] = lambda seed=seed: (load_demo_network(seed)[0], some, fashion, None)
+        cases[f"trained with a gate (LSG), s{seed}"] = lambda seed=seed: (
+            load_demo_network(seed, "lsg")[0],
+            some,
+            fashion,
+            LabelSensitiveGate.load(gate_file(seed, "lsg")),
+        )
+    cases["decoupled ResNet-20, s0"] = lambda: (
+        PathDecoupler(load_demo_network(0, "decoupled")[0]).load(paths_file()).eval(),
+        some,
+        fashion,
+        None,
+    )
+    if options.kanji:
+        drawn = load_kanji(options.kanji)
+        # degraded as the test images are
+        cases["1,000 kanji, ResNet-14"] = lambda: (load_kanji_network()[0], calibration(drawn, MANY, 0), drawn, None)
+    for name, make in cases.items():
+        if not options.only or any(name.startswith(start) for start in options.only):
+            started = time.time()
+            _table(name, *make())
+            print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
+
+
+def _table(name: str, model: nn.Module, train: Split, data: Data, gate: LabelSensitiveGate | None) -> None:
+    inner: Any = model.model if isinstance(model, PathDecoupler) else model
+    attributions = {
+        "Captum: gradient x activation": LayerGradientXActivation(model, inner.layer3),
+        f"Captum: integrated gradients, {STEPS} steps": (
+            LayerIntegratedGradients(model, inner.layer3),
+            {"n_steps": STEPS},
+        ),
+    }
+    frame = compare(
+        model,
+        Loader(train),
+        Loader(data.test),
+        KS,
+        gate=gate,
+        attributions=attributions,  # type: ignore[arg-type]
+        class_names=data.class_names,
+        draws=10,
+    )
+    frame.to_csv(sys.stderr)
+    markdown(_shown(frame, 5), f"{name}: k = 5 of {inner.fc.in_features}; all channels {frame.dense.iloc[0]:.3f}")
+    keep = frame.assign(value=[interval(r.keep, r.keep_low, r.keep_high) for r in frame.itertuples()])
+    pivot = keep.pivot(index="method", columns="k", values="value").loc[list(frame.method.unique())]
+    chance = frame.drop_duplicates("k").set_index("k")
+    pivot.loc["random"] = [interval(*chance.loc[k, ["keep_random", "keep_random_low", "keep_random_high"]]) for k in KS]
+    markdown(pivot, f"{name}: accuracy with k channels for each class")
+
+
+def _shown(frame: pd.DataFrame, k: int) -> pd.DataFrame:
+    rows = {}
+    for row in frame[frame.k == k].itertuples():
+        rows[row.method] = {
+            "kept: accuracy": interval(row.keep, row.keep_low, row.keep_high),
+            "own dropped (lower)": interval(row.drop_own, row.drop_own_low, row.drop_own_high),
+            "another class's dropped": interval(row.drop_other, row.drop_other_low, row.drop_other_high),
+            "classes overlap": f"{row.class_overlap:.3f}",
+            "agrees with the others": f"{row.agreement:.2f}",
+            "stability": "" if pd.isna(row.stability) else f"{row.stability:.2f}",
+            "sparsity": f"{row.sparsity:.2f}",
+            "passes": f"{row.passes:.2f}",
+        }
+    rows["random"] = {
+        "kept: accuracy": interval(row.keep_random, row.keep_random_low, row.keep_random_high),
+        "own dropped (lower)": interval(row.drop_own_random, row.drop_own_random_low, row.drop_own_random_high),
+        "another class's dropped": interval(
+            row.drop_other_random, row.drop_other_random_low, row.drop_other_random_high
+        ),
+        "classes overlap": f"{row.overlap_random:.3f}",
+        "agrees with the others": f"{row.overlap_random:.2f}",
+        "stability": f"{row.overlap_random:.2f}",
+        "sparsity": "",
+        "passes": "",
+    }
+    return pd.DataFrame(rows).T
+
+
+if __name__ == "__main__":
+    main()
