@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from captum_classfilters.detection import PathOutlierDetector as PathOutlierDetector
     from captum_classfilters.detection import PathPairs as PathPairs
     from captum_classfilters.detection import adversarial_paths as adversarial_paths
-    from captum_classfilters.detection import stack_pairs as stack_pairs
     from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
     from captum_classfilters.gating import LabelSensitiveGate as LabelSensitiveGate
     from captum_classfilters.gating import LabelSensitiveTraining as LabelSensitiveTraining
@@ -76,7 +75,6 @@ _HOMES = {
     "metrics": "metrics",
     "recover": "heads",
     "splitting": "splitting",
-    "stack_pairs": "detection",
     "visualize": "visualize",
 }
 __all__ = [*_HOMES, "__version__"]

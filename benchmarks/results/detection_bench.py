@@ -20,7 +20,8 @@ from benchmarks.lib.recipes import Loader
 from benchmarks.lib.report import stamp
 from benchmarks.results.detection_pairs import images, network, read
 from captum_classfilters import PathDecoupler, PathDetector, PathPairs, Paths
-from captum_classfilters.detection import ClassProfiles, stack_pairs
+from captum_classfilters.detection import ClassProfiles
+from captum_classfilters.detection.pairs import stack_pairs
 
 RUNS = 5
 MAIN = "pgd 2"

@@ -21,7 +21,7 @@ from benchmarks.lib.recipes import Loader, Split, load
 from benchmarks.lib.report import stamp
 from captum_classfilters import PathDecoupler
 from captum_classfilters.assets import load_demo_network, paths_file
-from captum_classfilters.attacks import FoolboxAttack, LocalSearch, OnePixel
+from captum_classfilters.attacks import Attack, FoolboxAttack, LocalSearch, OnePixel
 from captum_classfilters.detection import PathPairs, adversarial_paths
 
 EPSILONS = (1, 2, 4, 8)  # of 255
@@ -106,7 +106,7 @@ def make(job: Job, split: str, decoupler: PathDecoupler, given: Split, folder: P
     started = time.time()
     some = Split(*(part[:most] for part in given))
     options: dict[str, Any] = {"logits": True, "keep_images": True, "max_pairs": wanted}
-    pairs = adversarial_paths(decoupler, Loader(some), job.attack(decoupler), epsilon=job.epsilon, **options)
+    pairs = adversarial_paths(decoupler, Loader(some), Attack(job.attack(decoupler), job.epsilon), **options)
     pairs.save(target)
     print(f"- {job.name}, {split}: {pairs}; {time.time() - started:.0f} s", flush=True)
 

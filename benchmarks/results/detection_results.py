@@ -23,7 +23,9 @@ from benchmarks.lib.report import markdown
 from benchmarks.results.detection_bench import BOTH, MAIN, RUNS, Bench, auc_of, forest, judged, run, spread
 from benchmarks.results.detection_pairs import pgd
 from captum_classfilters import PathDetector, PathOutlierDetector, PathPairs, adversarial_paths
-from captum_classfilters.detection import AdaptivePGD, PathMatching, distil, false_positive_interval
+from captum_classfilters.attacks import Attack
+from captum_classfilters.detection import AdaptivePGD, PathMatching, distil
+from captum_classfilters.detection.conformal import false_positive_interval
 from captum_classfilters.metrics import wilson
 
 ADAPTIVE_IMAGES, ADAPTIVE_STEPS = 400, 40
@@ -59,8 +61,8 @@ def adaptive(bench: Bench) -> None:
             attacks[f"and past: {name}"] = AdaptivePGD(bench.decoupler, surrogate, reads=reads[name])
         attacks["path matching"] = PathMatching(bench.decoupler, bench.clean[:3000])
         for name, attack in attacks.items():
-            size = {"epsilon": epsilon / 255, "step_num": ADAPTIVE_STEPS, "step_size": epsilon / 255 / 8}
-            pairs = adversarial_paths(bench.decoupler, some, attack, logits=True, **size)
+            budget = Attack(attack, epsilon / 255, step_num=ADAPTIVE_STEPS, step_size=epsilon / 255 / 8)
+            pairs = adversarial_paths(bench.decoupler, some, budget, logits=True)
             row = {"attack": f"{name}, {epsilon}/255", "fooled": f"{pairs.success:.2f} of {pairs.tried}"}
             for known, detector in detectors.items():
                 looked_at, marks, _ = pairs.stack()

@@ -16,6 +16,7 @@ from benchmarks.lib.timing import interleaved, ratio
 from benchmarks.results.detection_pairs import LOSS, network, pgd
 from captum_classfilters import PathDetector, PathOutlierDetector, adversarial_paths
 from captum_classfilters.assets import load_images
+from captum_classfilters.attacks import Attack
 
 EPSILON = 4 / 255
 
@@ -27,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     decoupler = network()
-    pairs = adversarial_paths(decoupler, load_images("train").batches(), FGSM(decoupler, LOSS, 0, 1), epsilon=EPSILON)
+    pairs = adversarial_paths(decoupler, load_images("train").batches(), Attack(FGSM(decoupler, LOSS, 0, 1), EPSILON))
     X, y, _ = pairs.stack()
     table = Table("Detection: times, as ratios of one run")
     detectors = {
@@ -72,7 +73,7 @@ def building(table: Table, decoupler, images: torch.Tensor, repeats: int) -> Non
         given = images[:200][right].clone().requires_grad_()
         plain(decoupler, attack.perturb(given, radius=EPSILON, target=sample.labels[:200][right], **steps).detach())
 
-    runs = {"alone": alone, "whole": partial(adversarial_paths, decoupler, batch, attack, epsilon=EPSILON, **steps)}
+    runs = {"alone": alone, "whole": partial(adversarial_paths, decoupler, batch, Attack(attack, EPSILON, **steps))}
     found = ratio(interleaved(runs, repeats), "whole", "alone")
     table.add("adversarial_paths / (PGD-10 + two forwards)", str(found), found.value, 1.15)
     table.notes.append("adversarial_paths also runs the noisy twins: a third forward, of the images that were fooled")

@@ -1,13 +1,13 @@
-"""Attacks: black-box ones of this package, which ask a network for its output on images and for nothing else, and
-those of other packages behind one adapter each.
+"""Attacks on images: black-box ones of this package, and those of other packages behind one adapter each.
 
-Each is a `captum.robust.Perturbation`: ``attack(images, labels)`` gives images of the same shape, changed where the
-network was fooled and as they came where it was not. `metrics.attack_success` counts.
+A black-box attack asks a network for its output on images and for nothing else. Each attack is a
+`captum.robust.Perturbation`: ``attack(images, labels)`` gives images of the same shape, changed where the network was
+fooled and unchanged where it was not. `metrics.attack_success` counts.
 """
 
-from captum_classfilters.attacks.local_search import LocalSearch
-from captum_classfilters.attacks.normalized import Normalized
-from captum_classfilters.attacks.one_pixel import OnePixel
-from captum_classfilters.attacks.toolboxes import ARTAttack, FoolboxAttack
+from captum_classfilters.attacks.attack import Attack
+from captum_classfilters.attacks.local_search import LocalSearch, SearchSettings
+from captum_classfilters.attacks.oracle import Normalized
+from captum_classfilters.attacks.toolboxes import ARTAttack, FoolboxAttack, OnePixel
 
-__all__ = ["ARTAttack", "FoolboxAttack", "LocalSearch", "Normalized", "OnePixel"]
+__all__ = ["ARTAttack", "Attack", "FoolboxAttack", "LocalSearch", "Normalized", "OnePixel", "SearchSettings"]

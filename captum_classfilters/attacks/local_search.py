@@ -5,6 +5,7 @@ N images, b colours, n pixels of an image. `attacks/oracle.py` says what is aske
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from captum.robust import Perturbation
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classfilters.attacks.oracle import Oracle, check_bounds, check_count, check_images, in_top
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 
-# The share of an image's pixels that the search starts from
+# The share of an image's pixels among which the search starts
 _START = 0.1
 
 
@@ -29,6 +30,37 @@ def cyclic(values: Tensor, r: float) -> Tensor:
     """Algorithm 2: ``r I``, and what leaves [-1/2, 1/2] comes in again at the other end."""
     scaled = r * values
     return torch.where(scaled < -0.5, scaled + 1, torch.where(scaled > 0.5, scaled - 1, scaled))
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What one round of `LocalSearch` does to an image; the letters are those of the paper.
+
+    Attributes:
+        pert: p, by which a pixel is judged. The paper fixes none and tries 1 to 100 in section 4; Foolbox has 10.
+        cyclic: r, by which a pixel is changed, in [0, 2].
+        radius: d, half the side of the square around a changed pixel.
+        pixels: t, how many pixels are changed in a round.
+        rest: For how many rounds a changed pixel is left alone.
+
+    Raises:
+        OptionError: A setting is out of range.
+    """
+
+    pert: float = 5.0
+    cyclic: float = 1.5
+    radius: int = 5
+    pixels: int = 5
+    rest: int = 30
+
+    def __post_init__(self) -> None:
+        check_count(self.pixels, "pixels")
+        check_count(self.radius, "radius", 0)
+        check_count(self.rest, "rest", 0)
+        if not 0 <= self.cyclic <= 2:
+            raise OptionError(f"cyclic must lie in [0, 2], got {self.cyclic}; outside, wrapping once leaves the range")
+        if not (math.isfinite(self.pert) and self.pert > 0):
+            raise OptionError(f"pert must be a positive number, got {self.pert}")
 
 
 class LocalSearch(Perturbation):
@@ -44,31 +76,26 @@ class LocalSearch(Perturbation):
 
     - It sorts "by descending order of score" and takes the first; by its text the lowest probabilities are meant.
     - Algorithm 3 puts the next candidates around the pixels of the round before; by its text, of this round.
-    - The authors raise p when the chosen pixels' mean probability is close to 1 and lower it below 0.3, but not how
-      much, nor where it starts. Here p stays what it is.
-    - As there, p keeps the sign: a black pixel is judged by a blacker one, though `cyclic` makes it bright.
-    - A changed pixel is left alone for the next 30 rounds, as there. Where that leaves no candidate, which the paper
-      does not speak of, all of them are candidates again.
+    - The authors raise p when the chosen pixels' mean probability is close to 1 and lower it below 0.3, but do not say
+      by how much, nor where it starts. Here p stays what it is.
+    - As in the paper, p keeps the sign: a black pixel is judged by a blacker one, though `cyclic` makes it bright.
+    - As in the paper, a changed pixel is left alone for the next 30 rounds. The paper does not say what happens when
+      that leaves no candidate; here all pixels around are candidates again.
     - Probabilities are compared as logarithms in float64: the same order, also where float32 rounds all to 1.
 
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
-        lower_bound: Smallest value of a pixel. The paper's images lie in [-1/2, 1/2]: they are shifted inside.
-        upper_bound: Largest value of a pixel.
-        pert: p. The paper has none that is fixed, and tries 1 to 100 in section 4; Foolbox has 10.
-        cyclic: r, in [0, 2].
-        radius: d, half the side of the square around a changed pixel.
-        pixels: t, how many are changed in a round.
-        rounds: R, how many at most.
-        k: The class must leave the first k.
-        rest: For how many rounds a changed pixel is left alone.
+        bounds: Smallest and largest value of a pixel. The paper's images lie in [-1/2, 1/2]: they are shifted inside.
+        settings: What a round does.
+        rounds: R, how many rounds at most.
         candidates: Ask for at most so many pixels of each image and round, drawn at random; None, as in the paper:
             all, up to ``pixels (2 radius + 1)**2``. Foolbox draws 128.
+        k: The class must leave the first k.
         batch_size: Images in a forward pass.
-        generator: On the CPU; draws the first candidates. None: one of seed 0 in each call.
+        generator: On the CPU; draws the first candidates. None: a generator of seed 0 in each call.
 
     Raises:
-        OptionError: An option out of range.
+        OptionError: An option is out of range.
 
     Example:
         >>> corner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 2))
@@ -84,54 +111,42 @@ class LocalSearch(Perturbation):
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        lower_bound: float = 0.0,
-        upper_bound: float = 1.0,
+        bounds: Bounds = (0.0, 1.0),
         *,
-        pert: float = 5.0,
-        cyclic: float = 1.5,
-        radius: int = 5,
-        pixels: int = 5,
+        settings: SearchSettings = SearchSettings(),
         rounds: int = 150,
-        k: int = 1,
-        rest: int = 30,
         candidates: int | None = None,
+        k: int = 1,
         batch_size: int = 512,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_bounds(lower_bound, upper_bound)
-        for name, value in (("pixels", pixels), ("rounds", rounds), ("k", k), ("batch_size", batch_size)):
+        for name, value in (("rounds", rounds), ("k", k), ("batch_size", batch_size)):
             check_count(value, name)
-        for name, value in (("radius", radius), ("rest", rest)):
-            check_count(value, name, 0)
         if candidates is not None:
             check_count(candidates, "candidates")
-        if not 0 <= cyclic <= 2:
-            raise OptionError(f"cyclic must lie in [0, 2], got {cyclic}; outside, wrapping once leaves the range")
-        if not (math.isfinite(pert) and pert > 0):
-            raise OptionError(f"pert must be a positive number, got {pert}")
-        self.forward_func = forward_func
-        self.lower_bound, self.upper_bound = lower_bound, upper_bound
-        self.pert, self.cyclic, self.radius, self.pixels = pert, cyclic, radius, pixels
-        self.rounds, self.k, self.rest, self.candidates = rounds, k, rest, candidates
+        if not isinstance(settings, SearchSettings):
+            raise OptionError(f"settings must be SearchSettings(...), got {type(settings).__name__}")
+        self.forward_func, self.bounds, self.settings = forward_func, check_bounds(bounds), settings
+        self.rounds, self.candidates, self.k = rounds, candidates, k
         self.batch_size, self.generator = batch_size, generator
 
     def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attack each image.
 
         Args:
-            inputs: ``(N, colours, H, W)``, floating, in [lower_bound, upper_bound].
+            inputs: ``(N, colours, H, W)``, floating, in the bounds.
             labels: True classes, ``(N,)``.
 
         Returns:
             Same shape, dtype and device. An image whose class was not among the first k at the start, or still is at
-            the end, comes back as it was: what was changed, is fooled.
+            the end, comes back unchanged; every image that differs fools the network.
 
         Raises:
             ShapeError: Not images of that shape, or a network without logits ``(N, C)``.
             OptionError: A pixel out of range; k is not smaller than C.
             LabelError: Labels of another shape, or out of range.
         """
-        check_images(inputs, self.lower_bound, self.upper_bound)
+        check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
         images = inputs.detach().clone()
         if not len(images):
@@ -147,15 +162,16 @@ class LocalSearch(Perturbation):
 
 
 class _Search:
-    """The images still at work, side by side; those that are done are written back and leave."""
+    """The images whose search goes on, side by side; those that are done are written back and leave."""
 
-    def __init__(self, options: LocalSearch, oracle: Oracle, images: Tensor, labels: Tensor) -> None:
-        self._is, self._oracle, self._images, self._labels = options, oracle, images, labels
-        self._generator = options.generator or torch.Generator().manual_seed(0)
-        self._span = options.upper_bound - options.lower_bound
+    def __init__(self, attack: LocalSearch, oracle: Oracle, images: Tensor, labels: Tensor) -> None:
+        self._attack, self._settings, self._oracle = attack, attack.settings, oracle
+        self._images, self._labels = images, labels
+        self._generator = attack.generator or torch.Generator().manual_seed(0)
+        self._span = attack.bounds[1] - attack.bounds[0]
 
     def run(self, right: Tensor) -> None:
-        """Search each image that is ``right`` so far; ``images`` gets what was found."""
+        """Search each image that is ``right`` so far; write those that fool the network into ``images``."""
         self._active = torch.arange(len(self._images), device=self._images.device)
         everywhere = torch.ones_like(self._images[:, 0], dtype=torch.bool).flatten(1)
         self._candidates = self._drawn(everywhere, max(1, int(_START * everywhere.shape[1])))
@@ -163,12 +179,12 @@ class _Search:
         self._awake = torch.zeros(self._candidates.shape, dtype=torch.int64, device=self._images.device)
         self._work = self._images.flatten(2).clone()
         self._keep(right)
-        for index in range(self._is.rounds):
+        for index in range(self._attack.rounds):
             if not len(self._active):
                 return
             self._change(index)
             logits = self._oracle.logits(self._unflatten(self._work))
-            right = in_top(logits, self._labels, self._is.k)
+            right = in_top(logits, self._labels, self._attack.k)
             self._images[self._active[~right]] = self._unflatten(self._work[~right])
             self._keep(right)
 
@@ -177,8 +193,8 @@ class _Search:
         self._candidates, self._awake = self._candidates[rows], self._awake[rows]
 
     def _drawn(self, mask: Tensor, count: int) -> Tensor:
-        """As many true entries of each row, at random; all where there are fewer."""
-        # drawn for all images: what becomes of one does not depend on which others are still at work
+        """``count`` true entries of each row, at random; all where there are fewer."""
+        # drawn for all images: the result of one does not depend on which others are still searched
         chance = torch.rand(len(self._images), mask.shape[1], generator=self._generator, dtype=torch.float64)
         chance = chance.to(mask.device)[self._active].masked_fill(~mask, -1)
         first = chance.topk(min(count, mask.shape[1])).indices
@@ -188,25 +204,25 @@ class _Search:
         """One round: change the best pixels, and say where to look next."""
         allowed = self._candidates & (self._awake <= index)
         allowed = torch.where(allowed.any(1, keepdim=True), allowed, self._candidates)
-        if self._is.candidates is not None:
-            allowed = self._drawn(allowed, self._is.candidates)
+        if self._attack.candidates is not None:
+            allowed = self._drawn(allowed, self._attack.candidates)
         scores, order = self._scores(allowed).sort(dim=1, stable=True)
-        found = scores[:, : self._is.pixels] < torch.inf
-        rows, column = found.nonzero(as_tuple=True)
+        is_candidate = scores[:, : self._settings.pixels] < torch.inf
+        rows, column = is_candidate.nonzero(as_tuple=True)
         places = order[rows, column]
-        changed = self._back(cyclic(self._centred(self._work[rows, :, places]), self._is.cyclic))
-        self._work[rows, :, places] = changed.clamp(self._is.lower_bound, self._is.upper_bound)
-        self._awake[rows, places] = index + 1 + self._is.rest
+        changed = self._back(cyclic(self._centred(self._work[rows, :, places]), self._settings.cyclic))
+        self._work[rows, :, places] = changed.clamp(*self._attack.bounds)
+        self._awake[rows, places] = index + 1 + self._settings.rest
         self._candidates = self._around(rows, places)
 
     def _scores(self, allowed: Tensor) -> Tensor:
         """Logarithm of the true class's probability when one pixel alone is set by `pert`; infinite if not allowed."""
         scores = torch.full(allowed.shape, torch.inf, dtype=torch.float64, device=allowed.device)
         owners, places = allowed.nonzero(as_tuple=True)
-        size = self._is.batch_size
+        size = self._attack.batch_size
         for rows, columns in zip(torch.split(owners, size), torch.split(places, size), strict=True):
-            trial, each = self._work[rows], torch.arange(len(rows), device=rows.device)
-            trial[each, :, columns] = self._back(pert(self._centred(trial[each, :, columns]), self._is.pert))
+            trial, index = self._work[rows], torch.arange(len(rows), device=rows.device)
+            trial[index, :, columns] = self._back(pert(self._centred(trial[index, :, columns]), self._settings.pert))
             logits = self._oracle.logits(self._unflatten(trial))
             scores[rows, columns] = logits.log_softmax(1).gather(1, self._labels[rows, None])[:, 0]
         return scores
@@ -216,15 +232,15 @@ class _Search:
         centres = torch.zeros(self._candidates.shape, device=rows.device)
         centres[rows, places] = 1
         height, width = self._images.shape[2:]
-        side = 2 * self._is.radius + 1
-        squares = F.max_pool2d(centres.view(-1, 1, height, width), side, stride=1, padding=self._is.radius)
+        side = 2 * self._settings.radius + 1
+        squares = F.max_pool2d(centres.view(-1, 1, height, width), side, stride=1, padding=self._settings.radius)
         return squares.flatten(1) > 0
 
     def _unflatten(self, flat: Tensor) -> Tensor:
         return flat.view(-1, *self._images.shape[1:])
 
     def _centred(self, values: Tensor) -> Tensor:
-        return (values.double() - self._is.lower_bound) / self._span - 0.5
+        return (values.double() - self._attack.bounds[0]) / self._span - 0.5
 
     def _back(self, values: Tensor) -> Tensor:
-        return ((values + 0.5) * self._span + self._is.lower_bound).to(self._work.dtype)
+        return ((values + 0.5) * self._span + self._attack.bounds[0]).to(self._work.dtype)

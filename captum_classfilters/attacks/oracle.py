@@ -1,9 +1,9 @@
-"""What an attack may ask of a network, and what it may be given: images in range, logits out.
+"""The network as an attack sees it: images in range go in, logits come out.
 
 N images, C classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 
+# The smallest and the largest value of a pixel
+Bounds = tuple[float, float]
+
 # How far outside the bounds rounding may leave a pixel, at least, for images in [0, 1]
 TOLERANCE = 1e-6
 
 
 class Oracle:
-    """A network, of which only the logits are seen; images go to its device and dtype, it stays where it is."""
+    """A network of which an attack sees only the logits; images go to its device and dtype, and it stays there."""
 
     def __init__(self, forward_func: Callable[..., Any], batch_size: int = 512) -> None:
         self._forward, self._batch_size = unwrap(forward_func), batch_size
@@ -44,10 +47,10 @@ class Oracle:
         Raises:
             ShapeError: The network gave something else.
         """
-        parts = [self._some(part) for part in torch.split(images, self._batch_size)]
+        parts = [self._logits_of_batch(part) for part in torch.split(images, self._batch_size)]
         return torch.cat(parts).to(images.device)
 
-    def _some(self, images: Tensor) -> Tensor:
+    def _logits_of_batch(self, images: Tensor) -> Tensor:
         output = self._forward(self.place(images))
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -57,29 +60,80 @@ class Oracle:
         return output.detach().double()
 
 
+class Normalized(nn.Module):
+    """``model((pixels - mean) / std)``: say once what the network expects, and give pixels everywhere.
+
+    An attack's bounds and its epsilon are about pixels. In front of a network that takes normalised images, an attack
+    with a bound of 1 cuts off what is bright, and 2/255 is a change of another size in every colour.
+
+    Args:
+        model: A network that takes normalised images, kept as ``.model``; a `PathDecoupler` too.
+        mean: One number for each colour, as in ``torchvision.transforms.Normalize``.
+        std: One number for each colour, above 0.
+
+    Raises:
+        OptionError: ``mean`` and ``std`` are not equally long, or a ``std`` is not above 0.
+
+    Example:
+        >>> network = Normalized(torch.nn.Identity(), [0.5], [0.25])
+        >>> network(torch.tensor([[[[0.0, 1.0]]]])).tolist()
+        [[[[-2.0, 2.0]]]]
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        values = [torch.as_tensor(value, dtype=torch.float32).flatten() for value in (mean, std)]
+        if len(values[0]) != len(values[1]) or not len(values[0]) or not bool((values[1] > 0).all()):
+            raise OptionError(f"mean and std must be one number for each colour, std above 0, got {mean} and {std}")
+        self.model = model
+        # persistent buffers would stand in the state_dict beside the model's
+        self.register_buffer("mean", values[0].view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", values[1].view(1, -1, 1, 1), persistent=False)
+        like = next(model.parameters(), None)
+        if like is not None:
+            self.mean, self.std = self.mean.to(like), self.std.to(like)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """What the model gets."""
+        return (pixels - self.mean) / self.std
+
+    def forward(self, pixels: Tensor, *args: Any) -> Any:
+        """``(N, colours, H, W)`` of pixels to what the model gives."""
+        return self.model(self.normalize(pixels), *args)
+
+
 def in_top(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """``(N,)`` bool: is the label among the k largest logits; of equal ones the first counts, as in ``argmax``."""
-    own = logits.gather(1, labels[:, None])
+    of_label = logits.gather(1, labels[:, None])
     first = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    ahead: Tensor = ((logits > own) | ((logits == own) & first)).sum(1)
+    ahead: Tensor = ((logits > of_label) | ((logits == of_label) & first)).sum(1)
     return ahead < k
 
 
-def check_bounds(lower_bound: float, upper_bound: float) -> None:
-    """Refuse bounds that leave no room."""
-    if not lower_bound < upper_bound:
+def check_bounds(bounds: Any) -> Bounds:
+    """The bounds as two floats; refuse what is not a pair, and a pair that leaves no room."""
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
         raise OptionError(
-            f"lower_bound must be smaller than upper_bound, got {lower_bound} and {upper_bound}; give the range of "
-            "the images"
+            f"bounds must be the smallest and the largest value of a pixel, as (0.0, 1.0), got {bounds!r}"
+        ) from None
+    # the negation: NaN is refused as well
+    if not low < high:
+        raise OptionError(
+            f"bounds must be (smallest, largest) value of a pixel, the first below the second, got {bounds!r}; give "
+            "the range of the images"
         )
+    return low, high
 
 
-_PIXELS = "pass lower_bound= and upper_bound=, or images before normalisation with a model that normalises them itself"
+_PIXELS = "pass bounds=, or images before normalisation with a model that normalises them itself"
 
 
-def check_images(
-    images: Any, lower_bound: float, upper_bound: float, what: str = "images", remedy: str = _PIXELS
-) -> None:
+def check_images(images: Any, bounds: Bounds, what: str = "images", remedy: str = _PIXELS) -> None:
     """Refuse what is not ``(N, colours, H, W)`` of floats in the bounds."""
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -87,12 +141,12 @@ def check_images(
     if not images.numel():
         return
     low, high = (float(bound) for bound in images.detach().aminmax())
-    # of the bounds' own size: half precision rounds 0.3 to 0.3008, float32 151.061 by 1e-5
-    tolerance = max(TOLERANCE, torch.finfo(images.dtype).eps) * max(abs(lower_bound), abs(upper_bound), 1)
+    # relative to the bounds: half precision rounds 0.3 to 0.3008, and float32 moves 151.061 by 1e-5
+    tolerance = max(TOLERANCE, torch.finfo(images.dtype).eps) * max(abs(bounds[0]), abs(bounds[1]), 1)
     # the negation: NaN is refused as well
-    if not (low >= lower_bound - tolerance and high <= upper_bound + tolerance):
+    if not (low >= bounds[0] - tolerance and high <= bounds[1] + tolerance):
         raise OptionError(
-            f"{what} must lie in [{lower_bound}, {upper_bound}], got values from {low:.6g} to {high:.6g}; {remedy}"
+            f"{what} must lie in [{bounds[0]}, {bounds[1]}], got values from {low:.6g} to {high:.6g}; {remedy}"
         )
 
 

@@ -1,21 +1,24 @@
-"""Attacks of other packages as `captum.robust.Perturbation`: ``attack(images, labels)``.
+"""Attacks of other packages: the Adversarial Robustness Toolbox (ART) and Foolbox.
 
-The Adversarial Robustness Toolbox (ART) and Foolbox, as they are; `OnePixel` has ART's one-pixel attack with care of
-its own.
+`ARTAttack` and `FoolboxAttack` run their attacks as they are; `OnePixel` runs ART's one-pixel attack with more care.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from captum.robust import Perturbation
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from captum_classfilters.attacks.one_pixel import art, seeded
-from captum_classfilters.attacks.oracle import Oracle, check_bounds, check_count, check_images
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import check_labels, check_range
+
+# In the one-pixel attack ART's pixels are whole numbers from 0 to this
+_WHITE = 255.0
 
 
 class ARTAttack(Perturbation):
@@ -26,79 +29,171 @@ class ARTAttack(Perturbation):
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
         attack: A name or class of ``art.attacks.evasion``: ``"CarliniL2Method"``.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
+        bounds: Smallest and largest value of a pixel.
         num_classes: C, which ART asks for.
         seed: ART draws from numpy's and torch's global state: both are seeded with this, and put back.
-        options: Of the attack, as ``max_iter=100``.
+        options: The attack's own options, as ``max_iter=100``.
 
     Raises:
-        OptionError: No such attack, an option it refuses, ART is not installed.
+        OptionError: There is no such attack, it refuses an option, or ART is not installed.
     """
 
     def __init__(
         self,
         forward_func: Callable[..., Any],
         attack: Any,
-        lower_bound: float = 0.0,
-        upper_bound: float = 1.0,
+        bounds: Bounds = (0.0, 1.0),
         *,
         num_classes: int,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        check_bounds(lower_bound, upper_bound)
+        self.bounds = check_bounds(bounds)
         check_count(num_classes, "num_classes", 2)
         check_count(seed, "seed", 0)
-        evasion, _ = art()
+        evasion, _ = _art()
         kind: Any = getattr(evasion, attack, None) if isinstance(attack, str) else attack
         if not hasattr(kind, "attack_params"):
             raise OptionError(f'attack must be of art.attacks.evasion, as "CarliniL2Method", got {attack!r}')
         if unknown := [name for name in options if name not in kind.attack_params]:
             raise OptionError(f"{kind.__name__} has no option {unknown[0]!r}; it has {kind.attack_params}")
-        self.attack = kind
-        self.forward_func, self.lower_bound, self.upper_bound = forward_func, lower_bound, upper_bound
+        self.forward_func, self.attack = forward_func, kind
         self.num_classes, self.seed, self.options = num_classes, seed, options
 
     def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attack each image.
 
         Args:
-            inputs: ``(N, colours, H, W)``, floating, in [lower_bound, upper_bound].
+            inputs: ``(N, colours, H, W)``, floating, in the bounds.
             labels: True classes, ``(N,)``.
 
         Returns:
             Same shape, dtype and device, in the bounds.
 
         Raises:
-            ShapeError, OptionError, LabelError: Images or labels that do not fit.
+            ShapeError, OptionError, LabelError: Images or labels do not fit.
         """
-        check_images(inputs, self.lower_bound, self.upper_bound)
+        check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs))
         if not len(inputs):
             return inputs.detach().clone()
-        _, classifiers = art()
         oracle = Oracle(self.forward_func)
-        with oracle.open(grad=True), seeded([self.seed]):
+        with oracle.open(grad=True), _seeded([self.seed]):
             # not torch.manual_seed: only this generator is put back
             torch.default_generator.manual_seed(self.seed)
             check_range(labels, classes := oracle.logits(inputs[:1]).shape[1])
             if classes != self.num_classes:
                 raise OptionError(f"the model gives {classes} classes, got num_classes={self.num_classes}")
-            classifier = classifiers.PyTorchClassifier(
-                model=_Hidden(oracle, self.forward_func),
-                loss=nn.CrossEntropyLoss(),
-                input_shape=tuple(inputs.shape[1:]),
-                nb_classes=self.num_classes,
-                clip_values=(self.lower_bound, self.upper_bound),
-                device_type="cpu",
-            )
+            classifier = _classifier(_Hidden.around(self.forward_func, oracle), inputs, classes, self.bounds)
             quiet = {"verbose": False} if "verbose" in self.attack.attack_params else {}
             attack = self.attack(classifier, **quiet | self.options)
             one_hot = nn.functional.one_hot(labels.cpu(), self.num_classes).numpy()
-            found = attack.generate(inputs.detach().float().cpu().numpy(), one_hot)
-        changed: Tensor = torch.from_numpy(found).to(inputs).clamp(self.lower_bound, self.upper_bound)
-        return changed
+            attacked = attack.generate(inputs.detach().float().cpu().numpy(), one_hot)
+        return torch.from_numpy(attacked).to(inputs).clamp(*self.bounds)
+
+
+class OnePixel(Perturbation):
+    """Look for one pixel, its place and colour, that changes what the network sees; by differential evolution.
+
+    Source: Su, Vargas & Sakurai 2019 (arXiv 1710.08864), untargeted; the search is ART's
+    ``art.attacks.evasion.PixelAttack`` with ``es=1``. ART differs from the paper:
+
+    - 400 candidates a generation as in the paper (399 for one colour), but mutants of the best candidate with a random
+      factor in [0.5, 1] instead of a random candidate with 0.5, and a Latin hypercube at the start.
+    - Colours are whole numbers of 255 steps, cut, not rounded: the upper bound itself is never reached, only 254/255.
+
+    This adapter adds: images in any range, all other pixels bit for bit as they were, networks of two classes, which
+    ART refuses, one seed instead of numpy's global state, and a network left where and as it was. Candidates are
+    compared by the logarithm of the probability: the same order, also where float32 rounds all to 1.
+
+    Needs ART: ``pip install captum-classfilters[attacks]``.
+
+    Args:
+        forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
+        bounds: Smallest and largest value of a pixel.
+        th: Pixels that may be changed, ART's name; 1 is the attack of the title.
+        max_iter: Generations at most, ART's name. The attack runs at most about ``401 max_iter + 400`` images for each.
+        seed: Seed of the search. Each image of a call has a search of its own, seeded by its place.
+
+    Raises:
+        OptionError: An option is out of range, or ART is not installed.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        bounds: Bounds = (0.0, 1.0),
+        *,
+        th: int = 1,
+        max_iter: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.bounds = check_bounds(bounds)
+        check_count(th, "th")
+        check_count(max_iter, "max_iter")
+        check_count(seed, "seed", 0)
+        _art()
+        self.forward_func, self.th, self.max_iter, self.seed = forward_func, th, max_iter, seed
+
+    def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Attack each image.
+
+        Args:
+            inputs: ``(N, colours, H, W)``, floating, in the bounds.
+            labels: True classes, ``(N,)``.
+
+        Returns:
+            Same shape, dtype and device. An image that was not classified as its label, or still is at the end, comes
+            back unchanged; every image that differs fools the network.
+
+        Raises:
+            ShapeError: Not images of that shape, or a network without logits ``(N, C)``.
+            OptionError: A pixel out of range.
+            LabelError: Labels of another shape, or out of range.
+        """
+        check_images(inputs, self.bounds)
+        labels = check_labels(labels, len(inputs)).to(inputs.device)
+        images = inputs.detach().clone()
+        if not len(images):
+            return images
+        with Oracle(self.forward_func).open() as oracle:
+            logits = oracle.logits(images)
+            check_range(labels, logits.shape[1])
+            attack = self._attack(oracle, images, logits.shape[1])
+            for index in in_top(logits, labels).nonzero()[:, 0].tolist():
+                one = slice(index, index + 1)
+                attacked = self._attacked(attack, images[one], index)
+                # run again: the other pixels are now exactly the image's, not ART's copy of it
+                if not in_top(oracle.logits(attacked), labels[one]).item():
+                    images[one] = attacked
+        return images
+
+    def _attack(self, oracle: Oracle, images: Tensor, classes: int) -> Any:
+        def log_probabilities(scaled: Tensor) -> Tensor:
+            return oracle.logits(self._from_art(scaled).to(images)).log_softmax(1)
+
+        classifier = _classifier(_Hidden(log_probabilities), images, classes, (0.0, _WHITE))
+        evasion, _ = _art()
+        return evasion.PixelAttack(classifier, th=self.th, es=1, max_iter=self.max_iter, verbose=False)
+
+    def _attacked(self, attack: Any, image: Tensor, index: int) -> Tensor:
+        """The image with ART's pixel in it; the image itself where ART found none."""
+        scaled = self._to_art(image)
+        with _seeded([self.seed, index]):
+            # without labels ART takes the network's own; with labels it refuses networks of two classes
+            changed = attack.generate(scaled)
+        pixels = torch.from_numpy((changed != scaled).any(1, keepdims=True)).to(image.device)
+        pasted = torch.where(pixels, self._from_art(torch.from_numpy(changed).to(image.device)), image.double())
+        return pasted.to(image.dtype).clamp(*self.bounds)
+
+    def _to_art(self, images: Tensor) -> np.ndarray[Any, Any]:
+        low, high = self.bounds
+        scaled: np.ndarray[Any, Any] = ((images.double() - low) / (high - low) * _WHITE).float().cpu().numpy()
+        return scaled
+
+    def _from_art(self, scaled: Tensor) -> Tensor:
+        low, high = self.bounds
+        return scaled.double() / _WHITE * (high - low) + low
 
 
 class FoolboxAttack(Perturbation):
@@ -108,39 +203,35 @@ class FoolboxAttack(Perturbation):
 
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
-        attack: Of ``foolbox.attacks``, made: ``foolbox.attacks.LinfPGD()``.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
+        attack: One of ``foolbox.attacks``, made: ``foolbox.attacks.LinfPGD()``.
+        bounds: Smallest and largest value of a pixel.
 
     Raises:
-        OptionError: Not an attack of Foolbox, or it is not installed.
+        OptionError: Not an attack of Foolbox, or Foolbox is not installed.
     """
 
-    def __init__(
-        self, forward_func: nn.Module, attack: Any, lower_bound: float = 0.0, upper_bound: float = 1.0
-    ) -> None:
-        check_bounds(lower_bound, upper_bound)
+    def __init__(self, forward_func: nn.Module, attack: Any, bounds: Bounds = (0.0, 1.0)) -> None:
+        self.bounds = check_bounds(bounds)
         if not isinstance(attack, _foolbox().attacks.base.Attack):
             raise OptionError(f"attack must be one of foolbox.attacks, made, as LinfPGD(), got {attack!r}")
         self.forward_func, self.attack = forward_func, attack
-        self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
     def perturb(self, inputs: Tensor, labels: Tensor, epsilon: float | None = None) -> Tensor:
         """Attack each image.
 
         Args:
-            inputs: ``(N, colours, H, W)``, floating, in [lower_bound, upper_bound].
+            inputs: ``(N, colours, H, W)``, floating, in the bounds.
             labels: True classes, ``(N,)``.
-            epsilon: The size of the change in the attack's own norm; None: as small as the attack finds, for those that
-                look for it.
+            epsilon: The size of the change in the attack's own norm; None: as small as the attack finds, for attacks
+                that minimise it.
 
         Returns:
             Same shape, dtype and device, in the bounds.
 
         Raises:
-            ShapeError, OptionError, LabelError: Images or labels that do not fit.
+            ShapeError, OptionError, LabelError: Images or labels do not fit.
         """
-        check_images(inputs, self.lower_bound, self.upper_bound)
+        check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
         if epsilon is None and isinstance(self.attack, _foolbox().attacks.base.FixedEpsilonAttack):
             raise OptionError(f"{type(self.attack).__name__} needs to know how large a change may be; pass epsilon=")
@@ -149,49 +240,92 @@ class FoolboxAttack(Perturbation):
         oracle = Oracle(self.forward_func)
         with oracle.open(grad=True):
             check_range(labels, oracle.logits(inputs[:1]).shape[1])
-            model = _foolbox().PyTorchModel(
-                _Hidden(oracle, self.forward_func).eval(), (self.lower_bound, self.upper_bound), device=inputs.device
-            )
+            hidden = _Hidden.around(self.forward_func, oracle).eval()
+            model = _foolbox().PyTorchModel(hidden, self.bounds, device=inputs.device)
             # Foolbox has no tolerance for what rounding left outside
-            given = inputs.detach().clamp(self.lower_bound, self.upper_bound)
-            _, found, _ = self.attack(model, given, labels, epsilons=epsilon)
-        changed: Tensor = found.detach().to(inputs).clamp(self.lower_bound, self.upper_bound)
+            within = inputs.detach().clamp(*self.bounds)
+            _, attacked, _ = self.attack(model, within, labels, epsilons=epsilon)
+        changed: Tensor = attacked.detach().to(inputs).clamp(*self.bounds)
         return changed
 
 
 class _Hidden(nn.Module):
-    """What a toolbox takes for the network: it may switch modes and move this, not the one behind it."""
+    """A module that a toolbox may move and switch between modes; the network behind it stays as it is."""
 
-    def __init__(self, oracle: Oracle, forward_func: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        # behind a function: a module would be found, moved and switched
-        self._logits: Callable[[Tensor], Tensor] = lambda images: forward_func(oracle.place(images))
+        # a function: a toolbox would find, move and switch a module
+        self._function = function
+
+    @classmethod
+    def around(cls, forward_func: Callable[..., Any], oracle: Oracle) -> "_Hidden":
+        """The network's logits, with gradients, where the images are."""
+        return cls(lambda images: forward_func(oracle.place(images)).to(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)``, with gradients, where the images are."""
+        """``(N, C)``."""
         if not images.requires_grad:
-            return self._logits(images).to(images)
-        output: Tensor = _OfImagesAlone.apply(images, self._logits)
-        return output.to(images)
+            return self._function(images)
+        output: Tensor = _OfImagesAlone.apply(images, self._function)
+        return output
 
 
 class _OfImagesAlone(torch.autograd.Function):
     """A network whose parameters get no ``.grad``: toolboxes call ``backward``, which would leave some on them."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
-            ctx.given = images.detach().requires_grad_()
-            ctx.output = logits(ctx.given)
+            ctx.images = images.detach().requires_grad_()
+            ctx.output = function(ctx.images)
         output: Tensor = ctx.output.detach()
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # kept: ART goes back once for each class
-        (found,) = torch.autograd.grad(ctx.output, ctx.given, gradient, retain_graph=True, materialize_grads=True)
-        return found, None
+        # the graph is kept: ART goes back once for each class
+        (result,) = torch.autograd.grad(ctx.output, ctx.images, gradient, retain_graph=True, materialize_grads=True)
+        return result, None
+
+
+def _classifier(network: _Hidden, images: Tensor, classes: int, bounds: Bounds) -> Any:
+    """ART's view of a network."""
+    _, classification = _art()
+    return classification.PyTorchClassifier(
+        model=network,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(images.shape[1:]),
+        nb_classes=classes,
+        clip_values=bounds,
+        device_type="cpu",
+    )
+
+
+@contextmanager
+def _seeded(seed: list[int]) -> Iterator[None]:
+    """Seed what ART draws from, numpy's global state, and put it back; torch's too, which its data loaders use."""
+    state = np.random.get_state()
+    # ART divides by the deviation of a population, which is 0 where all are alike
+    with torch.random.fork_rng(devices=[]), np.errstate(all="ignore"):
+        np.random.seed(np.random.SeedSequence(seed).generate_state(4))
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+def _art() -> tuple[Any, Any]:
+    """ART's attacks and classifiers, loaded on use: it takes seconds."""
+    try:
+        from art.attacks import evasion
+        from art.estimators import classification
+    except ImportError as error:
+        raise OptionError(
+            f"this attack needs the Adversarial Robustness Toolbox, which could not be loaded ({error}); install it: "
+            "pip install 'captum-classfilters[attacks]'"
+        ) from error
+    return evasion, classification
 
 
 def _foolbox() -> Any:

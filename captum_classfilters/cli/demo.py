@@ -28,6 +28,7 @@ def run_demo(out: Path) -> None:
         PathDecoupler,
         PathDetector,
         adversarial_paths,
+        attacks,
         decompose,
         explain_confusion,
         metrics,
@@ -104,8 +105,9 @@ def run_demo(out: Path) -> None:
     print("Accuracy on the image's own path, and on others")
     print(metrics.path_accuracy(decoupler, test.batches())[["accuracy", "low", "high"]].round(3).to_string())
 
-    attack = FGSM(decoupler, torch.nn.CrossEntropyLoss(reduction="none"), lower_bound=0, upper_bound=1)
-    learn, judge = (adversarial_paths(decoupler, part.batches(), attack, epsilon=8 / 255) for part in (train, test))
+    fgsm = FGSM(decoupler, torch.nn.CrossEntropyLoss(reduction="none"), lower_bound=0, upper_bound=1)
+    attack = attacks.Attack(fgsm, epsilon=8 / 255)
+    learn, judge = (adversarial_paths(decoupler, part.batches(), attack) for part in (train, test))
     half = len(paths) // 2
     detector = PathDetector(random_state=0).fit(*learn.stack()[:2]).calibrate(paths[:half], alpha=0.05)
     later = judge[judge.index >= half]

@@ -1,4 +1,4 @@
-"""Attackers who know of the detector: what a detector is worth is what it is worth against them.
+"""Attackers who know of the detector: a detector is judged by how it does against them.
 
 N images, K channels in all.
 """
@@ -13,38 +13,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.attacks import Normalized
-from captum_classfilters.attacks.oracle import check_bounds, check_count, check_images
+from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_count, check_images
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.decoupling.saved import fingerprint
 
-# ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, to be made small
+# ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, which the attack lowers
 Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class _GatePGD(Perturbation):
     """Projected gradient descent through the gates: hard forward, with the gradient of soft ones backward."""
 
-    def __init__(
-        self, decoupler: PathDecoupler | Normalized, weight: float, lower_bound: float, upper_bound: float
-    ) -> None:
-        check_bounds(lower_bound, upper_bound)
+    def __init__(self, decoupler: PathDecoupler | Normalized, weight: float, bounds: Bounds) -> None:
+        self.bounds = check_bounds(bounds)
         inner = decoupler.model if isinstance(decoupler, Normalized) else decoupler
         if not isinstance(inner, PathDecoupler):
             raise OptionError(f"expected a PathDecoupler, or Normalized around one, got {type(inner).__name__}")
         if not weight >= 0:
             raise OptionError(f"weight must be at least 0, got {weight!r}")
         self.network, self.weight = decoupler, weight
-        self.lower_bound, self.upper_bound = lower_bound, upper_bound
         self._inner: PathDecoupler = inner
 
     def _descend(
         self, images: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int, goal: Goal
     ) -> Tensor:
-        """Of each search the image of the smallest loss among those that fool the network, or of all if none does."""
-        check_images(images, self.lower_bound, self.upper_bound)
+        """For each image the step of the smallest loss among those that fool the network, or of all if none does."""
+        check_images(images, self.bounds)
         check_count(step_num, "step_num")
         for name, size in (("radius", radius), ("step_size", step_size)):
             if not size > 0:
@@ -70,7 +67,7 @@ class _GatePGD(Perturbation):
                 (gradient,) = torch.autograd.grad(loss.sum(), current)
                 moved = current.detach() - step_size * gradient.sign()
                 moved = original + (moved - original).clamp(-radius, radius)
-                current = moved.clamp(self.lower_bound, self.upper_bound)
+                current = moved.clamp(*self.bounds)
         return best
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,11 +82,12 @@ def _check_reads(reads: str) -> None:
 
 
 class AdaptivePGD(_GatePGD):
-    """PGD on the network and on the detector at once: to be seen wrong, and not to be noticed.
+    """PGD on the network and on the detector at once: images that are misclassified, and raise no alarm.
 
     A surrogate says how adversarial a path looks: train one with `distil`. A step raises the cross-entropy of an image
-    that the network still sees right, and lowers the surrogate's answer on one that it sees wrong; with ``weight`` it
-    does both at once. Gates are hard, with the gradient of soft ones, so that it sees how paths bend.
+    that the network still classifies right, and lowers the surrogate's answer on one that it misclassifies; with
+    ``weight`` it does both at once. Gates are hard, with the gradient of soft ones, so that the attack has a gradient
+    for how paths change.
 
     Source: Bryniarski et al. 2021, "Evading adversarial example detection defenses with orthogonal projected gradient
     descent", its selective form; with ``weight`` the sum of losses of Carlini & Wagner 2017, "Adversarial examples are
@@ -97,16 +95,15 @@ class AdaptivePGD(_GatePGD):
 
     Args:
         decoupler: The network, or `Normalized` around it.
-        surrogate: ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: of the network alone, but
+        surrogate: ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: attack the network alone, but
             through its gates.
-        reads: What it reads: ``"bits"``, or for a detector that does so ``"logits"``, through a sigmoid.
-        weight: Of the surrogate in the sum ``weight * surrogate - cross-entropy``; None: one of the two at a time. Of
-            weights tried here, a small one is noticed and a large one does not fool the network.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
+        reads: What the surrogate reads: ``"bits"``, or ``"logits"``, through a sigmoid, if its detector reads those.
+        weight: Weight of the surrogate in the sum ``weight * surrogate - cross-entropy``; None: one of the two at a
+            time. Of the weights tried here, small ones raise alarms and large ones do not fool the network.
+        bounds: Smallest and largest value of a pixel.
 
     Raises:
-        OptionError: An argument out of range.
+        OptionError: An argument is out of range.
     """
 
     def __init__(
@@ -116,13 +113,12 @@ class AdaptivePGD(_GatePGD):
         *,
         reads: str = "bits",
         weight: float | None = None,
-        lower_bound: float = 0.0,
-        upper_bound: float = 1.0,
+        bounds: Bounds = (0.0, 1.0),
     ) -> None:
-        super().__init__(decoupler, 0.0 if weight is None else weight, lower_bound, upper_bound)
+        super().__init__(decoupler, 0.0 if weight is None else weight, bounds)
         _check_reads(reads)
         self.selective = weight is None
-        # a copy where the network is: it may have been learnt elsewhere
+        # a copy where the network is: it may have been trained on another device
         if isinstance(surrogate, nn.Module):
             surrogate = deepcopy(surrogate).to(next(self._inner.parameters()).device)
         self.surrogate, self.reads = surrogate, reads
@@ -134,12 +130,12 @@ class AdaptivePGD(_GatePGD):
             inputs: ``(N, colours, H, W)`` of pixels in the bounds.
             labels: ``(N,)`` true classes.
             radius: The most that a pixel may change.
-            step_size: How much it changes in a step.
-            step_num: Steps.
+            step_size: How much a pixel changes in a step.
+            step_num: Number of steps.
 
         Returns:
-            Same shape: of all steps the one that fools the network and looks least adversarial; one that does not fool
-            it where none does.
+            Same shape: of all steps that fool the network the one that looks least adversarial; where none fools it,
+            the one that looks least adversarial of all.
         """
         labels = check_labels(labels, len(inputs)).to(inputs.device)
 
@@ -156,24 +152,24 @@ class AdaptivePGD(_GatePGD):
 
 
 class PathMatching(_GatePGD):
-    """PGD towards the path of a clean image of another class: what a detector of paths should find hardest.
+    """PGD towards the path of a clean image of another class: a detector of paths should find it hardest to detect.
 
-    Lowers the cross-entropy with the class of the path aimed at, and ``weight`` times the mean over channels of the
-    binary cross-entropy between that path's bits and the gates' logits. The aim is the nearest of ``paths`` that the
-    network says another class of than the image's.
+    It lowers the cross-entropy with the class of the target path, plus ``weight`` times the mean over channels of the
+    binary cross-entropy between that path's bits and the gates' logits. The target path is the nearest of ``paths``
+    whose predicted class is not the image's.
 
     Source: after the feature matching of Sabour et al. 2016, "Adversarial manipulation of deep representations".
 
     Args:
         decoupler: The network, or `Normalized` around it.
-        paths: Of clean images of several classes.
-        weight: Of the path.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
+        paths: Paths of clean images of several classes.
+        weight: Weight of the path in the loss.
+        bounds: Smallest and largest value of a pixel.
 
     Raises:
-        OptionError: An argument out of range.
-        MergeError: Paths of another network.
+        OptionError: An argument is out of range.
+        LabelError: The paths are of fewer than two classes.
+        MergeError: The paths are of another network.
     """
 
     def __init__(
@@ -182,31 +178,30 @@ class PathMatching(_GatePGD):
         paths: Paths,
         *,
         weight: float = 10.0,
-        lower_bound: float = 0.0,
-        upper_bound: float = 1.0,
+        bounds: Bounds = (0.0, 1.0),
     ) -> None:
-        super().__init__(decoupler, weight, lower_bound, upper_bound)
+        super().__init__(decoupler, weight, bounds)
         if len(set(paths.predictions.tolist())) < 2:
-            raise LabelError("expected clean paths of at least two classes to aim at, got fewer; give more")
+            raise LabelError("expected clean paths of at least two classes to aim at, got fewer; pass more paths")
         if paths.fingerprint != fingerprint(self._inner):
             raise MergeError("the paths to aim at are of another network; collect them with this decoupler")
         self.paths = paths
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
         """Attack each image; see `AdaptivePGD.perturb`."""
-        check_images(inputs, self.lower_bound, self.upper_bound)
+        check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
         if not len(inputs):
             return inputs.detach().clone()
-        own = self._inner.paths(self._normalised(inputs.detach()))
-        far = own.distances(self.paths) + 10**6 * (self.paths.predictions[None] == labels.cpu()[:, None])
-        nearest = far.argmin(1)
-        aims = self.paths.bits()[nearest].to(inputs.device, inputs.dtype)
-        targets = self.paths.predictions[nearest].to(inputs.device)
+        paths_now = self._inner.paths(self._normalised(inputs.detach()))
+        same_class = self.paths.predictions[None] == labels.cpu()[:, None]
+        nearest = (paths_now.distances(self.paths) + 10**6 * same_class).argmin(1)
+        target_bits = self.paths.bits()[nearest].to(inputs.device, inputs.dtype)
+        target_classes = self.paths.predictions[nearest].to(inputs.device)
 
         def goal(logits: Tensor, _: Tensor, gate_logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-            apart = F.binary_cross_entropy_with_logits(gate_logits, aims[rows], reduction="none").mean(1)
-            return F.cross_entropy(logits, targets[rows], reduction="none") + self.weight * apart
+            apart = F.binary_cross_entropy_with_logits(gate_logits, target_bits[rows], reduction="none").mean(1)
+            return F.cross_entropy(logits, target_classes[rows], reduction="none") + self.weight * apart
 
         return self._descend(inputs, labels, radius, step_size, step_num, goal)
 
@@ -224,22 +219,23 @@ def distil(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """A small network that says of paths what a detector says: the surrogate of an attacker who may only ask.
+    """Train a small network to predict a detector's scores: the surrogate of an attacker who can only query it.
 
     Args:
-        detector: With ``strangeness``: a `PathDetector` or `PathOutlierDetector`, fitted.
-        paths: Asked about; clean and adversarial ones.
+        detector: A fitted `PathDetector` or `PathOutlierDetector`, or anything with its ``strangeness``.
+        paths: Paths that the detector scores; clean and adversarial ones.
         reads: What the surrogate reads: ``"bits"``, or ``"logits"`` of the gates, through a sigmoid.
-        hidden: Units.
-        epochs: Passes of AdamW over all of them, in batches of 256.
+        hidden: Number of hidden units.
+        epochs: Passes of AdamW over all paths, in batches of 256.
         lr: Learning rate.
-        seed: Of its weights and batches.
+        seed: Seed of the weights and of the batches.
 
     Returns:
-        ``(N, K)`` in [0, 1] to ``(N,)``: the detector's answer in standard deviations from its mean.
+        A module, ``(N, K)`` in [0, 1] to ``(N,)``: the detector's score in standard deviations from its mean.
 
     Raises:
-        OptionError: Fewer than two paths; unknown ``reads``, or logits that were not collected; it has not learnt.
+        OptionError: There are fewer than two paths; ``reads`` is unknown, or logits were not collected; the surrogate
+            has not learnt.
     """
     _check_reads(reads)
     check_count(epochs, "epochs")
@@ -247,11 +243,11 @@ def distil(
         raise OptionError(f"distil needs at least two paths, for reads={reads!r} with logits; collect more of them")
     generator = torch.Generator().manual_seed(seed)
     bits = paths.bits().float() if paths.logits is None or reads == "bits" else paths.logits.sigmoid()
-    asked = torch.as_tensor(detector.strangeness(paths)).float()
-    if not asked.std() > 0:
-        raise OptionError("the detector says the same of all these paths, so there is nothing to learn; give others")
-    asked = (asked - asked.mean()) / asked.std()
-    # layers draw weights when they are made, replaced below: not from the caller's random numbers
+    scores = torch.as_tensor(detector.strangeness(paths)).float()
+    if not scores.std() > 0:
+        raise OptionError("the detector gives all these paths the same score: nothing can be learnt; pass other paths")
+    scores = (scores - scores.mean()) / scores.std()
+    # a new layer draws weights, which are replaced below: keep the caller's random state out of it
     with torch.random.fork_rng(devices=[]):
         surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))
     with torch.no_grad():
@@ -262,12 +258,12 @@ def distil(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for rows in torch.split(torch.randperm(len(bits), generator=generator), 256):
-            loss = F.mse_loss(surrogate(bits[rows]), asked[rows])
+            loss = F.mse_loss(surrogate(bits[rows]), scores[rows])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
     surrogate.requires_grad_(False).eval()
     if not surrogate(bits).std() > 1e-3:  # NaN as well
-        raise OptionError(f"the surrogate says the same of all paths: it has not learnt; lower lr, got {lr!r}")
+        raise OptionError(f"the surrogate gives all paths the same score: it has not learnt; lower lr, got {lr!r}")
     return surrogate

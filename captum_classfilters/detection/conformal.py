@@ -1,4 +1,4 @@
-"""Split-conformal p-values: how sure one may be that a path is not that of a clean image.
+"""Split-conformal p-values: how rarely a clean image has a path as strange as this one.
 
 n clean paths for calibration, m paths judged.
 """
@@ -12,19 +12,19 @@ import numpy as np
 from scipy import stats
 
 from captum_classfilters.core.errors import CalibrationError, NotCalibratedError, OptionError
-from captum_classfilters.detection.profiles import Array
+from captum_classfilters.detection.features import Array
 
 
 def p_values(scores: Array, calibration: Array) -> Array:
     """``(1 + #{calibration >= score}) / (n + 1)``: for a clean path at most alpha with probability at most alpha.
 
-    Source: Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", eq. 2.20, of a held-out set. Holds
-    where clean paths judged later come from where those for calibration came from. Equal scores count against the
+    Source: Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", eq. 2.20, with a held-out set. The
+    guarantee holds when clean paths judged later are drawn like those for calibration. Equal scores count against the
     alarm: with coarse scores the rate is lower than alpha.
 
     Args:
         scores: ``(m,)``, larger is stranger.
-        calibration: ``(n,)``, of clean paths that nothing was fitted on.
+        calibration: ``(n,)`` scores of clean paths that nothing was fitted on.
 
     Example:
         >>> p_values(np.array([0.5, 9.0]), np.array([0.0, 1.0, 2.0])).tolist()
@@ -45,7 +45,7 @@ def false_positive_interval(alpha: float, calibration: int, judged: int, level: 
         alpha: The rate that was asked for.
         calibration: n.
         judged: Clean paths that were judged.
-        level: Of the interval.
+        level: Coverage of the interval.
 
     Raises:
         CalibrationError: n is too small for alpha.
@@ -65,7 +65,7 @@ def check_enough(count: int, alpha: float) -> None:
     """Refuse a calibration set that cannot give p-values as small as alpha."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < 1:
         raise OptionError(f"alpha is the rate of false positives, between 0 and 1, got {alpha!r}")
-    # 1e-9: 1 / 0.05 is 20.000000000000004 elsewhere
+    # 1e-9: rounding may make 1 / 0.05 a little more than 20
     if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):
         raise CalibrationError(
             f"a false-positive rate of {alpha:g} needs at least {needed} clean paths for calibration, got {count}; "
@@ -74,9 +74,9 @@ def check_enough(count: int, alpha: float) -> None:
 
 
 class Calibrated(ABC):
-    """What a detector gains by clean paths that it was not fitted on: p-values, and alarms at a given rate.
+    """A detector with p-values, and with alarms at a given rate, from clean paths that it was not fitted on.
 
-    A class that has this gives `strangeness`: larger for what is more likely adversarial.
+    A subclass gives `strangeness`: larger for what is more likely adversarial.
     """
 
     @abstractmethod
@@ -87,9 +87,9 @@ class Calibrated(ABC):
         """Set the alarm to go off for a share ``alpha`` of clean images, by paths the detector was not fitted on.
 
         Args:
-            X_clean: ``(n, K)`` array, tensor or `Paths` of clean images, from where later ones come from: not those the
-                network was trained on, which it knows too well. Count as clean what you would not have alarms for:
-                images that are seen wrong, noisy ones.
+            X_clean: ``(n, K)`` array, tensor or `Paths` of clean images, drawn like those judged later. Do not use the
+                network's training images, whose paths differ from those of new images. Include everything that shall
+                raise no alarm: misclassified images, noisy ones.
             alpha: The rate of false positives.
 
         Returns:
@@ -107,7 +107,7 @@ class Calibrated(ABC):
         """How often a clean path is at least as strange, ``(m,)``; see `p_values`.
 
         Raises:
-            NotCalibratedError: `calibrate` comes first.
+            NotCalibratedError: `calibrate` was not called.
         """
         return p_values(self.strangeness(X), self._scores())
 
@@ -119,14 +119,14 @@ class Calibrated(ABC):
             alpha: Another rate than that of `calibrate`.
 
         Raises:
-            NotCalibratedError: `calibrate` comes first.
-            CalibrationError: Too few paths for this rate.
+            NotCalibratedError: `calibrate` was not called.
+            CalibrationError: There are too few paths for this rate.
         """
         scores = self._scores()
         if alpha is None:
             alpha = self.alpha_
         check_enough(len(scores), alpha)
-        # a little more: 1 - 0.9 is less than 0.1, the smallest p-value that nine paths give
+        # a little more: in floats 1 - 0.9 is less than 0.1, the smallest p-value that nine paths give
         alarms: Array = self.p_value(X) <= alpha * (1 + 1e-9)
         return alarms
 
@@ -139,6 +139,6 @@ class Calibrated(ABC):
         return self.calibration_scores_
 
     def _forget_calibration(self) -> None:
-        """After another `fit` the old scores mean nothing."""
+        """Drop the scores of an earlier `fit`, which say nothing about this one."""
         for name in ("calibration_scores_", "alpha_"):
             self.__dict__.pop(name, None)

@@ -1,6 +1,6 @@
-"""Images and their adversarial twins, as paths: what a detector learns from and is judged by.
+"""Paths of images and of their adversarial twins: what a detector learns from and is judged by.
 
-N images given, n of them kept; K channels in all.
+N images come in, n of them are kept; K channels in all.
 """
 
 import os
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_classfilters.attacks import Normalized
-from captum_classfilters.attacks.calling import Attack
-from captum_classfilters.attacks.oracle import check_bounds, check_images
+from captum_classfilters.attacks import Attack, Normalized
+from captum_classfilters.attacks.oracle import check_images
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import AttackFailedWarning, EmptyLoaderError, OptionError
 from captum_classfilters.core.files import read, write
@@ -32,19 +31,19 @@ _BESIDE = ("index", "images", "adversarial_images", "noise_images")
 
 @dataclass(frozen=True, eq=False)
 class PathPairs:
-    """Paths of images that a network saw right, and of the same images after an attack that fooled it.
+    """Paths of images that a network classified right, and of the same images after an attack that fooled it.
 
     Attributes:
-        clean: Of n images.
-        adversarial: Of the same images, attacked; labels are still the true classes.
-        noise: Of the same images with as large a change at random, which counts as clean: a detector that finds noise
-            has not found attacks.
-        misclassified: Of the images that were seen wrong, and not attacked: they are clean as well.
-        index: ``(n,)`` int64: which image of the loader each pair is, in its order: pairs of several attacks can be
-            grouped by it, if the loader does not shuffle.
-        tried: Images that were attacked: up to the last pair's where there are ``max_pairs``.
-        succeeded: On how many of these the attack changed what the network says: n, before pairs were picked.
-        images: ``(n, colours, H, W)``, if asked for.
+        clean: Paths of n images.
+        adversarial: Paths of the same images, attacked; labels are still the true classes.
+        noise: Paths of the same images with a random change of the same size. They count as clean: a detector that
+            finds noise has not found attacks.
+        misclassified: Paths of the images that were misclassified and not attacked. They are clean as well.
+        index: ``(n,)`` int64: which image of the loader each pair is, in its order. Pairs of several attacks can be
+            grouped by it if the loader does not shuffle.
+        tried: How many images were attacked; with ``max_pairs`` up to the image of the last pair.
+        succeeded: On how many of these the attack changed the predicted class: n, before pairs were picked.
+        images: ``(n, colours, H, W)``, if they were to be kept.
         adversarial_images: The same after the attack.
         noise_images: The same with noise.
     """
@@ -65,7 +64,7 @@ class PathPairs:
 
     @property
     def dropped(self) -> int:
-        """Images that were attacked in vain."""
+        """How many images were attacked in vain."""
         return self.tried - self.succeeded
 
     @property
@@ -74,7 +73,7 @@ class PathPairs:
         return self.succeeded / self.tried if self.tried else float("nan")
 
     def __getitem__(self, rows: Any) -> "PathPairs":
-        """Some of the pairs; ``tried``, ``succeeded`` and ``misclassified`` stay those of all."""
+        """Some of the pairs; ``tried``, ``succeeded`` and ``misclassified`` stay as they are for all pairs."""
         if isinstance(rows, Integral):  # one pair is a row as well; IndexError ends a loop over the pairs
             index = range(len(self))[int(rows)]
             rows = slice(index, index + 1)
@@ -100,24 +99,32 @@ class PathPairs:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError, FileFormatError: There is no such file, or it is none of these.
+            FileNotFoundError, FileFormatError: There is no such file, or it holds something else.
         """
         tensors, meta = read(path, kind=_KIND, version=_VERSION)
-        parts = {
+        parts: dict[str, Any] = {
             part: Paths.of({name.removeprefix(f"{part}."): value for name, value in tensors.items()}, meta)
             for part in _PARTS
         }
-        found: dict[str, Any] = {**parts, **{name: tensors.get(name) for name in _BESIDE}}
-        return cls(**found, tried=meta["tried"], succeeded=meta["succeeded"])
+        beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
+        return cls(**parts, **beside, tried=meta["tried"], succeeded=meta["succeeded"])
 
     def __repr__(self) -> str:
         return (
             f"PathPairs({self.succeeded} of {self.tried} attacked images fooled the network, "
-            f"{len(self.misclassified)} were seen wrong before)"
+            f"{len(self.misclassified)} were misclassified before)"
         )
 
     def stack(self, *, noise: bool = True) -> tuple[Paths, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """`stack_pairs` of these, with noise among the clean ones, grouped by image."""
+        """Clean and adversarial paths in one table, for scikit-learn, grouped by image; see `pairs.stack_pairs`.
+
+        Args:
+            noise: Include the noisy twins, as clean.
+
+        Returns:
+            ``(X, y, groups)``: `Paths`, which scikit-learn takes as ``(3n, K)`` or ``(2n, K)`` bits; 1 for adversarial
+            and 0 for clean; one group for an image and its twins.
+        """
         return stack_pairs(self.clean, self.adversarial, self.noise if noise else None, groups=self.index)
 
 
@@ -127,19 +134,19 @@ def stack_pairs(
     """Clean and adversarial paths in one table, for scikit-learn.
 
     Args:
-        clean: Of n images.
-        adversarial: Of the same images in the same order.
-        noise: Of these images with noise: clean, and of the same groups.
+        clean: Paths of n images.
+        adversarial: Paths of the same images in the same order.
+        noise: Paths of these images with noise: clean, and of the same groups.
         groups: ``(n,)`` which image each is; None: a number for each pair.
 
     Returns:
-        ``(X, y, groups)``: `Paths`, which scikit-learn takes for ``(2n, K)`` or ``(3n, K)`` bits; 1 for adversarial and
-        0 for clean, ``int64``; the same group for an image and its twins: split by it, or a twin of what is tested was
-        trained on.
+        ``(X, y, groups)``: `Paths`, which scikit-learn takes as ``(2n, K)`` or ``(3n, K)`` bits; 1 for adversarial and
+        0 for clean, ``int64``; the same group for an image and its twins. Split by the groups: otherwise a detector is
+        trained on twins of the paths that it is tested on.
 
     Raises:
-        OptionError: Not twins: other numbers of them, or other true classes.
-        MergeError: Of different networks.
+        OptionError: The parts are not twins: their numbers or their true classes differ.
+        MergeError: The parts are of different networks.
     """
     parts = [clean, adversarial, *([] if noise is None else [noise])]
     if len({len(part) for part in parts}) > 1:
@@ -147,7 +154,7 @@ def stack_pairs(
         raise OptionError(f"clean and adversarial paths must be of the same images in the same order, got {counts}")
     for part in parts[1:]:
         if clean.labels is not None and part.labels is not None and not torch.equal(clean.labels, part.labels):
-            raise OptionError("these are not twins: their true classes differ; give both in the order of the images")
+            raise OptionError("these are not twins: their true classes differ; pass both in the order of the images")
     index = np.arange(len(clean)) if groups is None else np.asarray(groups)
     if index.shape != (len(clean),):
         raise OptionError(f"groups must have shape ({len(clean)},), one for each pair, got {index.shape}")
@@ -158,49 +165,41 @@ def stack_pairs(
 def adversarial_paths(
     decoupler: PathDecoupler | Normalized,
     loader: Iterable[Any],
-    perturbation: Callable[..., Tensor],
+    attack: Attack | Callable[[Tensor, Tensor], Tensor],
     *,
-    epsilon: float | None = None,
-    lower_bound: float = 0.0,
-    upper_bound: float = 1.0,
     logits: bool = False,
     keep_images: bool = False,
     max_pairs: int | None = None,
     seed: int = 0,
     show_progress: bool = False,
-    **options: Any,
 ) -> PathPairs:
-    """Attack every image that the network sees right; keep the paths of those that were fooled, and of their twins.
+    """Attack every image that the network classifies right; keep the paths of those that were fooled and their twins.
 
     Source: "Interpretable neural network decoupling", section 4.4. Differs: only attacks that succeeded count, and
-    noise of the same size is there as a control.
+    noise of the same size is a control.
 
     Args:
         decoupler: The network that is attacked; in `Normalized` if it takes normalised images. In eval mode meanwhile.
         loader: Batches ``(images, labels)``: pixels ``(N, colours, H, W)`` in the bounds; read once.
-        perturbation: A `captum.robust.Perturbation`, or a function ``(images, labels) -> images``. Made on
+        attack: An `attacks.Attack`: ``Attack(PGD(decoupler, ...), epsilon=8 / 255)``. A `captum.robust.Perturbation` or
+            a function ``(images, labels) -> images`` stands for `Attack` of it, without an epsilon. Made on
             ``decoupler``, it is the attack on this network; made on another, it tests what transfers.
-        epsilon: The most that a pixel may change, in units of the pixels; given to the attack and checked. None: as
-            the attack was made.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
         logits: Keep the gates' logits.
         keep_images: Keep the images.
         max_pairs: Stop after the batch in which there are this many, and keep no more. None: all.
-        seed: Of the noise: every pixel changes by ``epsilon``, up or down at random; without it, or where it bounds
-            another norm than each pixel's change, the attack's own changes move to random places with random signs.
+        seed: Seed of the noise. Every pixel changes by the attack's ``epsilon``, up or down at random. Without an
+            epsilon, or where it bounds another norm than each pixel's change, the attack's own changes move to random
+            places with random signs.
         show_progress: A tqdm bar.
-        options: The attack's own arguments: ``step_num``, ``step_size``, ``norm``, ... Where Captum's PGD has no
-            defaults, 10 steps of ``2.5 * epsilon / 10`` are taken.
 
     Returns:
         `PathPairs`; without pairs, and with a warning, if the attack never succeeds.
 
     Raises:
-        OptionError: Images or attacked images outside the bounds or changed by more than ``epsilon``; an attack that is
-            none, or lacks an argument.
-        ShapeError, DeviceError, NonFiniteError: What the attack, or the loader, gives does not fit.
-        LabelError, EmptyLoaderError: No labels; no batch.
+        OptionError: Images or attacked images lie outside the bounds or changed by more than ``epsilon``; ``attack`` is
+            not an attack, or lacks an argument.
+        ShapeError, DeviceError, NonFiniteError: The attack or the loader gives something that does not fit.
+        LabelError, EmptyLoaderError: There are no labels, or no batch.
 
     Attacks take long: whatever ends the pass early, KeyboardInterrupt included, carries the pairs of the batches before
     it as ``error.partial_result``.
@@ -209,9 +208,9 @@ def adversarial_paths(
         >>> from captum.robust import FGSM
         >>> from captum_classfilters.assets import load_demo_network, load_images, paths_file
         >>> decoupler = PathDecoupler(load_demo_network(0, "decoupled")[0]).load(paths_file())
-        >>> attack = FGSM(decoupler, torch.nn.CrossEntropyLoss(reduction="none"), lower_bound=0, upper_bound=1)
-        >>> adversarial_paths(decoupler, load_images().batches(50)[:1], attack, epsilon=8 / 255)
-        PathPairs(26 of 48 attacked images fooled the network, 2 were seen wrong before)
+        >>> fgsm = FGSM(decoupler, torch.nn.CrossEntropyLoss(reduction="none"), lower_bound=0, upper_bound=1)
+        >>> adversarial_paths(decoupler, load_images().batches(50)[:1], Attack(fgsm, epsilon=8 / 255))
+        PathPairs(26 of 48 attacked images fooled the network, 2 were misclassified before)
     """
     network = unwrap(decoupler)
     inner = network.model if isinstance(network, Normalized) else network
@@ -221,38 +220,37 @@ def adversarial_paths(
         raise OptionError(f"max_pairs must be a whole number of at least 1 or None, got {max_pairs!r}")
     if not isinstance(loader, Iterable):
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
-    check_bounds(lower_bound, upper_bound)
-    attacked = unwrap(getattr(perturbation, "forward_func", None))
+    attack = attack if isinstance(attack, Attack) else Attack(attack)
+    attacked = unwrap(getattr(attack.perturbation, "forward_func", None))
     if isinstance(network, Normalized) and (attacked is inner or attacked is inner.model):
         raise OptionError(
-            "the attack was made on the network without Normalized, which takes other images; make it on it"
+            "the attack was made on the network without Normalized, which takes other images; make it on Normalized"
         )
-    attack = Attack(perturbation, epsilon, lower_bound, upper_bound, options)
     generator = torch.Generator().manual_seed(seed)
-    found: list[_Batch] = []
+    finished: list[_Batch] = []
     with borrowed(network, grad=True), tqdm(iter(loader), disable=not show_progress, desc="attack") as bar:
-        watch = _Watch(network, PathReader(inner, logits))
+        reader = _PixelReader(network, PathReader(inner, logits))
         try:
-            for batch in _attacked(watch, bar, attack, generator, keep_images):
-                found.append(batch)
-                kept = sum(len(each.clean) for each in found)
-                bar.set_postfix(pairs=kept, refresh=False)
-                if max_pairs is not None and kept >= max_pairs:
+            for batch in _attacked_batches(reader, bar, attack, generator, keep_images):
+                finished.append(batch)
+                count = sum(len(part.clean) for part in finished)
+                bar.set_postfix(pairs=count, refresh=False)
+                if max_pairs is not None and count >= max_pairs:
                     break
         except BaseException as error:
-            if found:
-                error.partial_result = _together(found)  # type: ignore[attr-defined]
+            if finished:
+                error.partial_result = _together(finished)  # type: ignore[attr-defined]
             raise
-    if not found:
+    if not finished:
         raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
-    pairs = _together(found)
+    pairs = _together(finished)
     if not len(pairs):
         warn(_in_vain(pairs, attack), AttackFailedWarning, stacklevel=2)
-    return pairs if max_pairs is None or len(pairs) <= max_pairs else _first(pairs, max_pairs, found)
+    return pairs if max_pairs is None or len(pairs) <= max_pairs else _first(pairs, max_pairs, finished)
 
 
-class _Watch(NamedTuple):
-    """A network of pixels, and what reads its paths."""
+class _PixelReader(NamedTuple):
+    """Reads paths of pixels, which it normalises first where the network takes normalised images."""
 
     network: Any
     reader: PathReader
@@ -267,41 +265,41 @@ class _Batch(NamedTuple):
     adversarial: Paths
     noise: Paths
     misclassified: Paths
-    which: Tensor
-    attacked: Tensor
-    images: tuple[Tensor, ...]  # clean, attacked, with noise; none where they are not to be kept
+    pair_index: Tensor  # of the pairs, among the images of the loader
+    attacked: Tensor  # the same of all images that were attacked
+    images: tuple[Tensor, ...]  # clean, attacked, with noise; empty where they are not to be kept
 
 
-def _attacked(
-    watch: _Watch, loader: Iterable[Any], attack: Attack, generator: torch.Generator, keep_images: bool
+def _attacked_batches(
+    reader: _PixelReader, loader: Iterable[Any], attack: Attack, generator: torch.Generator, keep_images: bool
 ) -> Iterator[_Batch]:
     first = 0
     for number, raw in enumerate(loader):
         inputs, labels = unpack(raw, True, number)
-        images = watch.reader.place(inputs)[0]
-        check_images(images, *attack.bounds, what=f"images of batch {number}")
+        images = reader.reader.place(inputs)[0]
+        check_images(images, attack.bounds, what=f"images of batch {number}")
         if not len(images):
             continue
         labels = check_labels(labels, len(images), number)
-        seen = watch.paths(images, labels, number)
-        right = torch.eq(seen.predictions, labels.cpu())
-        images, chosen, clean = images[right], labels[right].to(images.device), seen[right]
-        changed = attack(images, chosen) if len(images) else images
-        after = watch.paths(changed, chosen, number) if len(images) else clean
-        fooled = torch.ne(after.predictions, chosen.cpu())
-        images, changed, chosen = images[fooled], changed[fooled], chosen[fooled]
+        before = reader.paths(images, labels, number)
+        right = torch.eq(before.predictions, labels.cpu())
+        images, classes, clean = images[right], labels[right].to(images.device), before[right]
+        changed = attack(images, classes) if len(images) else images
+        after = reader.paths(changed, classes, number) if len(images) else clean
+        fooled = torch.ne(after.predictions, classes.cpu())
+        images, changed, classes = images[fooled], changed[fooled], classes[fooled]
         noisy = _noisy(images, changed, attack, generator)
-        noise = watch.paths(noisy, chosen, number) if len(noisy) else after[fooled]
+        noise = reader.paths(noisy, classes, number) if len(noisy) else after[fooled]
         attacked = first + right.nonzero()[:, 0]
         first += len(right)
         yield _Batch(
-            clean[fooled],
-            after[fooled],
-            noise,
-            seen[~right],
-            attacked[fooled],
-            attacked,
-            (images.cpu(), changed.cpu(), noisy.cpu()) if keep_images else (),
+            clean=clean[fooled],
+            adversarial=after[fooled],
+            noise=noise,
+            misclassified=before[~right],
+            pair_index=attacked[fooled],
+            attacked=attacked,
+            images=(images.cpu(), changed.cpu(), noisy.cpu()) if keep_images else (),
         )
 
 
@@ -320,23 +318,25 @@ def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Gen
     return noisy
 
 
-def _together(found: list[_Batch]) -> PathPairs:
-    clean, adversarial, noise, misclassified, which, attacked, images = zip(*found, strict=True)
-    kept: Any = [torch.cat(kind) for kind in zip(*images, strict=True)]  # none where none are kept
+def _together(batches: list[_Batch]) -> PathPairs:
+    clean, adversarial, noise, misclassified, index, attacked, images = zip(*batches, strict=True)
+    kept: Any = [torch.cat(kind) for kind in zip(*images, strict=True)]  # empty where no images are kept
     return PathPairs(
         Paths.merge(*clean), Paths.merge(*adversarial), Paths.merge(*noise), Paths.merge(*misclassified),
-        torch.cat(which), sum(map(len, attacked)), sum(map(len, which)), *kept,
+        torch.cat(index), sum(map(len, attacked)), sum(map(len, index)), *kept,
     )  # fmt: skip
 
 
-def _first(pairs: PathPairs, count: int, found: list[_Batch]) -> PathPairs:
-    """As if the pass had ended with the image of the last of them, so that the share of successes stays true."""
+def _first(pairs: PathPairs, count: int, batches: list[_Batch]) -> PathPairs:
+    """The pairs as if the pass had ended with the image of the last of them: the share of successes stays true."""
     last = pairs.index[count - 1]
-    tried = sum(int((batch.attacked <= last).sum()) for batch in found)
+    tried = sum(int((batch.attacked <= last).sum()) for batch in batches)
     return replace(pairs[:count], tried=tried, succeeded=count)
 
 
 def _in_vain(pairs: PathPairs, attack: Attack) -> str:
     if not pairs.tried:
-        return "the network sees none of these images right, so none was attacked; look at its labels and its images"
+        return (
+            "the network classifies none of these images right, so none was attacked; look at its labels and its images"
+        )
     return f"{attack.name} fooled the network on none of {pairs.tried} images; raise epsilon or its steps"

@@ -10,13 +10,13 @@ from captum.robust import Perturbation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters.attacks.oracle import Oracle, check_bounds, check_count, check_images, in_top
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
 from captum_classfilters.core.stream import check_labels, check_range, unpack
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import mean_interval, wilson
 
-_COLUMNS = ["model", "attack", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
+_COLUMNS = ["model", "attack", "control", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
 
 
 def attack_success(
@@ -24,15 +24,14 @@ def attack_success(
     loader: Iterable[Any],
     attacks: Mapping[str, Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]],
     *,
-    lower_bound: float = 0.0,
-    upper_bound: float = 1.0,
+    bounds: Bounds = (0.0, 1.0),
     max_images: int | None = None,
     batch_size: int = 64,
     draws: int = 5,
     seed: int = 0,
     show_progress: bool = False,
 ) -> pd.DataFrame:
-    """Share of images on which each attack changes what each network sees, against as many random pixels.
+    """Share of images on which each attack changes the predicted class of each network, against as many random pixels.
 
     Source: "Training interpretable CNNs towards class-specific filters", table 3. Differs: only images that all
     networks classify right are attacked, the same ones for all; with intervals and a control.
@@ -40,32 +39,33 @@ def attack_success(
     Args:
         models: Networks by name, images to logits; borrowed.
         loader: Batches ``(images, labels)``, images ``(N, colours, H, W)`` in the bounds. Those that are attacked are
-            kept in memory. Shuffle it, or ``max_images`` takes the first.
-        attacks: By name, what makes the attack of a network: its result takes ``(images, labels)`` and returns images
-            of the same shape, as a `captum.robust.Perturbation` does. What is not changed or not fooled is a failure.
-            It runs in eval mode, with gradients if it wants them. Made anew for each network: seed it in there.
-        lower_bound: Smallest value of a pixel.
-        upper_bound: Largest value of a pixel.
+            kept in memory. ``max_images`` takes the first: shuffle the loader if its order matters.
+        attacks: Functions by name, from a network to its attack: ``lambda model: LocalSearch(model)``. An attack takes
+            ``(images, labels)`` and returns images of the same shape, as `attacks.Attack` and a
+            `captum.robust.Perturbation` do; an image that is unchanged or not fooled is a failure. It runs in eval
+            mode, with gradients if it wants them. It is made anew for each network: seed it in the function.
+        bounds: Smallest and largest value of a pixel.
         max_images: Attack this many; the loader is read no further. None: all.
         batch_size: Images given to an attack at once.
         draws: Random sets of pixels for the control, at least 5.
-        seed: Of these.
+        seed: Seed of these draws.
         show_progress: A tqdm bar.
 
     Returns:
-        One row for each network and attack, and below it ``"random (<attack>)"``: as many random pixels of each image,
-        set to random extremes of colour, as the attack changed (the median of its successes on this network; 1 if it
-        had none). ``tried`` images (of the control: times draws); ``succeeded``; ``success``, the share; ``low``,
-        ``high``: Wilson 95 % interval, for the control Student-t over draws; of the successes, ``pixels``: mean number
-        of places that were changed, ``l2``: mean Euclidean length of the change; NaN where there are none.
+        One row for each network and attack, and below it its control, ``"random (<attack>)"`` with ``control=True``: as
+        many random pixels of each image, set to random extremes of colour, as the attack changed (the median of its
+        successes on this network; 1 if it had none). ``tried`` images (for the control: times draws); ``succeeded``;
+        ``success``, the share; ``low``, ``high``: Wilson 95 % interval, for the control Student-t over draws. Over the
+        successes, ``pixels``: mean number of places that were changed, ``l2``: mean Euclidean length of the change; NaN
+        where there are none.
 
     Raises:
-        OptionError: Nothing to compare, a name that is taken, an option or a pixel out of range, no image that all
-            networks classify right.
-        ShapeError: Not images, or an attack that changed their shape.
-        LabelError, EmptyLoaderError: Labels that do not fit; a loader without batches.
+        OptionError: There is nothing to compare, a name is taken, an option or a pixel is out of range, or no image is
+            classified right by all networks.
+        ShapeError: The loader does not give images, or an attack changed their shape.
+        LabelError, EmptyLoaderError: The labels do not fit; the loader is empty.
     """
-    check_bounds(lower_bound, upper_bound)
+    bounds = check_bounds(bounds)
     check_draws(draws)
     check_count(batch_size, "batch_size")
     if max_images is not None:
@@ -78,9 +78,8 @@ def attack_success(
         if isinstance(attack, Perturbation):
             kind = type(attack).__name__
             raise OptionError(
-                f"attack {name!r} is one on a single network; pass what makes it for each: lambda model: {kind}(model)"
+                f"attack {name!r} is made on one network; pass what makes it for each: lambda model: {kind}(model)"
             )
-    bounds = (lower_bound, upper_bound)
     oracles = {name: Oracle(model, batch_size) for name, model in models.items()}
     images, labels = _all_right(oracles, loader, bounds, max_images)
     rows = []
@@ -88,9 +87,10 @@ def attack_success(
         for name, oracle in oracles.items():
             for title, make in attacks.items():
                 with oracle.open(grad=True):
-                    found = _attacked(oracle, make(models[name]), title, images, labels, bounds, batch_size)
-                rows.append([name, title, *_row(found, *map(float, wilson(found.fooled.sum(), len(images))))])
-                count = _typical(found)
+                    outcome = _attacked(oracle, make(models[name]), title, images, labels, bounds, batch_size)
+                interval = map(float, wilson(outcome.fooled.sum(), len(images)))
+                rows.append([name, title, False, *_row(outcome, *interval)])
+                count = _typical(outcome)
                 with oracle.open():
                     parts = [
                         _measured(oracle, images, _random_pixels(images, count, bounds, generator), labels)
@@ -98,40 +98,40 @@ def attack_success(
                         for _ in range(draws)
                     ]
                 _, low, high = mean_interval([part.fooled.mean() for part in parts])
-                together = _Found(*map(np.concatenate, zip(*parts, strict=True)))
-                rows.append([name, controls[title], *_row(together, float(low), float(high))])
+                together = _Outcome(*map(np.concatenate, zip(*parts, strict=True)))
+                rows.append([name, controls[title], True, *_row(together, float(low), float(high))])
                 bar.update()
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-class _Found(NamedTuple):
-    """For each image: is the network fooled, how many places differ, and how far."""
+class _Outcome(NamedTuple):
+    """For each image: whether the network is fooled, how many places differ, and how far."""
 
     fooled: Any
     pixels: Any
     l2: Any
 
 
-def _check_names(given: Any, what: str) -> list[str]:
-    if not isinstance(given, Mapping) or not given or not all(map(callable, given.values())):
-        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+def _check_names(functions: Any, what: str) -> list[str]:
+    if not isinstance(functions, Mapping) or not functions or not all(map(callable, functions.values())):
+        got = list(functions) if isinstance(functions, Mapping) else type(functions).__name__
         raise OptionError(f"{what} must be at least one function by name, {{name: ...}}; got {got}")
-    return list(given)
+    return list(functions)
 
 
 def _all_right(
-    oracles: Mapping[str, Oracle], loader: Iterable[Any], bounds: tuple[float, float], most: int | None
+    oracles: Mapping[str, Oracle], loader: Iterable[Any], bounds: Bounds, most: int | None
 ) -> tuple[Tensor, Tensor]:
     """The images that every network classifies as their label, in the order of the loader."""
     images, labels, seen = [], [], 0
     hits = dict.fromkeys(oracles, 0)
     for index, raw in enumerate(loader):
-        inputs, given = unpack(raw, True, index)
+        inputs, targets = unpack(raw, True, index)
         some = inputs[0]
         if len(inputs) > 1:
-            raise ShapeError(f"batch {index} has {len(inputs)} inputs; an attack changes one tensor of images")
-        check_images(some, *bounds, f"images of batch {index}")
-        wanted = check_labels(given, len(some), index).to(some.device)
+            raise ShapeError(f"batch {index} has {len(inputs)} inputs, expected 1, as an attack changes one tensor")
+        check_images(some, bounds, f"images of batch {index}")
+        wanted = check_labels(targets, len(some), index).to(some.device)
         if not len(some):
             continue
         everyone = torch.ones_like(wanted, dtype=torch.bool)
@@ -161,8 +161,8 @@ def _all_right(
 
 
 def _attacked(
-    oracle: Oracle, attack: Any, title: str, images: Tensor, labels: Tensor, bounds: tuple[float, float], size: int
-) -> _Found:
+    oracle: Oracle, attack: Any, title: str, images: Tensor, labels: Tensor, bounds: Bounds, size: int
+) -> _Outcome:
     if not callable(attack):
         raise OptionError(f"attack {title!r} must be made by a function from a network to a Perturbation, got {attack}")
     parts = []
@@ -174,25 +174,25 @@ def _attacked(
         if not isinstance(changed, Tensor) or changed.shape != some.shape:
             got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise ShapeError(f"attack {title!r} must return images of shape {tuple(some.shape)}, got {got}")
-        check_images(changed, *bounds, f"images of attack {title!r}")
+        check_images(changed, bounds, f"images of attack {title!r}")
         with torch.no_grad():
             parts.append(_measured(oracle, placed, changed.detach(), wanted))
-    return _Found(*map(np.concatenate, zip(*parts, strict=True)))
+    return _Outcome(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _measured(oracle: Oracle, images: Tensor, changed: Tensor, labels: Tensor) -> _Found:
+def _measured(oracle: Oracle, images: Tensor, changed: Tensor, labels: Tensor) -> _Outcome:
     fooled = ~in_top(oracle.logits(changed), labels.to(changed.device))
     pixels = (changed != images).any(1).flatten(1).sum(1)
     l2 = (changed.double() - images.double()).flatten(1).norm(dim=1)
-    return _Found(*(values.cpu().numpy() for values in (fooled, pixels, l2)))
+    return _Outcome(*(values.cpu().numpy() for values in (fooled, pixels, l2)))
 
 
-def _typical(found: _Found) -> int:
-    """Pixels that a success took, in the middle; an attack may also succeed where rounding hides what it changed."""
-    return max(1, round(float(np.median(found.pixels[found.fooled])))) if found.fooled.any() else 1
+def _typical(outcome: _Outcome) -> int:
+    """Median number of pixels of a success; at least 1, as an attack may succeed by changes that rounding hides."""
+    return max(1, round(float(np.median(outcome.pixels[outcome.fooled])))) if outcome.fooled.any() else 1
 
 
-def _random_pixels(images: Tensor, count: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+def _random_pixels(images: Tensor, count: int, bounds: Bounds, generator: torch.Generator) -> Tensor:
     """``count`` places of each image, each colour there at one bound or the other."""
     shape, places = images.shape, images[0, 0].numel()
     chance = torch.rand(len(images), places, generator=generator)
@@ -202,7 +202,8 @@ def _random_pixels(images: Tensor, count: int, bounds: tuple[float, float], gene
     return torch.where(chosen.view(len(images), 1, *shape[2:]).to(images.device), extreme, images)
 
 
-def _row(found: _Found, low: float, high: float) -> list[Any]:
-    tried, succeeded = len(found.fooled), int(found.fooled.sum())
-    of_successes = [float(values[found.fooled].mean()) if succeeded else np.nan for values in (found.pixels, found.l2)]
+def _row(outcome: _Outcome, low: float, high: float) -> list[Any]:
+    fooled = outcome.fooled
+    tried, succeeded = len(fooled), int(fooled.sum())
+    of_successes = [float(values[fooled].mean()) if succeeded else np.nan for values in (outcome.pixels, outcome.l2)]
     return [tried, succeeded, succeeded / tried, low, high, *of_successes]

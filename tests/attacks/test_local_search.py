@@ -5,7 +5,7 @@ import torch
 from contract import Snapshot
 from torch import nn
 
-from captum_classfilters.attacks import LocalSearch
+from captum_classfilters.attacks import LocalSearch, SearchSettings
 from captum_classfilters.attacks.local_search import cyclic, pert
 from captum_classfilters.attacks.oracle import check_images, in_top
 from captum_classfilters.core.errors import LabelError, OptionError, ShapeError
@@ -95,11 +95,11 @@ def plain_search(model, image, label, candidates, *, p, r, d, t, rounds, rest, k
 def test_it_is_the_papers_algorithm(k, colours, rest, seed):
     model = wavering(colours, seed).double()
     images, labels = undecided(model, colours, dtype=torch.float64)
-    options = {"rounds": 12, "rest": rest, "k": k}
+    options = {"rounds": 12, "k": k}
     model.train()
-    attack = LocalSearch(
-        model, pert=2.0, radius=1, pixels=3, batch_size=7, generator=torch.Generator().manual_seed(5), **options
-    )
+    settings = SearchSettings(pert=2.0, radius=1, pixels=3, rest=rest)
+    generator = torch.Generator().manual_seed(5)
+    attack = LocalSearch(model, settings=settings, batch_size=7, generator=generator, **options)
     found = attack(images, labels)
     model.eval()
     start = torch.rand(8, 80, generator=torch.Generator().manual_seed(5), dtype=torch.float64).argsort(1)[:, -8:]
@@ -107,7 +107,9 @@ def test_it_is_the_papers_algorithm(k, colours, rest, seed):
     for image, label, places, got in zip(images, labels.tolist(), start.tolist(), found, strict=True):
         candidates = {divmod(place, 10) for place in places}
         with torch.no_grad():
-            expected, rounds = plain_search(model, image - 0.5, label, candidates, p=2.0, r=1.5, d=1, t=3, **options)
+            expected, rounds = plain_search(
+                model, image - 0.5, label, candidates, p=2.0, r=1.5, d=1, t=3, rest=rest, **options
+            )
         ends.append(None if expected is None else rounds)
         torch.testing.assert_close(got, image if expected is None else expected + 0.5, rtol=0, atol=1e-12)
     # the case holds what is to be compared: failures, and a search longer than a pixel's rest
@@ -136,7 +138,7 @@ def test_it_walks_to_the_one_pixel_that_counts(colours, device):
     model = Weighing(9, 2).to(device)
     images = torch.full((4, colours, 12, 12), 0.3, device=device)
     labels = torch.zeros(4, dtype=torch.int64)
-    found = LocalSearch(model, radius=5, rounds=40)(images, labels)
+    found = LocalSearch(model, settings=SearchSettings(radius=5), rounds=40)(images, labels)
     assert found.device == images.device
     # 0.2 below the middle, times 3/2
     torch.testing.assert_close(found[:, :, 9, 2], torch.full((4, colours), 0.2, device=device))
@@ -168,7 +170,7 @@ def test_only_so_many_candidates_are_asked_for():
     LocalSearch(network, rounds=4, candidates=12)(image, torch.tensor([0]))
     assert asked == [1, *[12, 1] * 4]
     asked.clear()
-    LocalSearch(network, rounds=2, radius=1, pixels=1)(image, torch.tensor([0]))
+    LocalSearch(network, rounds=2, settings=SearchSettings(radius=1, pixels=1))(image, torch.tensor([0]))
     assert asked[:3] == [1, 40, 1]
     assert 3 <= asked[3] <= 8
 
@@ -188,9 +190,9 @@ def test_a_changed_pixel_rests_until_all_do():
 def test_the_range_of_the_images_makes_no_difference():
     model = wavering(3)
     images, labels = undecided(model, 3)
-    options = {"rounds": 6, "pert": 3.0}
+    options = {"rounds": 6, "settings": SearchSettings(pert=3.0)}
     expected = LocalSearch(model, **options)(images, labels)
-    wide = LocalSearch(lambda x: model((x + 2) / 5), -2.0, 3.0, **options)(images * 5 - 2, labels)
+    wide = LocalSearch(lambda x: model((x + 2) / 5), (-2.0, 3.0), **options)(images * 5 - 2, labels)
     assert not torch.equal(expected, images)
     torch.testing.assert_close((wide + 2) / 5, expected, atol=1e-5, rtol=0)
     assert wide.min() >= -2
@@ -202,7 +204,7 @@ def test_the_same_generator_gives_the_same_images_and_only_it_is_used():
     images, labels = undecided(model, 3)
 
     def found(**options):
-        return LocalSearch(model, rounds=4, pert=3.0, candidates=20, **options)(images, labels)
+        return LocalSearch(model, rounds=4, settings=SearchSettings(pert=3.0), candidates=20, **options)(images, labels)
 
     first = found(generator=torch.Generator().manual_seed(3))
     assert torch.equal(found(generator=torch.Generator().manual_seed(3), batch_size=11), first)
@@ -232,7 +234,7 @@ def test_the_model_and_the_images_are_given_back(small_cnn):
 def test_it_refuses_what_it_cannot_attack():
     images, labels = torch.zeros(2, 1, 6, 6), torch.tensor([1, 1])
     attack = LocalSearch(Weighing(0, 0))
-    with pytest.raises(OptionError, match=r"images must lie in \[0.0, 1.0\], got values from 0 to 1.5; pass lower"):
+    with pytest.raises(OptionError, match=r"images must lie in \[0.0, 1.0\], got values from 0 to 1.5; pass bounds="):
         attack(images.index_fill(3, torch.tensor([2]), 1.5), labels)
     with pytest.raises(OptionError, match="got values from nan"):
         attack(images * torch.nan, labels)
@@ -254,19 +256,37 @@ def test_it_refuses_what_it_cannot_attack():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lower_bound": 1.0}, "lower_bound must be smaller"),
-        ({"pixels": 0}, "pixels must be a whole number of at least 1, got 0"),
+        ({"bounds": (1.0, 1.0)}, r"bounds must be \(smallest, largest\) .* got \(1.0, 1.0\)"),
+        ({"bounds": (0.0, float("nan"))}, "the first below the second, got"),
+        ({"bounds": 1.0}, r"bounds must be the smallest and the largest value of a pixel, as \(0.0, 1.0\), got 1.0"),
+        ({"bounds": (0.0, 0.5, 1.0)}, "bounds must be the smallest and the largest"),
         ({"rounds": 2.5}, "rounds must be a whole number"),
-        ({"radius": -1}, "radius must be a whole number of at least 0"),
         ({"candidates": 0}, "candidates must be"),
-        ({"cyclic": 2.1}, r"cyclic must lie in \[0, 2\]"),
-        ({"pert": 0.0}, "pert must be a positive number"),
+        ({"settings": {"pert": 1.0}}, r"settings must be SearchSettings\(...\), got dict"),
     ],
 )
 def test_it_refuses_options_out_of_range(options, message):
     with pytest.raises(OptionError, match=message):
         LocalSearch(Constant(), **options)
-    with pytest.raises(OptionError, match="the model must be"):
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pixels": 0}, "pixels must be a whole number of at least 1, got 0"),
+        ({"radius": -1}, "radius must be a whole number of at least 0"),
+        ({"rest": -1}, "rest must be a whole number of at least 0"),
+        ({"cyclic": 2.1}, r"cyclic must lie in \[0, 2\]"),
+        ({"pert": 0.0}, "pert must be a positive number"),
+    ],
+)
+def test_it_refuses_settings_out_of_range(settings, message):
+    with pytest.raises(OptionError, match=message):
+        SearchSettings(**settings)
+
+
+def test_it_refuses_what_is_not_a_network():
+    with pytest.raises(OptionError, match="or a function, got str"):
         LocalSearch("model")(torch.zeros(1, 1, 2, 2), torch.tensor([0]))
 
 
@@ -276,6 +296,6 @@ def test_it_refuses_options_out_of_range(options, message):
 )
 def test_rounding_to_the_images_dtype_is_not_out_of_range(dtype, bounds):
     images = torch.tensor(bounds).to(dtype).reshape(1, 1, 1, 2)
-    check_images(images, *bounds)
+    check_images(images, bounds)
     with pytest.raises(OptionError, match="must lie in"):
-        check_images(images * 1.05 + 0.05, *bounds)
+        check_images(images * 1.05 + 0.05, bounds)

@@ -61,7 +61,7 @@ def test_images_in_another_range():
     model = Spot()
     images = dark_images(2, 3)
     expected = OnePixel(model, max_iter=20)(images, torch.tensor([0, 0]))
-    attack = OnePixel(lambda x: model.eval()((x + 1) / 4), -1.0, 3.0, max_iter=20)
+    attack = OnePixel(lambda x: model.eval()((x + 1) / 4), (-1.0, 3.0), max_iter=20)
     found = attack(images * 4 - 1, torch.tensor([0, 0]))
     assert changed_places(found, images * 4 - 1) == [1, 1]
     torch.testing.assert_close((found + 1) / 4, expected, rtol=0, atol=1e-6)
@@ -79,7 +79,7 @@ def test_what_is_not_fooled_comes_back_as_it_was():
 
 def test_what_only_arts_copy_is_fooled_by_is_no_success(monkeypatch):
     images = dark_images(1, 1)
-    monkeypatch.setattr(OnePixel, "_found", lambda self, attack, image, index: image * 0.5)
+    monkeypatch.setattr(OnePixel, "_attacked", lambda self, attack, image, index: image * 0.5)
     assert torch.equal(OnePixel(Spot())(images, torch.tensor([0])), images)
 
 
@@ -143,7 +143,7 @@ def test_the_model_is_given_back(error):
 
 def test_it_refuses_what_it_cannot_attack():
     images, labels = dark_images(2, 1), torch.tensor([0, 0])
-    with pytest.raises(OptionError, match=r"images must lie in \[0.0, 1.0\], got values from .*; pass lower_bound="):
+    with pytest.raises(OptionError, match=r"images must lie in \[0.0, 1.0\], got values from .*; pass bounds="):
         OnePixel(Spot())(images - 0.5, labels)
     with pytest.raises(ShapeError, match="images must be floats"):
         OnePixel(Spot())(images.byte(), labels)

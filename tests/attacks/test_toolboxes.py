@@ -146,8 +146,8 @@ def test_other_bounds(bounds):
     images = pixels() * (bounds[1] - bounds[0]) + bounds[0]
     labels = seen(model, images)
     for found in (
-        ARTAttack(model, "FastGradientMethod", *bounds, num_classes=4, eps=0.3)(images, labels),
-        FoolboxAttack(model, fast(), *bounds)(images, labels, 0.3),
+        ARTAttack(model, "FastGradientMethod", bounds, num_classes=4, eps=0.3)(images, labels),
+        FoolboxAttack(model, fast(), bounds)(images, labels, 0.3),
     ):
         torch.testing.assert_close(found.aminmax(), bounds_of(bounds))
         assert (found - images).abs().max() == pytest.approx(0.3, rel=1e-4)
@@ -259,7 +259,7 @@ def test_no_images_are_no_error_and_bad_ones_are_refused(attack):
         ("FastGradientMethod", {"steps": 3}, r"FastGradientMethod has no option 'steps'; it has \['norm', 'eps'"),
         ("FastGradientMethod", {"num_classes": 1}, "num_classes must be a whole number of at least 2, got 1"),
         ("FastGradientMethod", {"seed": -1}, "seed must be a whole number of at least 0"),
-        ("FastGradientMethod", {"upper_bound": 0.0}, "lower_bound must be smaller"),
+        ("FastGradientMethod", {"bounds": (0.0, 0.0)}, "the first below the second, got"),
     ],
 )
 def test_art_refuses(attack, options, message):
@@ -277,8 +277,8 @@ def test_art_refuses_another_number_of_classes():
 def test_foolbox_refuses(attack):
     with pytest.raises(OptionError, match=r"attack must be one of foolbox.attacks, made, as LinfPGD\(\), got"):
         FoolboxAttack(network(), attack)
-    with pytest.raises(OptionError, match="lower_bound must be smaller"):
-        FoolboxAttack(network(), fast(), 1.0, 1.0)
+    with pytest.raises(OptionError, match="the first below the second, got"):
+        FoolboxAttack(network(), fast(), (1.0, 1.0))
     with pytest.raises(OptionError, match="LinfFastGradientAttack needs to know how large a change may be; pass eps"):
         FoolboxAttack(network(), fast())(pixels(2), torch.tensor([0, 1]))
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from captum_classfilters.core import errors
-from captum_classfilters.detection import PathOutlierDetector, false_positive_interval, p_values
-from captum_classfilters.detection.conformal import Calibrated, check_enough
+from captum_classfilters.detection import PathOutlierDetector
+from captum_classfilters.detection.conformal import Calibrated, check_enough, false_positive_interval, p_values
 
 # few values: many are equal
 SCORES = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.1, 0.5, 3.0, 1e9]), max_size=25)

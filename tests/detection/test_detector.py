@@ -20,7 +20,8 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from captum_classfilters.core import errors
-from captum_classfilters.detection import ClassProfiles, PathDetector, stack_pairs
+from captum_classfilters.detection import ClassProfiles, PathDetector
+from captum_classfilters.detection.pairs import stack_pairs
 
 
 def small_forest(**options):
@@ -292,17 +293,17 @@ def test_features_that_are_not_there_are_refused(pairs, profiles):
     X, y, _ = pairs
     for features in ("logits", "profiles", ("bits", "logits")):
         detector = PathDetector(small_forest(), features=features, profiles=profiles)
-        with pytest.raises(errors.OptionError, match=r"features=.* are read off Paths; got"):
+        with pytest.raises(errors.OptionError, match=r"features=.* are read off Paths, got .*; pass Paths"):
             detector.fit(X.bits(), y)
         with pytest.raises(errors.OptionError, match=r"this detector reads \(.*\) off Paths, got ndarray"):
             detector.fit(X, y).predict(np.asarray(X))
     plain = replace(X, logits=None)
-    with pytest.raises(errors.OptionError, match="need the gates' logits; collect paths with logits=True"):
+    with pytest.raises(errors.OptionError, match="needs the gates' logits; collect paths with logits=True"):
         PathDetector(features="logits").fit(plain, y)
-    with pytest.raises(errors.OptionError, match="need the gates' logits"):
+    with pytest.raises(errors.OptionError, match="needs the gates' logits"):
         PathDetector(small_forest(), features="logits").fit(X, y).predict(plain)
     for given in (None, plain):
-        with pytest.raises(errors.OptionError, match="need the profiles of clean images, best of many others"):
+        with pytest.raises(errors.OptionError, match="needs the profiles of clean images, best of many others"):
             PathDetector(features="profiles", profiles=given).fit(X, y)
 
 

@@ -11,10 +11,11 @@ from contract import Snapshot
 from examples import attack_on, decoupler_of, inverted, planted, tints
 from torch import nn
 
-from captum_classfilters.attacks import Normalized
+from captum_classfilters.attacks import Attack, Normalized
 from captum_classfilters.core import errors
 from captum_classfilters.decoupling import Paths
-from captum_classfilters.detection import PathPairs, adversarial_paths, stack_pairs
+from captum_classfilters.detection import PathPairs, adversarial_paths
+from captum_classfilters.detection.pairs import stack_pairs
 
 EPSILON = 0.1
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,7 +50,7 @@ def same(first, second):
 
 
 def test_those_that_were_right_and_then_fooled_are_kept_and_no_others(decoupler, data):
-    pairs = adversarial_paths(decoupler, cut(*data), attack_on(decoupler), epsilon=EPSILON, keep_images=True)
+    pairs = adversarial_paths(decoupler, cut(*data), Attack(attack_on(decoupler), epsilon=EPSILON), keep_images=True)
     right, fooled, wrong = [], [], []
     for number, (image, label) in enumerate(zip(*data, strict=True)):
         said, bits = one_by_one(decoupler, image)
@@ -76,15 +77,17 @@ def test_those_that_were_right_and_then_fooled_are_kept_and_no_others(decoupler,
     counts = (len(pairs), pairs.succeeded, pairs.tried, pairs.dropped, len(pairs.misclassified))
     assert counts == (len(index), len(index), 32, 32 - len(index), 8)
     assert pairs.success == len(index) / 32
-    assert repr(pairs) == f"PathPairs({len(index)} of 32 attacked images fooled the network, 8 were seen wrong before)"
+    assert (
+        repr(pairs) == f"PathPairs({len(index)} of 32 attacked images fooled the network, 8 were misclassified before)"
+    )
 
 
 def test_batches_do_not_matter(decoupler, data):
-    whole = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=EPSILON)
+    whole = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=EPSILON))
     images, labels = data
     wrong_alone = [(images[:1], labels[:1]), (images[1:1], labels[1:1]), *cut(images[1:], labels[1:], 6)]
     for loader in (cut(*data, size=7), iter(wrong_alone), [{"image": x, "label": y} for x, y in cut(*data)]):
-        found = adversarial_paths(decoupler, loader, attack_on(decoupler), epsilon=EPSILON)
+        found = adversarial_paths(decoupler, loader, Attack(attack_on(decoupler), epsilon=EPSILON))
         assert torch.equal(found.index, whole.index)
         assert torch.equal(found.adversarial.bits(), whole.adversarial.bits())
         assert torch.equal(found.misclassified.bits(), whole.misclassified.bits())
@@ -92,9 +95,11 @@ def test_batches_do_not_matter(decoupler, data):
 
 
 def test_max_pairs_stops_reading(decoupler, data):
-    everything = adversarial_paths(decoupler, cut(*data, 5), attack_on(decoupler), epsilon=EPSILON)
+    everything = adversarial_paths(decoupler, cut(*data, 5), Attack(attack_on(decoupler), epsilon=EPSILON))
     loader = iter(cut(*data, 5))
-    found = adversarial_paths(decoupler, loader, attack_on(decoupler), epsilon=EPSILON, max_pairs=3, keep_images=True)
+    found = adversarial_paths(
+        decoupler, loader, Attack(attack_on(decoupler), epsilon=EPSILON), max_pairs=3, keep_images=True
+    )
     assert len(found) == len(found.noise) == len(found.images) == len(found.adversarial_images) == 3
     assert torch.equal(found.index, everything.index[:3])
     # the share of successes is that up to the last pair
@@ -105,7 +110,7 @@ def test_max_pairs_stops_reading(decoupler, data):
 
 
 def test_rows_of_pairs(decoupler, data):
-    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=EPSILON, keep_images=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=EPSILON), keep_images=True)
     some = pairs[torch.tensor([4, 1])]
     assert some.index.tolist() == [pairs.index[4], pairs.index[1]]
     assert torch.equal(some.noise.bits(), pairs.noise.bits()[[4, 1]])
@@ -116,10 +121,10 @@ def test_rows_of_pairs(decoupler, data):
 
 
 def test_logits_are_kept_where_asked_for(decoupler, data):
-    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=EPSILON, logits=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=EPSILON), logits=True)
     for part in (pairs.clean, pairs.adversarial, pairs.noise, pairs.misclassified):
         assert torch.equal(part.logits > 0, part.bits())
-    assert adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=EPSILON).clean.logits is None
+    assert adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=EPSILON)).clean.logits is None
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def test_logits_are_kept_where_asked_for(decoupler, data):
 
 def test_noise_is_epsilon_up_or_down_for_every_pixel(decoupler, data):
     attack = attack_on(decoupler)
-    pairs = adversarial_paths(decoupler, [data], attack, epsilon=EPSILON, keep_images=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack, epsilon=EPSILON), keep_images=True)
     noisy = pairs.noise_images
     assert torch.equal(pairs.noise.bits(), torch.cat(decoupler.gates(noisy)[1], 1).bool())
     change = noisy - pairs.images
@@ -136,14 +141,16 @@ def test_noise_is_epsilon_up_or_down_for_every_pixel(decoupler, data):
     assert 0.45 < (change[inside] > 0).double().mean() < 0.55
     assert noisy.min() >= 0
     assert noisy.max() <= 1
-    again, other = (adversarial_paths(decoupler, [data], attack, epsilon=EPSILON, seed=seed).noise for seed in (0, 1))
+    again, other = (
+        adversarial_paths(decoupler, [data], Attack(attack, epsilon=EPSILON), seed=seed).noise for seed in (0, 1)
+    )
     assert torch.equal(again.bits(), pairs.noise.bits())
     assert not torch.equal(other.bits(), again.bits())
 
 
 def test_where_epsilon_bounds_the_length_of_the_change_noise_is_as_long(decoupler, data):
     attack = PGD(decoupler, nn.CrossEntropyLoss(reduction="none"), 0, 1)
-    pairs = adversarial_paths(decoupler, [data], attack, epsilon=1.0, norm="L2", keep_images=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack, epsilon=1.0, norm="L2"), keep_images=True)
     assert len(pairs) > 3
     lengths = (pairs.adversarial_images - pairs.images).flatten(1).norm(dim=1)
     noise = (pairs.noise_images - pairs.images).flatten(1).norm(dim=1)
@@ -152,7 +159,7 @@ def test_where_epsilon_bounds_the_length_of_the_change_noise_is_as_long(decouple
 
 
 def test_pairs_that_were_picked_keep_the_share_of_successes(decoupler, data):
-    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.5)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=0.5))
     assert len(pairs) > 3
     some = pairs[:2]
     assert (some.success, some.dropped, some.succeeded) == (pairs.success, pairs.dropped, len(pairs))
@@ -189,15 +196,15 @@ def test_captums_pgd_takes_steps(decoupler, data):
             calls.append((radius, step_size, step_num, more))
             return super().perturb(inputs, radius, step_size, step_num, target, **more)
 
-    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler, PGD), epsilon=EPSILON, keep_images=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler, PGD), epsilon=EPSILON), keep_images=True)
     assert len(pairs)
     assert (pairs.adversarial_images - pairs.images).abs().max() <= EPSILON + 1e-6
     assert (pairs.adversarial.predictions != pairs.adversarial.labels).all()
     attack = attack_on(decoupler, Watched)
-    same(adversarial_paths(decoupler, [data], attack, epsilon=EPSILON, keep_images=True), pairs)
-    adversarial_paths(decoupler, [data], attack, epsilon=EPSILON, step_num=4)
-    adversarial_paths(decoupler, [data], attack, epsilon=EPSILON, step_num=3, step_size=0.07, norm="Linf")
-    adversarial_paths(decoupler, [data], attack, radius=EPSILON, step_num=3, step_size=0.07)
+    same(adversarial_paths(decoupler, [data], Attack(attack, epsilon=EPSILON), keep_images=True), pairs)
+    adversarial_paths(decoupler, [data], Attack(attack, epsilon=EPSILON, step_num=4))
+    adversarial_paths(decoupler, [data], Attack(attack, epsilon=EPSILON, step_num=3, step_size=0.07, norm="Linf"))
+    adversarial_paths(decoupler, [data], Attack(attack, radius=EPSILON, step_num=3, step_size=0.07))
     assert [call[:3] for call in calls] == [
         (EPSILON, pytest.approx(0.025), 10), (EPSILON, pytest.approx(0.0625), 4), (EPSILON, 0.07, 3), (EPSILON, 0.07, 3)
     ]  # fmt: skip
@@ -240,7 +247,7 @@ def test_sizes_and_labels_go_by_the_names_that_the_attack_has(decoupler, data, n
         return changed
 
     attack.__signature__ = inspect.signature(named)
-    pairs = adversarial_paths(decoupler, [data], attack, epsilon=1.0, keep_images=True, **options)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack, epsilon=1.0, **options), keep_images=True)
     assert len(pairs)
     assert torch.equal(pairs.adversarial_images, 1 - pairs.images)
     assert torch.equal(seen[0], data[1][decoupler(data[0]).argmax(1) == data[1]])
@@ -249,7 +256,7 @@ def test_sizes_and_labels_go_by_the_names_that_the_attack_has(decoupler, data, n
 def test_an_attack_on_another_network_transfers(decoupler, data):
     images, labels = data
     other = decoupler_of(0)
-    pairs = adversarial_paths(decoupler, [data], attack_on(other), epsilon=0.2, keep_images=True)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(other), epsilon=0.2), keep_images=True)
     right = decoupler(images).argmax(1) == labels
     changed = attack_on(other).perturb(images[right].clone().requires_grad_(), 0.2, labels[right]).detach()
     fooled = decoupler(changed).argmax(1) != labels[right]
@@ -267,7 +274,9 @@ def test_normalized_is_as_normalising_by_hand(decoupler, data):
     by_hand = (pixels - mean[:, None, None]) / std[:, None, None]
     labels = decoupler(by_hand).argmax(1)
     network = Normalized(decoupler, mean.tolist(), std.tolist())
-    pairs = adversarial_paths(network, [(pixels, labels)], attack_on(network), epsilon=EPSILON, keep_images=True)
+    pairs = adversarial_paths(
+        network, [(pixels, labels)], Attack(attack_on(network), epsilon=EPSILON), keep_images=True
+    )
     changed = attack_on(network).perturb(pixels.clone().requires_grad_(), EPSILON, labels).detach()
     assert len(pairs)
     said = decoupler((changed - mean[:, None, None]) / std[:, None, None]).argmax(1)
@@ -289,7 +298,7 @@ def test_the_network_comes_back_as_it_was(decoupler, data, wraps, device):
     network = wraps(decoupler)
     before = Snapshot.of(network)
     with torch.no_grad():
-        pairs = adversarial_paths(network, cut(*data), attack_on(network), epsilon=EPSILON, keep_images=True)
+        pairs = adversarial_paths(network, cut(*data), Attack(attack_on(network), epsilon=EPSILON), keep_images=True)
     Snapshot.of(network).assert_same(before)
     assert len(pairs)
     assert {each.device.type for each in (pairs.images, pairs.index, pairs.clean.codes)} == {"cpu"}
@@ -324,7 +333,7 @@ def test_where_nothing_is_seen_right_nothing_is_attacked(decoupler, data):
     def never(images, labels):
         raise AssertionError("it was attacked")
 
-    with pytest.warns(errors.AttackFailedWarning, match="the network sees none of these images right, so none was"):
+    with pytest.warns(errors.AttackFailedWarning, match="the network classifies none of these images right, so none"):
         pairs = adversarial_paths(decoupler, [(images, wrong)], never)
     assert (len(pairs), pairs.tried, len(pairs.misclassified)) == (0, 0, 40)
     assert np.isnan(pairs.success)
@@ -333,7 +342,9 @@ def test_where_nothing_is_seen_right_nothing_is_attacked(decoupler, data):
 
 def test_an_attack_without_a_gradient_is_told_to_be_in_vain(decoupler, data):
     with pytest.warns(errors.AttackFailedWarning, match="FGSM fooled the network on none of 32 images; raise epsilon"):
-        adversarial_paths(decoupler, [data], FGSM(decoupler, lambda output, target: 0 * output.sum(1)), epsilon=0.1)
+        adversarial_paths(
+            decoupler, [data], Attack(FGSM(decoupler, lambda output, target: 0 * output.sum(1)), epsilon=0.1)
+        )
 
 
 # -- files and tables --------------------------------------------------------------------------------------------------
@@ -341,7 +352,7 @@ def test_an_attack_without_a_gradient_is_told_to_be_in_vain(decoupler, data):
 
 @pytest.mark.parametrize("options", [{}, {"keep_images": True, "logits": True}], ids=["paths", "all"])
 def test_saved_and_loaded(decoupler, data, tmp_path, options):
-    pairs = adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=EPSILON, **options)
+    pairs = adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=EPSILON), **options)
     pairs.save(tmp_path / "pairs.safetensors")
     same(PathPairs.load(tmp_path / "pairs.safetensors"), pairs)
     with pytest.raises(errors.FileFormatError, match="holds a PathPairs; expected a Paths"):

@@ -6,9 +6,10 @@ from captum.robust import FGSM, PGD
 from examples import attack_on, inverted, planted
 from torch import nn
 
-from captum_classfilters.attacks import Normalized
+from captum_classfilters.attacks import Attack, Normalized
 from captum_classfilters.core import errors
-from captum_classfilters.detection import adversarial_paths, stack_pairs
+from captum_classfilters.detection import adversarial_paths
+from captum_classfilters.detection.pairs import stack_pairs
 
 
 @pytest.mark.parametrize(("attack", "options", "error", "message"), [
@@ -22,24 +23,38 @@ from captum_classfilters.detection import adversarial_paths, stack_pairs
     (inverted, {"steps": 3}, errors.OptionError, r"the attack has no argument 'steps'; it has \['images', 'labels'\]"),
     ("FGSM", {}, errors.OptionError, "a function .* got str"),
     (inverted, {"epsilon": 0.0}, errors.OptionError, "epsilon must be above 0, got 0.0"),
-    (inverted, {"max_pairs": 0}, errors.OptionError, "max_pairs must be .*at least 1 or None, got 0"),
-    (inverted, {"max_pairs": True}, errors.OptionError, "max_pairs must be .*at least 1 or None, got True"),
-    (inverted, {"max_pairs": 2.5}, errors.OptionError, "max_pairs must be .*at least 1 or None, got 2.5"),
-    (inverted, {"lower_bound": 1.0}, errors.OptionError, "lower_bound must be smaller than upper_bound"),
+    (inverted, {"bounds": (1.0, 0.0)}, errors.OptionError, r"the first below the second, got \(1.0, 0.0\)"),
+    (FGSM, {"epsilon": 0.1}, errors.OptionError, "expected an attack that was made, as PGD"),
+    (nn.Identity(), {}, errors.OptionError, "expected an attack that was made, as PGD"),
+    (inverted, {"epsilon": "2/255"}, errors.OptionError, "epsilon must be above 0, got '2/255'"),
+    (inverted, {"labels": None}, errors.OptionError, "labels cannot be passed: the attack is away from the labels"),
 ])  # fmt: skip
 def test_bad_attacks_are_refused(decoupler, data, attack, options, error, message):
     with pytest.raises(error, match=message):
-        adversarial_paths(decoupler, [data], attack, **options)
+        adversarial_paths(decoupler, [data], Attack(attack, **options))
+
+
+@pytest.mark.parametrize("max_pairs", [0, True, 2.5])
+def test_a_number_of_pairs_is_a_whole_number(decoupler, data, max_pairs):
+    with pytest.raises(errors.OptionError, match=f"max_pairs must be .*at least 1 or None, got {max_pairs}"):
+        adversarial_paths(decoupler, [data], inverted, max_pairs=max_pairs)
+
+
+def test_a_function_stands_for_an_attack_without_an_epsilon(decoupler, data):
+    with pytest.raises(errors.ShapeError, match=r"of shape \(32, 3, 8, 8\), got \(32, 3, 4, 8\)"):
+        adversarial_paths(decoupler, [data], lambda x, y: x[:, :, :4])
+    with pytest.raises(errors.OptionError, match=r"a function .* got str"):
+        adversarial_paths(decoupler, [data], "FGSM")
 
 
 def test_what_captums_attacks_need_is_asked_for(decoupler, data):
     with pytest.raises(errors.OptionError, match="FGSM needs to know how much a pixel may change; pass epsilon="):
         adversarial_paths(decoupler, [data], attack_on(decoupler))
     with pytest.raises(errors.OptionError, match="FGSM has no argument 'step_num'; it has"):
-        adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.1, step_num=3)
+        adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=0.1, step_num=3))
     beyond = FGSM(decoupler, nn.CrossEntropyLoss(reduction="none"))  # without bounds
     with pytest.raises(errors.OptionError, match=r"images from FGSM must lie in .*make the attack with these bounds"):
-        adversarial_paths(decoupler, [data], beyond, epsilon=0.3)
+        adversarial_paths(decoupler, [data], Attack(beyond, epsilon=0.3))
 
 
 @pytest.mark.parametrize(("loader", "error", "message"), [
@@ -90,23 +105,12 @@ def test_an_attack_on_the_network_behind_normalisation_is_refused(decoupler, dat
     network = Normalized(decoupler, [0.5] * 3, [0.25] * 3)
     for behind in (decoupler, decoupler.model):
         with pytest.raises(errors.OptionError, match="the attack was made on the network without Normalized"):
-            adversarial_paths(network, [data], attack_on(behind), epsilon=0.1)
-
-
-@pytest.mark.parametrize(("attack", "options", "message"), [
-    (FGSM, {"epsilon": 0.1}, "expected an attack that was made, as PGD"),
-    (nn.Identity(), {}, "expected an attack that was made, as PGD"),
-    (inverted, {"epsilon": "2/255"}, "epsilon must be above 0, got '2/255'"),
-    (inverted, {"labels": None}, "labels is not to be passed"),
-])  # fmt: skip
-def test_slips_are_refused_in_words(decoupler, data, attack, options, message):
-    with pytest.raises(errors.OptionError, match=message):
-        adversarial_paths(decoupler, [data], attack, **options)
+            adversarial_paths(network, [data], Attack(attack_on(behind), epsilon=0.1))
 
 
 def test_a_targeted_attack_is_not_what_this_measures(decoupler, data):
-    with pytest.raises(errors.OptionError, match="targeted is not to be passed: the attack is away from the labels"):
-        adversarial_paths(decoupler, [data], attack_on(decoupler), epsilon=0.1, targeted=True)
+    with pytest.raises(errors.OptionError, match="targeted cannot be passed: the attack is away from the labels"):
+        adversarial_paths(decoupler, [data], Attack(attack_on(decoupler), epsilon=0.1, targeted=True))
 
 
 def test_a_size_under_the_attacks_own_name_is_checked_as_well(decoupler, data):
@@ -114,7 +118,7 @@ def test_a_size_under_the_attacks_own_name_is_checked_as_well(decoupler, data):
         return (images + 0.2).clamp(0, 1)
 
     with pytest.raises(errors.OptionError, match=r"changed a pixel by 0\.2, more than epsilon=0\.1"):
-        adversarial_paths(decoupler, [data], overdone, eps=0.1)
+        adversarial_paths(decoupler, [data], Attack(overdone, eps=0.1))
 
 
 def test_paths_of_other_classes_are_no_twins():
@@ -126,4 +130,4 @@ def test_paths_of_other_classes_are_no_twins():
 @pytest.mark.parametrize("kind", [FGSM, PGD])
 def test_captums_default_loss_on_logits_is_refused(decoupler, data, kind):
     with pytest.raises(errors.OptionError, match="was made without loss_func and takes the logarithm"):
-        adversarial_paths(decoupler, [data], kind(decoupler, lower_bound=0, upper_bound=1), epsilon=0.1)
+        adversarial_paths(decoupler, [data], Attack(kind(decoupler, lower_bound=0, upper_bound=1), epsilon=0.1))

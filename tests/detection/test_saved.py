@@ -13,8 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from captum_classfilters.core.errors import FileFormatError, NotCalibratedError, OptionError
-from captum_classfilters.detection import ClassProfiles, PathDetector, PathOutlierDetector, stack_pairs
-from captum_classfilters.detection.saved import _KIND
+from captum_classfilters.detection import ClassProfiles, PathDetector, PathOutlierDetector
+from captum_classfilters.detection.detectors import _KIND, _TRUSTED, _VERSION
+from captum_classfilters.detection.pairs import stack_pairs
 
 skops = pytest.importorskip("skops.io")
 MADE = []
@@ -144,10 +145,11 @@ def foreign_schema(path):
     (lambda path: skops.dump([1, 2], path), "holds no detector; expected what PathDetector.save wrote"),
     (lambda path: skops.dump({"kind": "tree"}, path), "holds no detector"),
     (lambda path: skops.dump(LogisticRegression(), path), "holds no detector"),
-    (lambda path: skops.dump({"kind": _KIND, "version": 1}, path), "holds a NoneType, expected a PathDetector"),
-    (lambda path: skops.dump({"kind": _KIND, "version": 1, "detector": LogisticRegression()}, path), "holds a Logist"),
+    (lambda path: skops.dump({"kind": _KIND, "version": _VERSION}, path), "holds a NoneType, expected a PathDetector"),
+    (lambda path: skops.dump({"kind": _KIND, "version": _VERSION, "detector": LogisticRegression()}, path),
+     "holds a Logist"),
     (lambda path: skops.dump({"kind": _KIND, "version": 0, "package": "0.0.9"}, path),
-     r"has schema version 0, this package reads 1; use the package that wrote it \(0\.0\.9\)"),
+     r"has schema version 0, this package reads 2; use the package that wrote it \(0\.0\.9\)"),
     (lambda path: PathOutlierDetector().fit(planted(9)[0]).save(path), "PathOutlierDetector, expected a PathDetector"),
     (lambda path: planted(9)[0].save(path), "is broken, or no file of a detector"),
 ], ids=["zip", "schema", "text", "empty", "pickle", "folder", "list", "dict", "estimator", "nothing in it", "inside",
@@ -234,10 +236,16 @@ def test_a_type_written_into_the_file_is_not_made(file, module, kind, depth):
     assert not MADE
 
 
+def test_a_file_of_a_version_whose_detectors_lay_elsewhere_is_refused_without_a_wrong_remedy(file):
+    def change(schema):
+        schema["content"]["detector"]["__module__"] = "captum_classfilters.detection.detector"
+
+    with pytest.raises(FileFormatError, match=r"written by another version .*detection.detector.PathDetector.*; fit"):
+        PathDetector.load(rewritten(file, change))
+
+
 def test_the_file_names_no_type_that_is_not_known(file):
     """What is trusted is what is in these files, and no more."""
-    from captum_classfilters.detection.saved import _TRUSTED
-
     X, y, _ = stack_pairs(*planted(30))
     PathDetector(LogisticRegression(), features="profiles", profiles=ClassProfiles(planted(30)[0])).fit(X, y).save(file)
     PathOutlierDetector().fit(X).save(file.with_name("outlier"))

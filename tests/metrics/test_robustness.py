@@ -57,11 +57,12 @@ def row(frame, **wanted):
 def test_the_numbers_are_those_counted_by_hand():
     models = {"even": Corner(), "low": Corner(0.25).train()}
     frame = attack_success(models, loader(), {"brighten": brighten}, batch_size=2)
-    columns = ["model", "attack", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
+    columns = ["model", "attack", "control", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
     assert list(frame.columns) == columns
     assert list(zip(frame.model, frame.attack, strict=True)) == [
         (name, attack) for name in models for attack in ("brighten", "random (brighten)")
     ]
+    assert frame.control.tolist() == [False, True] * 2
     # right for both: 0, 0.1, 0.2, 0.9, 0.8; brightened, 0.6 passes a half, and 0.4, 0.5, 0.6 a quarter
     found = row(frame, model="even", attack="brighten")
     assert (found.tried, found.succeeded, found.success) == (5, 1, 0.2)
@@ -186,7 +187,7 @@ def test_it_refuses_what_it_cannot_compare():
     with pytest.raises(OptionError, match="max_images must be"):
         attack_success(models, loader(), attacks, max_images=0)
     with pytest.raises(OptionError, match=r"images of batch 0 must lie in \[0.2, 1"):
-        attack_success(models, loader(), attacks, lower_bound=0.2)
+        attack_success(models, loader(), attacks, bounds=(0.2, 1.0))
     with pytest.raises(OptionError, match="images of attack 'far' must lie in"):
         attack_success(models, loader(), {"far": lambda model: lambda x, y: x + 5})
     with pytest.raises(ShapeError, match=r"attack 'flat' must return images of shape \(4, 1, 2, 2\), got \(4, 4\)"):

@@ -9,8 +9,7 @@ import torch
 from captum.robust import FGSM, PGD, Perturbation
 from torch import nn
 
-from captum_classfilters.attacks import LocalSearch
-from captum_classfilters.attacks.calling import Attack
+from captum_classfilters.attacks import Attack, LocalSearch
 from captum_classfilters.core.errors import DeviceError, NonFiniteError, OptionError, ShapeError
 
 LABELS = torch.tensor([0, 3, 1])
@@ -30,10 +29,6 @@ def steep():
     return model
 
 
-def made(call, epsilon=None, bounds=(0.0, 1.0), **options):
-    return Attack(call, epsilon, *bounds, options)
-
-
 def gives(found):
     """An attack that always gives the same."""
     return lambda images, labels: found
@@ -47,7 +42,7 @@ def test_captums_fgsm_gets_epsilon_and_target():
     given = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(LOSS(model(given), LABELS).sum(), given)
     assert gradient.abs().min() > 1e-6  # below, Captum changes nothing
-    found = made(FGSM(model, LOSS, 0.0, 1.0), 2 / 255)(images, LABELS)
+    found = Attack(FGSM(model, LOSS, 0.0, 1.0), 2 / 255)(images, LABELS)
     torch.testing.assert_close(found, (images + 2 / 255 * gradient.sign()).clamp(0, 1))
     assert not found.requires_grad
 
@@ -69,20 +64,20 @@ def test_captums_pgd_gets_radius_and_steps(options, steps, size):
         (gradient,) = torch.autograd.grad(LOSS(model(expected), LABELS).sum(), expected)
         moved = expected.detach() + size * gradient.sign()
         expected = torch.min(torch.max(moved, images - 0.04), images + 0.04).clamp(0, 1)
-    found = made(PGD(model, LOSS, 0.0, 1.0), 0.04, **options)(images, LABELS)
+    found = Attack(PGD(model, LOSS, 0.0, 1.0), 0.04, **options)(images, LABELS)
     torch.testing.assert_close(found, expected)
 
 
 def test_without_epsilon_the_size_may_be_among_the_options():
     model, images = steep(), pixels()
-    found = made(PGD(model, LOSS, 0.0, 1.0), radius=0.04, step_size=0.01, step_num=10)(images, LABELS)
-    assert torch.equal(found, made(PGD(model, LOSS, 0.0, 1.0), 0.04)(images, LABELS))
+    found = Attack(PGD(model, LOSS, 0.0, 1.0), radius=0.04, step_size=0.01, step_num=10)(images, LABELS)
+    assert torch.equal(found, Attack(PGD(model, LOSS, 0.0, 1.0), 0.04)(images, LABELS))
 
 
 def test_attacks_of_this_package_get_labels():
     model, images = steep(), pixels()
     labels = model(images).argmax(1)
-    found = made(LocalSearch(model, rounds=2))(images, labels)
+    found = Attack(LocalSearch(model, rounds=2))(images, labels)
     assert torch.equal(found, LocalSearch(model, rounds=2)(images, labels))
     assert not torch.equal(found, images)
 
@@ -95,7 +90,7 @@ def test_labels_go_by_the_name_that_the_attack_has_for_them(name):
         exec(f"def perturb(self, inputs, norm=2, *, {name}): self.got = norm, {name}; return inputs")
 
     attack, images = Asked(), pixels()
-    made(attack)(images, LABELS)
+    Attack(attack)(images, LABELS)
     assert attack.got == (2, LABELS)
 
 
@@ -104,15 +99,17 @@ def test_labels_go_by_the_name_that_the_attack_has_for_them(name):
 def test_epsilon_goes_by_the_name_that_the_attack_has_for_it(name, default):
     got, names = [], {}
     exec(f"def attack(images, truth, {name}{default}): got.append({name}); return images", {"got": got}, names)
-    made(names["attack"], 0.25)(pixels(), LABELS)
+    Attack(names["attack"], 0.25)(pixels(), LABELS)
     assert got == [0.25]
     if default:
-        made(names["attack"])(pixels(), LABELS)
-        Attack(names["attack"], 0.25, 0.0, 1.0, {name: 0.75})(pixels(), LABELS)
-        assert got == [0.25, 0.5, 0.75]
+        Attack(names["attack"])(pixels(), LABELS)
+        assert got == [0.25, 0.5]
+        if name != "epsilon":  # which is the budget's own name
+            Attack(names["attack"], 0.25, **{name: 0.75})(pixels(), LABELS)
+            assert got == [0.25, 0.5, 0.75]
     else:
         with pytest.raises(OptionError, match=r"needs to know how much a pixel may change; pass epsilon=, as 2 / 255"):
-            made(names["attack"])
+            Attack(names["attack"])
 
 
 def test_a_function_of_images_and_labels_gets_nothing_else():
@@ -123,7 +120,7 @@ def test_a_function_of_images_and_labels_gets_nothing_else():
         return images
 
     images = pixels()
-    made(attack, 0.1)(images, LABELS)
+    Attack(attack, 0.1)(images, LABELS)
     assert torch.equal(got[0][0], images)
     assert got[0][1] is LABELS
 
@@ -135,7 +132,7 @@ def test_what_takes_any_option_gets_all_of_them():
         got.append((labels, others))
         return images
 
-    made(attack, 0.1, depth=3, step_num=2)(pixels(), LABELS)
+    Attack(attack, 0.1, depth=3, step_num=2)(pixels(), LABELS)
     # it may have no argument for epsilon: none is made up
     assert got == [(LABELS, {"depth": 3, "step_num": 2})]
 
@@ -150,7 +147,7 @@ def test_a_partial_and_an_object_that_can_be_called_are_attacks():
 
     images = pixels()
     for call in (functools.partial(attack, 0.5), Halving()):
-        assert torch.equal(made(call)(images, LABELS), images / 2)
+        assert torch.equal(Attack(call)(images, LABELS), images / 2)
 
 
 def test_what_the_attack_gets_is_its_own_to_write_into_or_to_make_an_array_of():
@@ -159,7 +156,7 @@ def test_what_the_attack_gets_is_its_own_to_write_into_or_to_make_an_array_of():
         return torch.from_numpy(images.numpy() * np.float32(0.5)).requires_grad_()
 
     given = pixels().requires_grad_()
-    found = made(attack)(given, LABELS)
+    found = Attack(attack)(given, LABELS)
     assert torch.equal(found, given.detach() * 0.5)
     assert not found.requires_grad
 
@@ -168,9 +165,9 @@ def test_captum_is_quiet_and_other_warnings_are_not():
     images = pixels()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made(PGD(steep(), LOSS, 0.0, 1.0), 0.04)(images, LABELS)
+        Attack(PGD(steep(), LOSS, 0.0, 1.0), 0.04)(images, LABELS)
         assert not caught
-        made(lambda images, labels: warnings.warn("mine", UserWarning, stacklevel=1) or images)(images, LABELS)
+        Attack(lambda images, labels: warnings.warn("mine", UserWarning, stacklevel=1) or images)(images, LABELS)
     assert [str(each.message) for each in caught] == ["mine"]
 
 
@@ -192,7 +189,7 @@ def test_captum_is_quiet_and_other_warnings_are_not():
 )
 def test_it_refuses_what_is_no_attack_and_options_that_it_does_not_have(call, epsilon, options, message):
     with pytest.raises(OptionError, match=message):
-        made(call, epsilon, **options)
+        Attack(call, epsilon, **options)
 
 
 # -- what comes back ---------------------------------------------------------------------------------------------------
@@ -214,7 +211,7 @@ def test_it_refuses_what_is_no_attack_and_options_that_it_does_not_have(call, ep
 )
 def test_it_refuses_what_are_no_images_like_the_given_ones(found, error, message):
     with pytest.raises(error, match=message):
-        made(gives(found))(pixels(), LABELS)
+        Attack(gives(found))(pixels(), LABELS)
 
 
 def test_nan_is_explained_by_captums_default_loss():
@@ -230,7 +227,7 @@ def test_nan_is_explained_by_captums_default_loss():
     assert (model(pixels()).gather(1, LABELS[:, None]) < 0).any()
     message = r'the attack gave NaN .* pass loss_func=torch.nn.CrossEntropyLoss\(reduction="none"\)'
     with pytest.raises(NonFiniteError, match=message):
-        made(attack)(pixels(), LABELS)
+        Attack(attack)(pixels(), LABELS)
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-120.0, 150.0)])
@@ -240,12 +237,12 @@ def test_rounding_is_not_out_of_bounds_nor_more_than_epsilon(bounds):
     largest = max(map(abs, bounds))
     # float32 has 24 bits; a sum of three terms loses about one of them
     above = torch.full_like(images, bounds[1]) + 1e-7 * largest
-    assert torch.equal(made(gives(above), bounds=bounds)(images, LABELS), above)
+    assert torch.equal(Attack(gives(above), bounds=bounds)(images, LABELS), above)
     with pytest.raises(OptionError, match="must lie in"):
-        made(gives(above + 1e-5 * largest), bounds=bounds)(images, LABELS)
+        Attack(gives(above + 1e-5 * largest), bounds=bounds)(images, LABELS)
     inside = images.clamp(bounds[0] / 2 + 0.2, bounds[1] - 0.2)
     rounded = inside + 0.1 + 2e-7 * largest
-    assert torch.equal(made(gives(rounded), 0.1, bounds)(inside, LABELS), rounded)
+    assert torch.equal(Attack(gives(rounded), 0.1, bounds)(inside, LABELS), rounded)
 
 
 @pytest.mark.parametrize("excess", [1.02, 3.0])
@@ -255,34 +252,34 @@ def test_one_pixel_changed_by_more_than_epsilon_is_refused(excess, sign):
     changed = images + 0.01
     changed[2, 1, 7, 0] = images[2, 1, 7, 0] + sign * 0.01 * excess
     with pytest.raises(OptionError, match=r"changed a pixel by 0.0\d+, more than epsilon=0.01; pass the epsilon"):
-        made(gives(changed), 0.01)(images, LABELS)
-    assert torch.equal(made(gives(changed))(images, LABELS), changed)
+        Attack(gives(changed), 0.01)(images, LABELS)
+    assert torch.equal(Attack(gives(changed))(images, LABELS), changed)
 
 
 def test_in_double_precision_a_tiny_epsilon_is_compared_in_double_precision():
     images = pixels(torch.float64) / 2 + 0.25
     # float32 is off by 3e-8 at such pixels
     allowed, refused = images + 1e-7, images + 1.2e-7
-    assert torch.equal(made(gives(allowed), 1e-7)(images, LABELS), allowed)
+    assert torch.equal(Attack(gives(allowed), 1e-7)(images, LABELS), allowed)
     with pytest.raises(OptionError, match="more than epsilon=1e-07"):
-        made(gives(refused), 1e-7)(images, LABELS)
+        Attack(gives(refused), 1e-7)(images, LABELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     images = pixels(dtype)
-    found = made(FGSM(steep().to(dtype), LOSS, 0.0, 1.0), 8 / 255)(images, LABELS)
+    found = Attack(FGSM(steep().to(dtype), LOSS, 0.0, 1.0), 8 / 255)(images, LABELS)
     assert found.dtype == dtype
     change = (found.float() - images.float()).abs()
     # a change, and rounded to the eight or eleven bits of the format
     assert 0.9 * 8 / 255 < change.max() < 8 / 255 + torch.finfo(dtype).eps
     with pytest.raises(OptionError, match="more than epsilon"):
-        made(gives(1 - images), 8 / 255)(images, LABELS)
+        Attack(gives(1 - images), 8 / 255)(images, LABELS)
 
 
 def test_what_comes_in_another_precision_is_given_back_in_that_of_the_images():
     images = pixels()
-    found = made(lambda images, labels: images.double() / 2)(images, LABELS)
+    found = Attack(lambda images, labels: images.double() / 2)(images, LABELS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, images / 2)
 
@@ -294,14 +291,14 @@ def test_given_images_stay_as_they_are_though_an_attack_writes_into_its_own():
 
     images = pixels()
     kept = images.clone()
-    found = made(attack)(images, LABELS)
+    found = Attack(attack)(images, LABELS)
     assert torch.equal(images, kept)
     assert torch.equal(found, kept / 2)
     assert not images.requires_grad
     # and the change is measured from what was given, not from what was written into
     with pytest.raises(OptionError, match="more than epsilon"):
-        made(attack, 0.01)(images, LABELS)
+        Attack(attack, 0.01)(images, LABELS)
 
 
 def test_no_images_are_no_error():
-    assert made(lambda images, labels: images, 0.1)(pixels(count=0), LABELS[:0]).shape == (0, 3, 8, 8)
+    assert Attack(lambda images, labels: images, 0.1)(pixels(count=0), LABELS[:0]).shape == (0, 3, 8, 8)
