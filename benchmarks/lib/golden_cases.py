@@ -1372,7 +1372,7 @@ def _read(folder: Path) -> dict[str, Any]:
         found[file.name] = Frame(frame, "accuracy_curve") if curve else json.loads(frame.to_json(orient="split"))
     for file in sorted(folder.rglob("*.safetensors")):
         for name, value in load_file(file).items():
-            found[f"{file.name} {name}"] = value
+            found[f"{file.name} {name}"] = Exact(value) if file.name.startswith("filters") else value
     return found
 
 
