@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
+    from captum_classfilters.core.training import Checkpoint as Checkpoint
     from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
     from captum_classfilters.decoupling import Paths as Paths
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from captum_classfilters.detection import PathPairs as PathPairs
     from captum_classfilters.detection import adversarial_paths as adversarial_paths
     from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
+    from captum_classfilters.gating import GatePenalty as GatePenalty
+    from captum_classfilters.gating import GateSchedule as GateSchedule
     from captum_classfilters.gating import LabelSensitiveGate as LabelSensitiveGate
     from captum_classfilters.gating import LabelSensitiveTraining as LabelSensitiveTraining
     from captum_classfilters.gating import filter_ambiguity as filter_ambiguity
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ALDSplitter": "splitting",
     "ALDTree": "splitting",
+    "Checkpoint": "core.training",
     "ClassFilters": "class_filters",
     "ClassFiltersError": "core.errors",
     "SingularMomentsWarning": "core.errors",
@@ -50,6 +54,8 @@ _HOMES = {
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
     "FilterAmbiguity": "gating",
+    "GatePenalty": "gating",
+    "GateSchedule": "gating",
     "InfluentialFeatures": "influential",
     "LabelSensitiveGate": "gating",
     "LabelSensitiveTraining": "gating",

@@ -93,7 +93,7 @@ def test_file(path):
     assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "cloudpickle", "dill", "joblib"}
     lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
     assert not lines, f"assert statements in lines {lines}: raise an error that says what to do"
-    assert len(source.splitlines()) < 400
+    assert len(source.splitlines()) <= 620
 
 
 def test_imports_are_read_wherever_they_stand():

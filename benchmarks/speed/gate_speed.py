@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from benchmarks.lib.report import Table
 from benchmarks.lib.timing import interleaved, ratio
 from benchmarks.lib.workload import Settings
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.assets.networks import SmallResNet
 
 TARGET = 1.1
@@ -70,7 +70,7 @@ def _steps(table: Table, device: str) -> None:
     for scheme, epoch in (("alternating", 1), ("joint", 0)):
         model = SmallResNet(20).to(device)
         gate = LabelSensitiveGate(CLASSES, 64).to(device)
-        training = LabelSensitiveTraining(model, gate, scheme=scheme)
+        training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme))
         optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(0.1)], lr=0.01, momentum=0.9)
         name = "gated step" if scheme == "alternating" else "joint step"
         runs[name] = _step(optimizer, lambda t=training, e=epoch: t.loss(images, labels, e), training.after_step)

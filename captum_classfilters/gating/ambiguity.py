@@ -16,15 +16,7 @@ from torch.nn import functional as F
 from captum_classfilters.core.errors import NonFiniteError, OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
-from captum_classfilters.gating.gate import (
-    PENALTIES,
-    LabelSensitiveGate,
-    density_penalty,
-    gated,
-    project,
-    target_density,
-)
-from captum_classfilters.gating.training import SPARSITY
+from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, density_penalty, gated, project
 
 # Rows of features that are gated at a time: bounds what is kept for gradients
 _ROWS = 16384
@@ -38,7 +30,7 @@ class FilterAmbiguity:
 
     Attributes:
         value: Phi, ``cross_entropy + penalty``.
-        cross_entropy: Of the gated path, with the labels known to the gate: leakage, not a loss that a user would see.
+        cross_entropy: The gated path's. The gate knows the labels: this is leakage, not a loss that a user would see.
         penalty: ``sparsity * | ||G||_1 - s |``.
         gate_density: Mean of the gate that was found.
         density: Its target, ``s / (C * K)``.
@@ -63,9 +55,7 @@ def filter_ambiguity(
     model: Any,
     loader: Iterable[Any],
     *,
-    density: float | None = None,
-    sparsity: float = SPARSITY,
-    penalty: str = "abs",
+    penalty: GatePenalty = GatePenalty(),
     steps: int = 300,
     lr: float = 0.1,
     anneal: bool = True,
@@ -90,30 +80,27 @@ def filter_ambiguity(
     Args:
         model: The network; borrowed.
         loader: Batches ``(inputs, labels)``.
-        density: Target mean of G; None: as `LabelSensitiveTraining`'s.
-        sparsity: The paper's ``a``.
-        penalty: ``"abs"`` or ``"hinge"``: see `density_penalty`.
-        steps: Of Adam.
-        lr: Its rate at the start.
-        anneal: In the search the penalty's slope rises geometrically from next to nothing to a. False: all of it from
-            the start, under which G stays near the constant it began with: what is found depends on a and on steps.
+        penalty: The density that is wanted, and what a deviation costs.
+        steps: Steps of Adam.
+        lr: Adam's learning rate at the start.
+        anneal: The penalty's slope rises geometrically from almost nothing to a during the search. False: the slope is
+            a from the start; G then stays near the constant it began with, and the result depends on a and on steps.
         layer: The head, if it cannot be found.
         show_progress: A tqdm bar for the pass over the loader.
 
     Raises:
         OptionError: An option is out of range.
-        HeadError, LabelError, ShapeError, EmptyLoaderError, NonFiniteError: As their messages say.
+        HeadError: The head cannot be found.
+        LabelError, ShapeError, EmptyLoaderError: The loader's batches cannot be read.
+        NonFiniteError: Features are NaN or infinite, or no gate gave a finite loss.
     """
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise OptionError(f"steps must be an integer of at least 1, got {steps!r}")
-    for name, value in (("lr", lr), ("sparsity", sparsity)):
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise OptionError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if penalty not in PENALTIES:
-        raise OptionError(f"penalty must be one of {list(PENALTIES)}, got {penalty!r}")
-    features, labels, head = _collect(model, loader, layer, density, show_progress)
-    density = target_density(density, head.num_classes)
-    weight, parts = _search(features, labels, head, density, sparsity, penalty, int(steps), lr, anneal)
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
+        raise OptionError(f"lr must be a finite number of at least 0, got {lr!r}")
+    features, labels, head = _collect(model, loader, layer, penalty, show_progress)
+    density = penalty.density_for(head.num_classes)
+    weight, parts = _search(features, labels, head, density, penalty, steps=int(steps), lr=lr, anneal=anneal)
     if not math.isfinite(sum(parts)):
         raise NonFiniteError(
             "no gate gave a finite loss; expected features and weights of the head whose products are finite: look at "
@@ -128,19 +115,19 @@ def filter_ambiguity(
     gate.counts.copy_(torch.bincount(labels, minlength=head.num_classes))
     return FilterAmbiguity(
         value=sum(parts), cross_entropy=parts[0], penalty=parts[1], gate_density=gate.density,
-        density=density, sparsity=sparsity, samples=len(labels), gate=gate,
+        density=density, sparsity=penalty.sparsity, samples=len(labels), gate=gate,
     )  # fmt: skip
 
 
 def _collect(
-    model: Any, loader: Iterable[Any], layer: nn.Module | str | None, density: float | None, show_progress: bool
+    model: Any, loader: Iterable[Any], layer: nn.Module | str | None, penalty: GatePenalty, show_progress: bool
 ) -> tuple[Tensor, Tensor, Head]:
     features, labels, head = [], [], None
     with batches(model, loader, layer=layer, show_progress=show_progress, description="filter_ambiguity") as stream:
         for batch in stream:
             if head is None:
                 head = batch.head
-                target_density(density, head.num_classes)
+                penalty.density_for(head.num_classes)
             features.append(batch.features.float())
             labels.append(batch.labels)
     return torch.cat(features), torch.cat(labels), head  # type: ignore[arg-type, return-value]
@@ -151,23 +138,24 @@ def _search(
     labels: Tensor,
     head: Head,
     density: float,
-    sparsity: float,
-    kind: str,
+    penalty: GatePenalty,
+    *,
     steps: int,
     lr: float,
     anneal: bool,
 ) -> tuple[Tensor, list[float]]:
+    sparsity = penalty.sparsity
     head_weight, bias = head.weight.float(), head.bias.float()
     weight = torch.full_like(head_weight, 0.5).requires_grad_()
     previous = torch.ones_like(head_weight)
     optimizer = torch.optim.Adam([weight], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     first = min(_FIRST_SLOPE / weight.numel(), sparsity) if anneal else sparsity
-    best, found, best_parts = math.inf, weight.detach().clone(), [math.nan, math.nan]
+    lowest, best, best_parts = math.inf, weight.detach().clone(), [math.nan, math.nan]
     with torch.enable_grad():
         for step in range(steps + 1):
             optimizer.zero_grad()
-            distance, entropy = density_penalty(weight, density, kind), 0.0
+            distance, entropy = density_penalty(weight, density, penalty.kind), 0.0
             for rows, answers in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS), strict=True):
                 logits = F.linear(gated(rows, answers, weight), head_weight, bias)
                 part = F.cross_entropy(logits, answers, reduction="sum") / len(labels)
@@ -177,12 +165,12 @@ def _search(
             (slope * distance).backward()
             parts = [entropy, sparsity * float(distance.detach())]
             # the start breaks the constraint, so it does not count
-            if step and sum(parts) < best:
-                best, found, best_parts = sum(parts), weight.detach().clone(), parts
+            if step and sum(parts) < lowest:
+                lowest, best, best_parts = sum(parts), weight.detach().clone(), parts
             if step < steps:
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():
                     weight.copy_(project(weight, previous))
                     previous.copy_(weight)
-    return found, best_parts
+    return best, best_parts

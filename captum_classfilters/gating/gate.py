@@ -3,8 +3,10 @@
 Functions are stateless, one for each formula; `LabelSensitiveGate` holds the table. N samples, C classes, K channels.
 """
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -73,20 +75,52 @@ def project(weight: Tensor, previous: Tensor) -> Tensor:
     return torch.where(alive, positive / largest, previous)
 
 
-def target_density(density: Any, num_classes: int) -> float:
-    """The density that is meant, by default 0.2, or for few classes what a tenth of shared channels would give.
+@dataclass(frozen=True)
+class GatePenalty:
+    """What keeps a gate sparse: ``sparsity * | ||G||_1 - density * C * K |``, the second term of eq. 2.
+
+    Attributes:
+        density: Target mean of the gate: the paper's ``s / (C * K)``. None: 0.2, or for fewer than nine classes
+            ``0.1 + 0.9 / C``: a tenth of the channels shared and each other one a single class's.
+        sparsity: The paper's ``a``, which it does not state. What matters is its product with the gate's learning rate.
+            The default is the smallest of .02, .05, .1, .15, .5 that brings a gate to density .22 by its third epoch:
+            see benchmarks/results/09_gates.md.
+        kind: ``"abs"`` (paper) or ``"hinge"`` (its code): see `density_penalty`.
 
     Raises:
-        OptionError: No gate can have it: every column's maximum is 1, so it is at least 1 / C.
+        OptionError: ``sparsity`` or ``kind`` is out of range; `density_for` checks the density.
     """
-    if density is None:
-        return max(0.2, 0.1 + 0.9 / num_classes)
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 1 / num_classes <= density <= 1:
-        raise OptionError(
-            f"density must lie in [1 / C, 1] = [{1 / num_classes:.4g}, 1], for every channel works for at least one "
-            f"class; got {density!r}"
-        )
-    return float(density)
+
+    density: float | None = None
+    sparsity: float = 0.02
+    kind: str = "abs"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not number or not math.isfinite(self.sparsity) or self.sparsity < 0:
+            raise OptionError(f"sparsity must be a finite number of at least 0, got {self.sparsity!r}")
+        if self.kind not in PENALTIES:
+            raise OptionError(f"kind must be one of {list(PENALTIES)}, got {self.kind!r}")
+
+    def density_for(self, num_classes: int) -> float:
+        """The density that is meant for so many classes.
+
+        Raises:
+            OptionError: No gate can have it: every column's maximum is 1, so it is at least 1 / C.
+
+        Example:
+            >>> GatePenalty().density_for(num_classes=4), GatePenalty(0.5).density_for(num_classes=4)
+            (0.325, 0.5)
+        """
+        if self.density is None:
+            return max(0.2, 0.1 + 0.9 / num_classes)
+        number = isinstance(self.density, int | float) and not isinstance(self.density, bool)
+        if not number or not 1 / num_classes <= self.density <= 1:
+            raise OptionError(
+                f"density must lie in [1 / C, 1] = [{1 / num_classes:.4g}, 1], for every channel works for at least "
+                f"one class; got {self.density!r}"
+            )
+        return float(self.density)
 
 
 class LabelSensitiveGate(nn.Module):
@@ -103,7 +137,7 @@ class LabelSensitiveGate(nn.Module):
     Args:
         num_classes: C.
         num_channels: K.
-        generator: Of the noise; None: torch's own.
+        generator: Draws the noise; None: torch's own.
 
     Attributes:
         weight: G, ``(C, K)`` float32.
@@ -154,14 +188,14 @@ class LabelSensitiveGate(nn.Module):
                 f"{num_classes} classes with {exclusive} channels of their own need {num_classes * exclusive}, but "
                 f"there are {num_channels}; lower exclusive to at most {num_channels // num_classes}"
             )
-        own = torch.eye(num_classes).repeat_interleave(int(exclusive), dim=1)
-        return gate._set(torch.cat([own, torch.ones(num_classes, num_channels - own.shape[1])], dim=1))
+        private = torch.eye(num_classes).repeat_interleave(int(exclusive), dim=1)
+        return gate._set(torch.cat([private, torch.ones(num_classes, num_channels - private.shape[1])], dim=1))
 
     def _set(self, weight: Tensor) -> "LabelSensitiveGate":
         """Make this a gate that is not trained."""
         self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
         self._previous.copy_(weight)
-        # decreed, not learnt: of no class it knows less than of another
+        # set by hand: its rows do not depend on samples, so no class counts as unseen
         self.counts.clamp_(min=1)
         return self
 
@@ -191,7 +225,9 @@ class LabelSensitiveGate(nn.Module):
             As ``features``. Where ``G[y]`` is 1 it is bit for bit the same.
 
         Raises:
-            ShapeError, LabelError, DeviceError: As their messages say.
+            ShapeError: The features do not have K channels.
+            LabelError: The labels are not N integers in ``[0, C)``.
+            DeviceError: Features or labels are on another device.
         """
         if labels is None:
             return features
@@ -224,15 +260,13 @@ class LabelSensitiveGate(nn.Module):
         return checked
 
     def penalty(self, density: float | None = None, kind: str = "abs") -> Tensor:
-        """`density_penalty` of this gate; ``density``: see `target_density`.
+        """`density_penalty` of this gate; arguments as `GatePenalty`'s.
 
         Raises:
             OptionError: ``kind`` is unknown, or ``density`` is below ``1 / C`` or above 1.
         """
-        density = target_density(density, self.num_classes)
-        if kind not in PENALTIES:
-            raise OptionError(f"kind must be one of {list(PENALTIES)}, got {kind!r}")
-        return density_penalty(self.weight, density, kind)
+        options = GatePenalty(density, kind=kind)
+        return density_penalty(self.weight, options.density_for(self.num_classes), options.kind)
 
     @torch.no_grad()
     def project_(self) -> "LabelSensitiveGate":
@@ -260,11 +294,11 @@ class LabelSensitiveGate(nn.Module):
         Raises:
             OptionError: The threshold is not in (0, 1].
         """
-        own = self.exclusive(threshold)
+        exclusive = self.exclusive(threshold)
         tight = LabelSensitiveGate(self.num_classes, self.num_channels, generator=torch.Generator()).to(self.weight)
         tight.layer = self.layer
         tight.counts.copy_(self.counts)
-        return tight._set(torch.where(own.any(0), own, True).to(self.weight))
+        return tight._set(torch.where(exclusive.any(0), exclusive, True).to(self.weight))
 
     def parameter_group(self, lr: float) -> dict[str, Any]:
         """Its own group for SGD or Adam: no momentum, which would fight the projection, and no weight decay."""
@@ -274,7 +308,7 @@ class LabelSensitiveGate(nn.Module):
     def class_filters(self, class_names: Sequence[str] | None = None) -> ClassFilters:
         """The gate as the answer every method gives: ``scores`` and ``mass`` are G, ``counts`` what it was trained on.
 
-        A gate of another training cannot be merged with it.
+        It cannot be merged with the gate of another training.
 
         Args:
             class_names: C names; otherwise numbers.
@@ -311,11 +345,11 @@ class LabelSensitiveGate(nn.Module):
         return gate
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, Tensor) and given.shape != self.weight.shape:
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.shape != self.weight.shape:
             raise ShapeError(
                 f"this gate is {self.num_classes} classes x {self.num_channels} channels, the checkpoint's "
-                f"{' x '.join(map(str, given.shape))}; make LabelSensitiveGate(*state['weight'].shape) for it"
+                f"{' x '.join(map(str, weight.shape))}; make LabelSensitiveGate(*state['weight'].shape) for it"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.no_grad():

@@ -1,13 +1,13 @@
-"""Training with a gate: which epochs take the gated path, and what their loss is.
+"""Training with a gate: which epochs take the gated path, what their loss is, and the whole loop as `fit`.
 
-For any loop of the user's own; `fit.py` holds one of ours. N samples, C classes, K channels.
+`core/training.py` holds the loop. N samples, C classes, K channels.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +20,57 @@ from captum_classfilters.core.borrow import borrowed, process_group, unwrap, wit
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.stream import batches
-from captum_classfilters.gating.fit import Fit, as_list, default_optimizer
-from captum_classfilters.gating.gate import PENALTIES, LabelSensitiveGate, target_density
+from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
+from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
 
 SCHEMES = ("alternating", "joint")
-# The smallest of .02, .05, .1, .15, .5 that brings a gate to density .22 by its third epoch:
-# see benchmarks/results/09_gates.md
-SPARSITY = 0.02
+
+
+@dataclass(frozen=True)
+class GateSchedule:
+    """Which epochs of a training are gated.
+
+    Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1; footnote 1 for ``"joint"``.
+
+    Attributes:
+        period: Epochs from one gated epoch to the next.
+        phase: Epochs with ``epoch % period == phase`` are gated, counted from 0.
+        warmup: This many first epochs are plain.
+        scheme: ``"alternating"``, or ``"joint"``: both losses in every epoch after the warm-up, from one forward pass.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    Example:
+        >>> [epoch for epoch in range(9) if GateSchedule(period=3).gates(epoch)]
+        [1, 4, 7]
+    """
+
+    period: int = 3
+    phase: int = 1
+    warmup: int = 0
+    scheme: str = "alternating"
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("period", self.period, 1), ("phase", self.phase, 0), ("warmup", self.warmup, 0)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+                raise OptionError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.phase >= self.period:
+            raise OptionError(f"phase must lie in [0, {self.period}), got {self.phase!r}; it counts from 0")
+        if self.scheme not in SCHEMES:
+            raise OptionError(f"scheme must be one of {list(SCHEMES)}, got {self.scheme!r}")
+
+    def gates(self, epoch: int) -> bool:
+        """Is this epoch, counted from 0, gated?
+
+        Raises:
+            OptionError: ``epoch`` is not an integer of at least 0.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
+            raise OptionError(f"epoch must be an integer of at least 0, got {epoch!r}")
+        if epoch < self.warmup:
+            return False
+        return self.scheme == "joint" or epoch % self.period == self.phase
 
 
 class LabelSensitiveTraining:
@@ -47,22 +91,16 @@ class LabelSensitiveTraining:
     Under DistributedDataParallel the gate stays outside of the wrapper: it starts as rank 0's, and its gradients are
     averaged over the ranks here.
 
-    Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1; footnote 1 for ``"joint"``.
-    Differs: `project` instead of its lines 7 and 8; the gate has no momentum (`LabelSensitiveGate.parameter_group`);
-    a step whose loss or gate is NaN is undone.
+    Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1. Differs: `project` instead of its
+    lines 7 and 8; the gate has no momentum (`LabelSensitiveGate.parameter_group`); a step whose loss or gate is NaN is
+    undone.
 
     Args:
         model: The network, on its device, plain or wrapped in DistributedDataParallel.
         gate: C x K of the network's head, on the same device.
-        period: Epochs from one gated epoch to the next.
-        gate_phase: Gated are epochs with ``epoch % period == gate_phase``, counted from 0.
-        warmup: So many first epochs are plain.
-        weight: The paper's lambda.
-        density: Target mean of the gate: the paper's ``s / (C * K)``. None: 0.2, or for fewer than nine classes
-            ``0.1 + 0.9 / C``: a tenth of the channels shared and each other one a single class's.
-        sparsity: The paper's ``a``, which it does not state. What matters is its product with the gate's learning rate.
-        penalty: ``"abs"`` (paper) or ``"hinge"`` (its code): see `density_penalty`.
-        scheme: ``"alternating"``, or ``"joint"``: both losses in every epoch after the warm-up, from one forward pass.
+        schedule: Which epochs are gated.
+        penalty: What keeps the gate sparse.
+        weight: Weight of the gated loss: the paper's lambda.
         layer: The head, if it cannot be found.
 
     Raises:
@@ -75,26 +113,26 @@ class LabelSensitiveTraining:
         model: nn.Module,
         gate: LabelSensitiveGate,
         *,
-        period: int = 3,
-        gate_phase: int = 1,
-        warmup: int = 0,
+        schedule: GateSchedule = GateSchedule(),
+        penalty: GatePenalty = GatePenalty(),
         weight: float = 1.0,
-        density: float | None = None,
-        sparsity: float = SPARSITY,
-        penalty: str = "abs",
-        scheme: str = "alternating",
         layer: nn.Module | str | None = None,
     ) -> None:
-        _check_options(gate, period, gate_phase, warmup, weight, sparsity, penalty, scheme)
+        if not isinstance(gate, LabelSensitiveGate):
+            raise OptionError(f"gate must be a LabelSensitiveGate, got {type(gate).__name__}")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not (math.isfinite(weight) and weight >= 0)
+        ):
+            raise OptionError(f"weight must be a finite number of at least 0, got {weight!r}")
         if isinstance(without_compile(model), nn.DataParallel):
             raise OptionError("DataParallel copies the head in every step; wrap the model in DistributedDataParallel")
         if not isinstance(model, nn.Module):
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
         self.model, self.gate = model, gate
-        self.period, self.gate_phase, self.warmup = period, gate_phase, warmup
-        self.weight, self.sparsity, self.penalty = weight, sparsity, penalty
-        self.density = target_density(density, gate.num_classes)
-        self.scheme, self._layer = scheme, layer
+        self.schedule, self.penalty, self.density = schedule, penalty, penalty.density_for(gate.num_classes)
+        self.weight, self._layer = weight, layer
         self._network: nn.Module = unwrap(model)
         self._parameters = [*self._network.parameters(), gate.weight]
         device = self._parameters[0].device
@@ -109,11 +147,7 @@ class LabelSensitiveTraining:
 
     def gates(self, epoch: int) -> bool:
         """Does this epoch, counted from 0, take the gated path?"""
-        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
-            raise OptionError(f"epoch must be an integer of at least 0, got {epoch!r}")
-        if epoch < self.warmup:
-            return False
-        return self.scheme == "joint" or epoch % self.period == self.gate_phase
+        return self.schedule.gates(epoch)
 
     def loss(self, inputs: Any, labels: Tensor, epoch: int) -> Tensor:
         """One forward pass; the loss of this epoch, a scalar to call ``backward`` on.
@@ -125,7 +159,9 @@ class LabelSensitiveTraining:
 
         Raises:
             NonFiniteError: The loss is NaN or infinite; running statistics are as before this pass.
-            LabelError, ShapeError, DeviceError, HeadError, OptionError: As their messages say.
+            LabelError, DeviceError: The labels do not fit the gate.
+            ShapeError, HeadError: The gate does not fit the head, or the head cannot be found.
+            OptionError: ``epoch`` is not an integer of at least 0.
         """
         gated = self.gates(epoch)
         inputs = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
@@ -137,10 +173,10 @@ class LabelSensitiveTraining:
         self._gated = self._gated or gated
         try:
             if not gated:
-                # a gradient left from a gated step, or the momentum of an optimiser that has one, is not to move it
+                # neither a gradient from a gated step nor an optimiser's momentum may move the gate
                 self.gate.weight.grad = None
                 loss = _cross_entropy(self.model(*inputs), labels)
-            elif self.scheme == "joint":
+            elif self.schedule.scheme == "joint":
                 loss = self._joint(head, inputs, labels)
             else:
                 loss = self.weight * (self._gated_entropy(head, inputs, labels) + self._penalty())
@@ -154,8 +190,8 @@ class LabelSensitiveTraining:
         """After each step of the optimiser: project the gate; after a gated step, check that all is finite.
 
         Raises:
-            NonFiniteError: A gated step left NaN or infinity; network and gate are as before it. The optimiser's own
-                state is not known here.
+            NonFiniteError: A gated step left NaN or infinity; network and gate are as before it. The optimiser's state
+                stays as the step left it.
         """
         gated, self._gated = self._gated, False
         if gated and not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
@@ -176,30 +212,30 @@ class LabelSensitiveTraining:
         loader: Iterable[Any],
         epochs: int,
         *,
-        lr: float = 0.1,
-        gate_lr: float | None = None,
+        lr: float | tuple[float, float] = 0.1,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         scheduler: Any = None,
         max_norm: float | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
         show_progress: bool = False,
     ) -> list[dict[str, Any]]:
         """The whole loop: trains the model and the gate in place.
 
         A run that was killed and is started again the same way ends as one that was not: the checkpoint holds network,
-        gate, optimisers, schedulers and the state of all generators (torch, numpy, Python, the loader's). Workers that
-        a loader keeps from one epoch to the next have states of their own that are not.
+        gate, optimisers, schedulers and the state of all generators (torch, numpy, Python, the loader's). It does not
+        hold the states of workers that a loader keeps from one epoch to the next.
 
         Args:
             loader: Batches ``(inputs, labels)``, read once for each epoch; under DDP each rank's own.
-            epochs: How many, those of the checkpoint included. The last one should be plain. Without an optimizer of
-                your own they cannot be more than when the checkpoint was written: the cosine was made for so many.
-            lr: Of SGD with momentum 0.9, the paper's optimiser; it falls to 0 as a cosine over the epochs.
-            gate_lr: The gate's; None: ``lr``, as in the paper.
-            optimizer: One or several of your own, in the place of that, the gate among their parameters.
+            epochs: How many, those of the checkpoint included. The last one should be plain. Without an ``optimizer``
+                they must be as many as when the checkpoint was written: the cosine depends on them.
+            lr: Learning rate of SGD with momentum 0.9, the paper's optimiser; it falls to 0 as a cosine over the
+                epochs. One number for network and gate, as in the paper, or two, ``(network, gate)``.
+            optimizer: One or several of your own instead, the gate among their parameters.
             scheduler: One or several for your own optimizer, stepped after every epoch, plain or gated.
             max_norm: Clip gradients to this norm.
-            checkpoint: A file: written after every epoch, by rank 0; if it is there at the start, training goes on.
+            checkpoint: A file, or a `Checkpoint` that says how often it is written; rank 0 writes it. If the file is
+                there at the start, training goes on from it.
             show_progress: A tqdm bar for each epoch.
 
         Returns:
@@ -208,40 +244,49 @@ class LabelSensitiveTraining:
 
         Raises:
             NonFiniteError: A loss or the gate is NaN or infinite, and network and gate are as before that step; or the
-                network is at the end of an epoch, and the checkpoint is of the epoch before.
-            FileFormatError: The checkpoint is broken, or another training's.
-            OptionError, EmptyLoaderError, LabelError, ShapeError: As their messages say.
+                network is at the end of an epoch, and the checkpoint is older.
+            FileFormatError: The checkpoint is broken, or of another training or version.
+            OptionError: An option is out of range, or an optimiser or scheduler would not train the gate.
+            EmptyLoaderError: The loader gave no batch.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
             raise OptionError(f"epochs must be an integer of at least 1, got {epochs!r}")
-        for name, value in (("lr", lr), ("gate_lr", gate_lr), ("max_norm", max_norm)):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        rates = lr if isinstance(lr, tuple | list) and len(lr) == 2 else (lr, lr)
+        for name, value in (("lr", rates[0]), ("lr", rates[1]), ("max_norm", max_norm)):
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+            if not fits and (value is not None or name == "lr"):
                 raise OptionError(f"{name} must be a finite number above 0, got {value!r}")
-        options = self._options()
+        options = {**asdict(self.schedule), **asdict(self.penalty), "density": self.density, "weight": self.weight}
         if optimizer is None:
             if scheduler is not None:
                 raise OptionError(
                     "a scheduler steps the optimiser that it was made for, and none was given; pass optimizer= as well"
                 )
             # the cosine falls over so many epochs
-            options |= {"epochs": int(epochs), "lr": lr, "gate_lr": gate_lr}
-            optimizers = [default_optimizer(self._network, self.gate, lr, gate_lr)]
+            options |= {"epochs": int(epochs), "lr": tuple(map(float, rates))}
+            optimizers = [self._paper_optimizer(*rates)]
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], int(epochs))
         else:
-            optimizers = as_list(optimizer, Optimizer, "optimizer")
-        schedules = [] if scheduler is None else as_list(scheduler, torch.optim.lr_scheduler.LRScheduler, "scheduler")
-        # of a run that ended in the middle of a step
+            optimizers = _as_list(optimizer, Optimizer, "optimizer")
+        schedules = [] if scheduler is None else _as_list(scheduler, torch.optim.lr_scheduler.LRScheduler, "scheduler")
+        _check_optimizers(self.gate, optimizers, schedules)
+        # an earlier run may have ended in the middle of a step
         self._epoch, self._step, self._before = -1, 0, _Before()
-        run = Fit(
-            self.model, self.gate, self, options,
-            optimizers=optimizers, schedules=schedules, max_norm=max_norm,
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        training = Training(
+            self._network, _GatedTask(self, trained, max_norm), optimizers, schedules=schedules,
+            checkpoint=Checkpoint.of(checkpoint), options=options, group=self._group,
         )  # fmt: skip
-        run.run(loader, int(epochs), None if checkpoint is None else Path(checkpoint), show_progress)
-        return run.history
+        training.resume(loader)
+        training.run(loader, int(epochs), show_progress)
+        return training.history
 
-    def _options(self) -> dict[str, Any]:
-        names = ("period", "gate_phase", "warmup", "weight", "density", "sparsity", "penalty", "scheme")
-        return {name: getattr(self, name) for name in names}
+    def _paper_optimizer(self, lr: float, gate_lr: float) -> Optimizer:
+        """SGD with momentum 0.9; the gate has no momentum."""
+        groups: list[dict[str, Any]] = [{"params": [p for p in self._network.parameters() if p.requires_grad]}]
+        if self.gate.weight.requires_grad:
+            groups.append(self.gate.parameter_group(gate_lr))
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
 
     # -- the paths -------------------------------------------------------------------------------------------------
 
@@ -269,12 +314,14 @@ class LabelSensitiveTraining:
         return gated.movedim(1, -1)
 
     def _penalty(self) -> Tensor | float:
-        # of a gate that is not trained it is a constant, and not one that it could help
-        return self.sparsity * self.gate.penalty(self.density, self.penalty) if self.gate.weight.requires_grad else 0.0
+        # the penalty of a gate that is not trained is a constant
+        if not self.gate.weight.requires_grad:
+            return 0.0
+        return self.penalty.sparsity * self.gate.penalty(self.density, self.penalty.kind)
 
     def _find_head(self, inputs: tuple[Any, ...]) -> Head:
         if self._head is None:
-            # of NaN the loss tells, on all ranks at once
+            # NaN is replaced here: the check of the loss reports it, on all ranks at once
             few = tuple(part[:2].nan_to_num(0, 0, 0) if isinstance(part, Tensor) else part for part in inputs)
             with batches(self._network, [(few, None)], layer=self._layer, need_labels=False) as stream:
                 head = next(stream).head
@@ -295,10 +342,10 @@ class LabelSensitiveTraining:
             dist.all_reduce(flag, dist.ReduceOp.MIN, self._group)
             finite = flag.bool()
         if not bool(finite):
-            told = "of another rank is NaN or infinite" if bool(mine) else f"is {float(loss.detach())}"
+            state = "of another rank is NaN or infinite" if bool(mine) else f"is {float(loss.detach())}"
             raise NonFiniteError(
-                f"the loss {told} in epoch {self._epoch}, step {self._step}; no step was taken, "
-                "network and gate are as before. Lower the learning rates or sparsity, or look at that batch"
+                f"the loss {state} in epoch {self._epoch}, step {self._step}; no step was taken, network and gate are "
+                "as before. Lower the learning rates or sparsity, or look at that batch"
             )
 
     # -- several processes -----------------------------------------------------------------------------------------
@@ -354,27 +401,77 @@ def _cross_entropy(logits: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(1).float(), labels)
 
 
-def _check_options(
-    gate: Any, period: Any, phase: Any, warmup: Any, weight: Any, sparsity: Any, penalty: Any, scheme: Any
-) -> None:
-    if not isinstance(gate, LabelSensitiveGate):
-        raise OptionError(f"gate must be a LabelSensitiveGate, got {type(gate).__name__}")
+class _GatedTask(Task):
+    """`LabelSensitiveTraining` as a task of the common loop."""
 
-    def integer(value: Any, least: int) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    name = "LabelSensitiveTraining"
 
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    def __init__(self, training: LabelSensitiveTraining, trained: list[Tensor], max_norm: float | None) -> None:
+        self._training, self._gate = training, training.gate
+        self._trained, self._max_norm = trained, max_norm
 
-    checks: list[tuple[Callable[[], bool], str]] = [
-        (lambda: integer(period, 1), f"period must be an integer of at least 1, got {period!r}"),
-        (lambda: integer(phase, 0) and phase < period, f"gate_phase must lie in [0, {period!r}), got {phase!r}"),
-        (lambda: integer(warmup, 0), f"warmup must be an integer of at least 0, got {warmup!r}"),
-        (lambda: number(weight), f"weight must be a finite number of at least 0, got {weight!r}"),
-        (lambda: number(sparsity), f"sparsity must be a finite number of at least 0, got {sparsity!r}"),
-        (lambda: penalty in PENALTIES, f"penalty must be one of {list(PENALTIES)}, got {penalty!r}"),
-        (lambda: scheme in SCHEMES, f"scheme must be one of {list(SCHEMES)}, got {scheme!r}"),
-    ]
-    for holds, message in checks:
-        if not holds():
-            raise OptionError(message)
+    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
+        """The loss of this epoch."""
+        return self._training.loss(inputs, labels, epoch)
+
+    def before_step(self) -> None:
+        """Clip the gradients."""
+        if self._max_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+
+    def after_step(self) -> None:
+        """Project the gate."""
+        self._training.after_step()
+
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        """Was the epoch gated, and the gate's density; refuses a network that is no longer finite."""
+        parameters = unwrap(self._training.model).parameters()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+            raise NonFiniteError(
+                f"the network became NaN or infinite in epoch {epoch}; a checkpoint is of the epoch before. Lower the "
+                "learning rate, or clip gradients by max_norm="
+            )
+        return {"gated": self._training.gates(epoch), "density": self._gate.density}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gate."""
+        return {"gate": self._gate.state_dict(), "layer": self._gate.layer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._gate.load_state_dict(state["gate"])
+        self._gate.layer = state["layer"]
+
+    def rank_state(self) -> dict[str, Any]:
+        """Each rank counts its own samples."""
+        return {"counts": self._gate.counts.cpu()}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Take back what `rank_state` gave."""
+        self._gate.counts.copy_(state["counts"])
+
+
+def _check_optimizers(gate: LabelSensitiveGate, optimizers: list[Optimizer], schedules: list[Schedule]) -> None:
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    if gate.weight.requires_grad and all(p is not gate.weight for p in trained):
+        raise OptionError(
+            "no optimiser has the gate, so it would not be trained; add it with "
+            "optimizer.add_param_group(gate.parameter_group(lr=...)), or pass lr= and no optimizer"
+        )
+    for schedule in schedules:
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise OptionError(
+                "ReduceLROnPlateau waits for a loss, and those of gated and plain epochs cannot be compared; pass a "
+                "scheduler that counts epochs"
+            )
+        if all(schedule.optimizer is not optimizer for optimizer in optimizers):
+            raise OptionError("the scheduler was made for an optimiser that was not given; pass it in optimizer=")
+
+
+def _as_list(value: Any, kind: type, name: str) -> list[Any]:
+    """One or several of ``kind`` as a list."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(entry, kind) for entry in values):
+        types = ", ".join(type(entry).__name__ for entry in values)
+        raise OptionError(f"{name} must be of type {kind.__name__}, or a list of several, got {types}")
+    return values

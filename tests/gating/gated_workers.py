@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.core.errors import FileFormatError, NonFiniteError
 
 EPOCHS, COUNT, BATCH = 4, 16, 4
@@ -92,7 +92,7 @@ def trained(kind, checkpoint=None, epochs=EPOCHS, seed=0, data=None):
     model, gate = network(nn.Dropout(0.3)), gate_of()
     optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(0.1)], lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], gamma=0.5)
-    training = LabelSensitiveTraining(model, gate, period=2, gate_phase=0)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=2, phase=0))
     loader = loader_of(kind, data or Drawn(), seed)
     history = training.fit(loader, epochs, optimizer=optimizer, scheduler=schedule, checkpoint=checkpoint)
     return model, gate, optimizer, history
@@ -143,7 +143,7 @@ def in_a_process(function, *arguments):
 
 SCHEMES = {
     "plain": {"warmup": 9},
-    "gated": {"period": 1, "gate_phase": 0},
+    "gated": {"period": 1, "phase": 0},
     "alternating": {"period": 2},
     "joint": {"scheme": "joint"},
 }
@@ -159,7 +159,9 @@ def steps(scheme, micro=1, rank=None, gate_seed=0):
     ``rank`` sees its half of each batch, ``micro`` parts one after the other."""
     model, gate = network(), gate_of(gate_seed)
     wrapped = model if rank is None else DistributedDataParallel(model)
-    training = LabelSensitiveTraining(wrapped, gate, sparsity=0.05, **SCHEMES[scheme])
+    training = LabelSensitiveTraining(
+        wrapped, gate, schedule=GateSchedule(**SCHEMES[scheme]), penalty=GatePenalty(sparsity=0.05)
+    )
     optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(0.1)], lr=0.1, momentum=0.9)
     for index, (inputs, labels) in enumerate(whole_batches()):
         if rank is not None:

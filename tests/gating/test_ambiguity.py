@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from captum_classfilters import LabelSensitiveGate, filter_ambiguity
+from captum_classfilters import GatePenalty, LabelSensitiveGate, filter_ambiguity
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, LabelError, NonFiniteError, OptionError
-from captum_classfilters.gating import project
 from captum_classfilters.gating.ambiguity import _search
+from captum_classfilters.gating.gate import project
 
 
 class Given(nn.Module):
@@ -59,20 +59,26 @@ def phi(model, gate, features, labels, density, sparsity=0.02, kind="abs"):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"density": 0.25, "sparsity": 0.1}, {"density": 0.5, "penalty": "hinge"}, {"anneal": False}, {"steps": 1}],
+    [
+        {},
+        {"penalty": GatePenalty(0.25, 0.1)},
+        {"penalty": GatePenalty(0.5, kind="hinge")},
+        {"anneal": False},
+        {"steps": 1},
+    ],
     ids=str,
 )
 def test_phi_is_that_of_the_gate_that_is_returned(options):
     model, features, labels = problem()
     found = filter_ambiguity(model, batches_of(features, labels), **options)
     gate = found.gate.weight.detach()
-    density = options.get("density", 0.1 + 0.9 / 4)
-    entropy, penalty = phi(model, gate, features, labels, density, found.sparsity, options.get("penalty", "abs"))
+    wanted = options.get("penalty", GatePenalty(0.1 + 0.9 / 4))
+    entropy, penalty = phi(model, gate, features, labels, wanted.density, found.sparsity, wanted.kind)
     assert found.cross_entropy == pytest.approx(entropy, rel=1e-5)
     assert found.penalty == pytest.approx(penalty, rel=1e-4, abs=1e-6)
     assert found.value == found.cross_entropy + found.penalty
     assert found.gate_density == pytest.approx(float(gate.mean()), rel=1e-6)
-    assert (found.density, found.sparsity) == (pytest.approx(density), options.get("sparsity", 0.02))
+    assert (found.density, found.sparsity) == (pytest.approx(wanted.density), wanted.sparsity)
     assert bool((gate >= 0).all())
     assert bool((gate.amax(0) == 1).all())
     assert found.samples == 60
@@ -84,7 +90,7 @@ def test_phi_is_that_of_the_gate_that_is_returned(options):
 @pytest.mark.parametrize("sparsity", [0.02, 0.2])
 def test_no_gate_at_random_is_better(seed, sparsity):
     model, features, labels = problem(seed)
-    found = filter_ambiguity(model, batches_of(features, labels), sparsity=sparsity)
+    found = filter_ambiguity(model, batches_of(features, labels), penalty=GatePenalty(sparsity=sparsity))
     generator, ones = torch.Generator().manual_seed(9), torch.ones(4, 6)
     gates = [ones, LabelSensitiveGate.fixed(4, 6, exclusive=1).weight.detach()]
     for power in (0.5, 1, 4, 20):
@@ -115,7 +121,7 @@ def one_direction(count=40):
 
 def test_channels_that_are_one_class_s_own_are_found_and_leave_nothing_to_lose():
     model, features, labels = own_channels()
-    found = filter_ambiguity(model, batches_of(features, labels), density=0.25)
+    found = filter_ambiguity(model, batches_of(features, labels), penalty=GatePenalty(0.25))
     torch.testing.assert_close(found.gate.weight.detach(), torch.eye(4), rtol=0, atol=0.02)
     assert found.value < 0.01
     # for all classes open, they tell nothing
@@ -123,9 +129,9 @@ def test_channels_that_are_one_class_s_own_are_found_and_leave_nothing_to_lose()
 
 
 def test_what_all_classes_share_is_more_ambiguous():
-    shared = filter_ambiguity(*shared_batches(), density=0.25)
+    shared = filter_ambiguity(*shared_batches(), penalty=GatePenalty(0.25))
     model, features, labels = own_channels()
-    assert shared.value > filter_ambiguity(model, batches_of(features, labels), density=0.25).value + 0.1
+    assert shared.value > filter_ambiguity(model, batches_of(features, labels), penalty=GatePenalty(0.25)).value + 0.1
     model, features, labels = one_direction()
     assert (model(features).argmax(1) == labels).all()
 
@@ -142,8 +148,9 @@ def test_without_annealing_the_gate_stays_near_its_constant():
     model, features, labels = problem()
     loader = batches_of(features, labels)
     # of a hinge with slope from the start, all entries fall together; with annealing the data chooses first
-    slow = filter_ambiguity(model, loader, sparsity=5.0)
-    fast = filter_ambiguity(model, loader, sparsity=5.0, anneal=False)
+    steep = GatePenalty(sparsity=5.0)
+    slow = filter_ambiguity(model, loader, penalty=steep)
+    fast = filter_ambiguity(model, loader, penalty=steep, anneal=False)
 
     def spread(found):
         gate = found.gate.weight.detach()
@@ -152,7 +159,9 @@ def test_without_annealing_the_gate_stays_near_its_constant():
     assert spread(fast) > spread(slow)
     assert fast.value > slow.value
     # nothing to anneal
-    first, second = (filter_ambiguity(model, loader, sparsity=0.0, anneal=way) for way in (True, False))
+    first, second = (
+        filter_ambiguity(model, loader, penalty=GatePenalty(sparsity=0.0), anneal=way) for way in (True, False)
+    )
     assert torch.equal(first.gate.weight, second.gate.weight)
     assert first.penalty == 0.0
 
@@ -201,7 +210,7 @@ def test_the_search_stays_on_the_model_s_device(device, assert_close, monkeypatc
         model, features, labels = problem()
         head = SimpleNamespace(weight=model.fc.weight.detach().to(device.name), bias=torch.zeros(4, device=device.name))
         weight, parts = _search(
-            features.to(device.name), labels.to(device.name), head, 0.3, 0.02, "abs", steps=3, lr=0.1, anneal=True
+            features.to(device.name), labels.to(device.name), head, 0.3, GatePenalty(), steps=3, lr=0.1, anneal=True
         )
         assert_close(weight.amax(0), torch.ones(6, device=device.name))
         assert all(map(math.isfinite, parts))
@@ -213,12 +222,15 @@ def test_the_search_stays_on_the_model_s_device(device, assert_close, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
-        ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
-        ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
-        ({"sparsity": math.nan}, "sparsity must be a finite number of at least 0, got nan"),
-        ({"penalty": "l2"}, r"penalty must be one of \['abs', 'hinge'\], got 'l2'"),
-        ({"density": 0.2}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\].*got 0.2"),
+        (lambda: {"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        (lambda: {"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
+        (lambda: {"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
+        (
+            lambda: {"penalty": GatePenalty(sparsity=math.nan)},
+            "sparsity must be a finite number of at least 0",
+        ),
+        (lambda: {"penalty": GatePenalty(kind="l2")}, r"kind must be one of \['abs', 'hinge'\], got 'l2'"),
+        (lambda: {"penalty": GatePenalty(density=0.2)}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\].*got 0.2"),
     ],
     ids=str,
 )
@@ -226,7 +238,7 @@ def test_bad_options_are_refused_before_the_second_batch(options, message):
     model, features, labels = problem()
     loader = iter(batches_of(features, labels))
     with pytest.raises(OptionError, match=message):
-        filter_ambiguity(model, loader, **options)
+        filter_ambiguity(model, loader, **options())
     assert len(list(loader)) >= 3
 
 

@@ -11,13 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gated_workers import COUNT, EPOCHS, KINDS, Drawn, batches_of, loader_of, outcome, seed_all, states_of, trained
+from gated_workers import (
+    BATCH,
+    COUNT,
+    EPOCHS,
+    KINDS,
+    Drawn,
+    batches_of,
+    loader_of,
+    outcome,
+    seed_all,
+    states_of,
+    trained,
+)
 from gating_loop import assert_states_equal, optimizer_of
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 import captum_classfilters
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import Checkpoint, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 
 WORKERS = Path(__file__).with_name("gated_workers.py")
 
@@ -35,7 +47,9 @@ def test_it_is_the_loop_of_the_class_s_docstring(gate_lr, small_cnn, gate):
     model = small_cnn().train()
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
     seed_all(0)
-    found = LabelSensitiveTraining(model, gate).fit(loader_of("global", Drawn(), 0), 4, lr=0.2, gate_lr=gate_lr)
+    found = LabelSensitiveTraining(model, gate).fit(
+        loader_of("global", Drawn(), 0), 4, lr=(0.2, gate_lr) if gate_lr else 0.2
+    )
 
     seed_all(0)
     training, loader, expected = LabelSensitiveTraining(twin, other), loader_of("global", Drawn(), 0), []
@@ -135,6 +149,21 @@ def test_a_training_that_is_through_is_not_trained_again_and_gives_its_history(s
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_within_an_epoch_is_gone_on_from_to_the_same_bits(kind, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    # the fourth batch of the third epoch is never whole; the checkpoint is of its second
+    checkpoint = Checkpoint(tmp_path / "run.pt", every=2)
+    with pytest.raises(KeyboardInterrupt):
+        trained(kind, checkpoint, data=Drawn(2 * COUNT + 3 * BATCH + 2, stop))
+    state = torch.load(checkpoint.path, weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 2)
+    found, expected = outcome(*trained(kind, checkpoint, seed=5)), outcome(*trained(kind))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 SCHEDULES = {
     "OneCycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
     "MultiStep": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [1, 2]),
@@ -171,7 +200,7 @@ def test_optimisers_and_schedulers_of_one_s_own_go_on_too(kind, name, small_cnn,
 def test_rates_fall_after_every_epoch_gated_or_plain(options, model, gate, batches):
     optimizer, rates = optimizer_of(model, gate), []
     schedules = [lr_scheduler.StepLR(optimizer, 1, 0.5)]
-    training = LabelSensitiveTraining(model, gate, **options)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(**options))
     training.after_step, whole = (
         lambda: rates.append([g["lr"] for g in optimizer.param_groups]) or whole(),
         (training.after_step),
@@ -183,7 +212,9 @@ def test_rates_fall_after_every_epoch_gated_or_plain(options, model, gate, batch
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for(model, gate, batches):
     start = states_of(model, gate)
     optimizer = torch.optim.SGD([*model.parameters(), gate.weight], lr=1.0)
-    LabelSensitiveTraining(model, gate, period=1, gate_phase=0).fit(batches[:1], 1, optimizer=optimizer, max_norm=1e-3)
+    LabelSensitiveTraining(model, gate, schedule=GateSchedule(1, 0)).fit(
+        batches[:1], 1, optimizer=optimizer, max_norm=1e-3
+    )
     norm = torch.cat([p.grad.flatten() for p in [*model.parameters(), gate.weight]]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
     moved = sum(float((p.detach() - start[0][name]).square().sum()) for name, p in model.named_parameters())

@@ -8,7 +8,7 @@ from gated_workers import batches_of, states_of
 from gating_loop import optimizer_of
 from torch.optim import lr_scheduler
 
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, NonFiniteError, OptionError
 
 
@@ -71,7 +71,7 @@ def overflow(parameter, at):
 
 def test_a_step_of_a_gated_epoch_that_ends_in_nan_is_undone(model, gate, batches):
     seen = []
-    training = LabelSensitiveTraining(model, gate, period=1, gate_phase=0)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=1, phase=0))
     training.loss, whole = lambda *args: seen.append(states_of(model, gate)) or whole(*args), training.loss
     overflow(model.conv2.weight, 4)
     with pytest.raises(NonFiniteError, match="became NaN or infinite in epoch 1, step 1; both are as before that"):
@@ -88,7 +88,7 @@ def test_a_step_of_a_gated_epoch_that_ends_in_nan_is_undone(model, gate, batches
 
 
 def test_a_fit_that_was_stopped_between_loss_and_step_leaves_no_trace_in_the_next(model, gate, batches):
-    training = LabelSensitiveTraining(model, gate, period=1, gate_phase=0)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=1, phase=0))
     handle = model.conv2.weight.register_hook(lambda grad: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         training.fit(batches, 1)
@@ -104,7 +104,7 @@ def test_a_fit_that_was_stopped_between_loss_and_step_leaves_no_trace_in_the_nex
 
 def test_an_epoch_that_ends_in_nan_does_not_reach_the_checkpoint(model, gate, batches, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    training = LabelSensitiveTraining(model, gate, warmup=9)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(warmup=9))
     overflow(model.conv2.weight, 5)
     with pytest.raises(NonFiniteError, match="the network became NaN or infinite in epoch 1; a checkpoint is of the "):
         training.fit(batches, 3, checkpoint=path)
@@ -143,6 +143,7 @@ BROKEN = {
     "pickled": pickled,
     "another kind": edited(kind="captum_classfilters recover"),
     "another version": edited(version=99),
+    "an older version": edited(version=1),
     "no ranks": edited(ranks=[]),
     "no optimiser": edited(optimizers=[]),
     "no network": edited(network={}),
@@ -172,13 +173,23 @@ def test_a_broken_checkpoint_is_refused_and_nothing_changes(breaks, model, gate,
 @pytest.mark.parametrize(
     ("size", "options", "fit", "told"),
     [
-        ({"num_classes": 5}, {"density": 0.325}, {}, "this gate is 5 classes x 6 channels, the checkpoint's 4 x 6"),
+        (
+            {"num_classes": 5},
+            {"penalty": GatePenalty(0.325)},
+            {},
+            "5 classes x 6 channels, the checkpoint's 4 x 6",
+        ),
         ({"channels": 7}, {}, {}, "this gate is 4 classes x 7 channels, the checkpoint's 4 x 6"),
         ({"bias": False}, {}, {}, "Unexpected key"),
-        ({}, {"sparsity": 0.1, "period": 2}, {}, r"other options: period was 3, is 2, sparsity was 0.02, is 0.1\)"),
-        ({}, {"density": 0.5}, {}, "density"),
-        ({}, {}, {"lr": 0.2}, r"other options: lr was 0.1, is 0.2\)"),
-        ({}, {}, {"gate_lr": 0.2}, r"other options: gate_lr was None, is 0.2\)"),
+        (
+            {},
+            {"penalty": GatePenalty(sparsity=0.1), "schedule": GateSchedule(2)},
+            {},
+            r"other options: period was 3, is 2, sparsity was 0.02, is 0.1\)",
+        ),
+        ({}, {"penalty": GatePenalty(0.5)}, {}, "density"),
+        ({}, {}, {"lr": 0.2}, r"other options: lr was \(0.1, 0.1\), is \(0.2, 0.2\)\)"),
+        ({}, {}, {"lr": (0.1, 0.2)}, r"other options: lr was \(0.1, 0.1\), is \(0.1, 0.2\)\)"),
         # its cosine would have been another
         ({}, {}, {"epochs": 5}, r"other options: epochs was 2, is 5\)"),
     ],
@@ -193,6 +204,13 @@ def test_a_checkpoint_of_another_training_is_refused(size, options, fit, told, s
     with pytest.raises(FileFormatError, match=told):
         LabelSensitiveTraining(model, other, **options).fit(batches, **{"epochs": 2, **fit}, checkpoint=path)
     assert_as_before([model, other], before)
+
+
+def test_a_checkpoint_of_an_older_version_says_so(model, gate, batches, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"kind": "captum_classfilters gated training", "version": 1, "options": {}}, path)
+    with pytest.raises(FileFormatError, match="an older version of captum_classfilters wrote it, in format 1"):
+        LabelSensitiveTraining(model, gate).fit(batches, 1, checkpoint=path)
 
 
 def test_a_loader_of_another_make_is_refused(model, gate, batches, tmp_path):
@@ -214,10 +232,10 @@ def test_a_loader_of_another_make_is_refused(model, gate, batches, tmp_path):
         ({"epochs": 1.0}, "epochs must be an integer of at least 1, got 1.0"),
         ({"epochs": True}, "got True"),
         ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0"),
-        ({"gate_lr": math.nan}, "gate_lr must be a finite number above 0, got nan"),
+        ({"lr": (0.1, math.nan)}, "lr must be a finite number above 0, got nan"),
         ({"max_norm": -1}, "max_norm must be a finite number above 0, got -1"),
         ({"lr": "0.1"}, "lr must be a finite number above 0, got '0.1'"),
-        ({"optimizer": "sgd"}, "optimizer must be a Optimizer or a list of several, got str"),
+        ({"optimizer": "sgd"}, "optimizer must be of type Optimizer, or a list of several, got str"),
     ],
     ids=str,
 )
@@ -234,7 +252,10 @@ def test_optimisers_and_schedulers_that_would_do_nothing_are_refused(model, gate
         ({"optimizer": without}, "no optimiser has the gate, so it would not be trained; add it with"),
         ({"optimizer": whole, "scheduler": foreign}, "made for an optimiser that was not given; pass it in optimizer="),
         ({"optimizer": whole, "scheduler": lr_scheduler.ReduceLROnPlateau(whole)}, "ReduceLROnPlateau waits for a los"),
-        ({"optimizer": whole, "scheduler": "cosine"}, "scheduler must be a LRScheduler or a list of several, got str"),
+        (
+            {"optimizer": whole, "scheduler": "cosine"},
+            "scheduler must be of type LRScheduler, or a list of several",
+        ),
         ({"scheduler": foreign}, "a scheduler steps the optimiser that it was made for, and none was given"),
     ]
     before = states_of(model, gate)
@@ -262,7 +283,7 @@ def test_what_can_be_read_once_is_refused_for_more_than_one_epoch(model, gate, b
 
 
 def test_a_loader_without_a_batch_is_refused(model, gate, tmp_path):
-    with pytest.raises(EmptyLoaderError, match="the loader gave no batch in epoch 0; expected at least one"):
+    with pytest.raises(EmptyLoaderError, match="the loader gave no batch in epoch 1 of 1; expected at least one"):
         LabelSensitiveTraining(model, gate).fit([], 1, checkpoint=tmp_path / "checkpoint.pt")
     assert list(tmp_path.iterdir()) == []
 

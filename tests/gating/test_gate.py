@@ -12,7 +12,7 @@ from torch import nn
 
 from captum_classfilters import LabelSensitiveGate
 from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
-from captum_classfilters.gating import density_penalty, gated, project
+from captum_classfilters.gating.gate import density_penalty, gated, project
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5))

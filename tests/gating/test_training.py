@@ -9,7 +9,7 @@ from gating_loop import LABELS, optimizer_of
 from torch import nn
 from torch.nn import functional as F
 
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.core.errors import LabelError
 
 
@@ -29,15 +29,15 @@ def by_hand(model, gate, images, labels, density=0.25, sparsity=0.02, weight=1.0
     ("options", "gated"),
     [
         ({}, [1, 4, 7, 10]),
-        ({"period": 2, "gate_phase": 0}, [0, 2, 4, 6, 8, 10]),
+        ({"period": 2, "phase": 0}, [0, 2, 4, 6, 8, 10]),
         ({"warmup": 5}, [7, 10]),
         ({"scheme": "joint", "warmup": 9}, [9, 10, 11]),
-        ({"period": 1, "gate_phase": 0}, list(range(12))),
+        ({"period": 1, "phase": 0}, list(range(12))),
     ],
     ids=str,
 )
 def test_gated_epochs(options, gated, model, gate):
-    training = LabelSensitiveTraining(model, gate, **options)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(**options))
     assert [epoch for epoch in range(12) if training.gates(epoch)] == gated
 
 
@@ -46,7 +46,7 @@ def test_gated_epochs(options, gated, model, gate):
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_a_gated_epoch_minimises_algorithm_1_s_cost(weight, model, gate, images):
-    training = LabelSensitiveTraining(model, gate, density=0.25, weight=weight, sparsity=0.05)
+    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25, 0.05), weight=weight)
     expected = by_hand(model, gate, images(), LABELS, sparsity=0.05, weight=weight)
     wanted = torch.autograd.grad(expected, [gate.weight, model.fc.weight])
     found = training.loss(images(), LABELS, epoch=1)
@@ -89,7 +89,9 @@ def test_the_joint_scheme_is_eq_3_from_one_forward_pass(model, gate, images):
     plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
     expected = plain + by_hand(model, gate, images(), LABELS, weight=0.5)
     wanted = torch.autograd.grad(by_hand(model, gate, images(), LABELS, weight=0.5), gate.weight)[0]
-    training = LabelSensitiveTraining(model, gate, density=0.25, weight=0.5, scheme="joint")
+    training = LabelSensitiveTraining(
+        model, gate, schedule=GateSchedule(scheme="joint"), penalty=GatePenalty(0.25), weight=0.5
+    )
     training.loss(images(), LABELS, epoch=0)
     runs.clear()
     found = training.loss(images(), LABELS, epoch=0)
@@ -101,7 +103,7 @@ def test_the_joint_scheme_is_eq_3_from_one_forward_pass(model, gate, images):
 
 def test_a_fixed_gate_has_no_penalty_and_no_gradient(model, images):
     gate = LabelSensitiveGate.fixed(4, 6, exclusive=1)
-    training = LabelSensitiveTraining(model, gate, density=0.25)
+    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25))
     found = training.loss(images(), LABELS, epoch=1)
     torch.testing.assert_close(found, by_hand(model, gate, images(), LABELS, sparsity=0.0))
     found.backward()
@@ -139,7 +141,9 @@ def test_a_feature_map_before_the_head_is_gated_channel_by_channel(network, gate
     weight = model.head.weight.flatten(1)
     logits = torch.einsum("nkhw,nk,ck->nc", maps, rows, weight) / maps[0, 0].numel() + model.head.bias
     for scheme, plain in (("alternating", 0.0), ("joint", F.cross_entropy(model(images()), LABELS))):
-        training = LabelSensitiveTraining(model, gate, density=0.25, sparsity=0.0, scheme=scheme)
+        training = LabelSensitiveTraining(
+            model, gate, schedule=GateSchedule(scheme=scheme), penalty=GatePenalty(0.25, sparsity=0.0)
+        )
         torch.testing.assert_close(training.loss(images(), LABELS, 1), plain + F.cross_entropy(logits, LABELS))
 
 
@@ -147,7 +151,7 @@ def test_a_feature_map_before_the_head_is_gated_channel_by_channel(network, gate
 
 
 def train(model, gate, batches, epochs=3, micro=1, scheme="alternating", **options):
-    training = LabelSensitiveTraining(model, gate, scheme=scheme, density=0.25)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme), penalty=GatePenalty(0.25))
     optimizer = optimizer_of(model, gate, **options)
     for epoch in range(epochs):
         for inputs, labels in batches:
@@ -160,7 +164,9 @@ def train(model, gate, batches, epochs=3, micro=1, scheme="alternating", **optio
 
 
 def test_the_gate_keeps_its_constraint_step_by_step_and_becomes_sparse(model, gate, images):
-    training = LabelSensitiveTraining(model, gate, density=0.25, sparsity=0.1, period=1, gate_phase=0)
+    training = LabelSensitiveTraining(
+        model, gate, schedule=GateSchedule(period=1, phase=0), penalty=GatePenalty(0.25, sparsity=0.1)
+    )
     optimizer = optimizer_of(model, gate, momentum=0.9, weight_decay=1e-2)
     densities = [gate.density]
     for _ in range(200):
@@ -189,7 +195,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(model, gate, images)
 
 
 def test_gradients_can_be_clipped_and_the_gate_stays_in_its_place(model, gate, images):
-    training = LabelSensitiveTraining(model, gate, sparsity=1e3, density=0.25)
+    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25, sparsity=1e3))
     training.loss(images(), LABELS, 1).backward()
     assert float(nn.utils.clip_grad_norm_([*model.parameters(), gate.weight], 1e-3)) > 1
     optimizer_of(model, gate).step()
@@ -200,7 +206,7 @@ def test_gradients_can_be_clipped_and_the_gate_stays_in_its_place(model, gate, i
 @pytest.mark.parametrize("around", ["forward", "loop"])
 def test_under_autocast_it_learns_as_without(around, model, gate, images):
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
-    training = LabelSensitiveTraining(model, gate, density=0.25)
+    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25))
     optimizer = optimizer_of(model, gate)
     low = torch.autocast("cpu", torch.bfloat16)
     for epoch in range(3):
@@ -226,7 +232,7 @@ def test_a_compiled_model_is_gated_too(model, gate, images):
     model.eval()  # in train mode running statistics would move between the two
     expected = by_hand(model, gate, images(), LABELS)
     compiled = torch.compile(model, backend="eager")
-    training = LabelSensitiveTraining(compiled, gate, density=0.25)
+    training = LabelSensitiveTraining(compiled, gate, penalty=GatePenalty(0.25))
     plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
     torch.testing.assert_close(training.loss(images(), LABELS, 0), plain)
     torch.testing.assert_close(training.loss(images(), LABELS, 1), expected)
@@ -235,7 +241,7 @@ def test_a_compiled_model_is_gated_too(model, gate, images):
 @pytest.mark.parametrize("scheme", ["alternating", "joint"])
 @pytest.mark.parametrize("ending", ["success", "bad labels", "exception", "interrupt"])
 def test_the_model_is_given_back(scheme, ending, model, gate, images):
-    training = LabelSensitiveTraining(model, gate, scheme=scheme)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme))
     model.bn1.eval()
     if ending in ("exception", "interrupt"):
         error = {"exception": RuntimeError("in the head"), "interrupt": KeyboardInterrupt()}[ending]

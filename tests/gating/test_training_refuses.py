@@ -9,7 +9,7 @@ from gating_loop import LABELS, assert_states_equal, optimizer_of
 from torch import distributed as dist
 from torch import nn
 
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 from captum_classfilters.core.borrow import process_group
 from captum_classfilters.core.errors import DeviceError, HeadError, LabelError, NonFiniteError, OptionError, ShapeError
 
@@ -63,19 +63,20 @@ def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"period": 0}, "period must be an integer of at least 1, got 0"),
-        ({"gate_phase": 3}, r"gate_phase must lie in \[0, 3\), got 3"),
-        ({"warmup": -1}, "warmup must be an integer of at least 0"),
-        ({"weight": math.nan}, "weight must be a finite number"),
-        ({"density": 0.24}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\]"),
-        ({"sparsity": -1.0}, "sparsity must be a finite number of at least 0"),
-        ({"penalty": "l2"}, r"penalty must be one of \['abs', 'hinge'\]"),
-        ({"scheme": "both"}, r"scheme must be one of \['alternating', 'joint'\]"),
+        (lambda: {"schedule": GateSchedule(period=0)}, "period must be an integer of at least 1, got 0"),
+        (lambda: {"schedule": GateSchedule(phase=3)}, r"phase must lie in \[0, 3\), got 3"),
+        (lambda: {"schedule": GateSchedule(phase=-1)}, "phase must be an integer of at least 0, got -1"),
+        (lambda: {"schedule": GateSchedule(warmup=-1)}, "warmup must be an integer of at least 0"),
+        (lambda: {"schedule": GateSchedule(scheme="both")}, r"scheme must be one of \['alternating', 'joint'\]"),
+        (lambda: {"weight": math.nan}, "weight must be a finite number"),
+        (lambda: {"penalty": GatePenalty(density=0.24)}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\]"),
+        (lambda: {"penalty": GatePenalty(sparsity=-1.0)}, "sparsity must be a finite number of at least 0"),
+        (lambda: {"penalty": GatePenalty(kind="l2")}, r"kind must be one of \['abs', 'hinge'\]"),
     ],
 )
 def test_bad_options_are_refused(options, message, model, gate):
     with pytest.raises(OptionError, match=message):
-        LabelSensitiveTraining(model, gate, **options)
+        LabelSensitiveTraining(model, gate, **options())
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,8 @@ from recovering import assert_same, batches, differ, loss, still, table
 from torch import nn
 from torch.nn import functional as F
 
-from captum_classfilters.core.errors import (
-    EmptyLoaderError,
-    HeadError,
-    LabelError,
-    NonFiniteError,
-    OptionError,
-)
+from captum_classfilters import Checkpoint
+from captum_classfilters.core.errors import EmptyLoaderError, HeadError, LabelError, NonFiniteError, OptionError
 from captum_classfilters.heads import DecomposedLinear, decompose, recover
 
 
@@ -222,12 +217,17 @@ def test_a_loss_that_is_no_number_ends_before_the_step(small_cnn, tmp_path):
         ({"lr": 0}, "lr must be above 0, got 0"),
         ({"lr": -1e-4}, "lr must be above 0, got -0.0001"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message, small_cnn):
     with pytest.raises(OptionError, match=message):
         recover(small_cnn(), batches(), **options)
+
+
+def test_a_checkpoint_is_written_after_a_positive_number_of_steps():
+    for every in (0, 1.5, True):
+        with pytest.raises(OptionError, match=f"every must be an integer of at least 1, got {every}"):
+            Checkpoint("state.pt", every)
 
 
 def test_networks_that_cannot_be_trained_are_refused(small_cnn):
@@ -242,7 +242,7 @@ def test_networks_that_cannot_be_trained_are_refused(small_cnn):
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        ([], EmptyLoaderError, "gave no batch in epoch 1"),
+        ([], EmptyLoaderError, "gave no batch in epoch 1 of 2"),
         (iter(still()), EmptyLoaderError, r"loader is an iterator, list_iterator, which can be read only once"),
         ([(still()[0][0], torch.full((8,), 4))], LabelError, r"labels must lie in \[0, 4\), got 4 in batch 0"),
         ([still()[0][0]], LabelError, "batch 0 has no labels"),

@@ -3,17 +3,18 @@
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
-from recovering import assert_same, batches, differ, still
+from recovering import BATCH, Noisy, assert_same, batches, differ, still
 from torch import nn
+from torch.utils.data import DataLoader
 
-from captum_classfilters.core.errors import (
-    FileFormatError,
-)
+from captum_classfilters import Checkpoint
+from captum_classfilters.core.errors import FileFormatError
 from captum_classfilters.heads import recover
 
-recover_module = sys.modules["captum_classfilters.heads.recover"]
+training_module = sys.modules["captum_classfilters.core.training"]
 
 
 class Interrupted:
@@ -63,7 +64,7 @@ def interrupt_step(monkeypatch, calls):
 )
 def test_what_was_interrupted_and_resumed_is_what_went_through(where, judged, small_cnn, tmp_path, monkeypatch):
     model, path, held_out = small_cnn(), tmp_path / "checkpoint.pt", still(16) if judged else None
-    options = {"lr": 2e-2, "checkpoint": path, "checkpoint_every": 2}
+    options = {"lr": 2e-2, "checkpoint": Checkpoint(path, every=2)}
     whole = recover(model, batches(), 3, lr=2e-2, validation=held_out)
 
     def stopped(loader=None, validation=held_out):
@@ -90,6 +91,31 @@ def test_what_was_interrupted_and_resumed_is_what_went_through(where, judged, sm
     # five steps an epoch: these went on in the second
     assert torch.load(path, weights_only=True)["epoch"] == (2 if where == "validation" else 1)
     assert_same(recover(model, batches(), 3, validation=held_out, **options), whole)
+
+
+class NumpyNoise(Noisy):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image + float(np.random.randn()), label
+
+
+@pytest.mark.parametrize("at", [5, 8])
+def test_the_loader_s_own_generator_and_numpy_s_go_on_too(at, small_cnn, tmp_path):
+    def run(stop=-1, path=None, seed=0):
+        np.random.seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(NumpyNoise(), batch_size=BATCH, shuffle=True, generator=generator)
+        if stop >= 0:
+            # a loader's generators are found by their name
+            loader_that_stops = Interrupted(loader, stop, KeyboardInterrupt())
+            loader_that_stops.generator = generator
+            loader = loader_that_stops
+        return recover(small_cnn(), loader, 3, lr=2e-2, checkpoint=path)
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(at, path)
+    assert_same(run(path=path, seed=5), run())
 
 
 def test_a_finished_training_is_not_trained_again_and_may_be_prolonged(small_cnn, tmp_path):
@@ -138,7 +164,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_what_went_wrong(small
     def full(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(recover_module, "replacing", full)
+    monkeypatch.setattr(training_module, "replacing", full)
     warned = pytest.warns(UserWarning, match="could not be written: no space left")
     with warned, pytest.raises(RuntimeError, match="images is gone") as caught:
         recover(small_cnn(), broken(), checkpoint=tmp_path / "state.pt")

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import LabelSensitiveGate, LabelSensitiveTraining
-from captum_classfilters.gating.training import SPARSITY
+from captum_classfilters import GatePenalty, LabelSensitiveGate, LabelSensitiveTraining
 
 
 def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate-lr", type=float, default=0.1, help="peak of the gate's one-cycle schedule")
-    parser.add_argument("--sparsity", type=float, default=SPARSITY, help="the paper's a; 0: no penalty")
+    parser.add_argument("--sparsity", type=float, default=GatePenalty().sparsity, help="the paper's a; 0: no penalty")
     parser.add_argument("--density", type=float, default=0.2, help="target mean of the gate")
     parser.add_argument("--exclusive", type=int, help="fixed gate: channels of each class (default: 15 K / 16 C)")
 
@@ -32,7 +31,9 @@ class Gated:
         self._model = model
         self.gate = gate.to(next(model.parameters()).device)
         self._gate_lr = options.gate_lr
-        self._training = LabelSensitiveTraining(model, self.gate, sparsity=options.sparsity, density=options.density)
+        self._training = LabelSensitiveTraining(
+            model, self.gate, penalty=GatePenalty(options.density, options.sparsity)
+        )
 
     def groups(self) -> list[dict[str, Any]]:
         return [self.gate.parameter_group(self._gate_lr)] if self.gate.weight.requires_grad else []
