@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.comparison import aggregate as aggregate
     from captum_classfilters.comparison import compare as compare
+    from captum_classfilters.core.control import Control as Control
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
+    from captum_classfilters.core.head_pass import HeadPass as HeadPass
     from captum_classfilters.core.training import Checkpoint as Checkpoint
     from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
@@ -51,8 +53,10 @@ _HOMES = {
     "ClassFiltersError": "core.errors",
     "SingularMomentsWarning": "core.errors",
     "UnseenClassWarning": "core.errors",
+    "Control": "core.control",
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
+    "HeadPass": "core.head_pass",
     "FilterAmbiguity": "gating",
     "GatePenalty": "gating",
     "GateSchedule": "gating",

@@ -7,22 +7,27 @@ method's own room. C classes, K channels.
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_classfilters.core.check import integer, one_of
+from captum_classfilters.core.class_sums import class_correlation
 from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError, UnseenClassWarning
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.ranks import sum_over
 
-_KIND, _VERSION = "ClassFilters", 1
+_KIND, _VERSION = "ClassFilters", 2
+# Files of version 1 say in their meta how tables merge, and hold no further sums
+_OLD_VERSION = 1
 
-# Sums are kept on a grid of 2**-24: numbers on it add up exactly, in any order, while they stay below 2**29
-GRID = 2.0**24
+# How tables of disjoint shards become one: scores add up over samples; scores are of the weights and must be the same;
+# scores are a correlation, which follows from sums; they do not merge
+MERGE_RULES = ("sum", "same", "correlation", "none")
+_CORRELATION_SUMS = ("total", "squares")
 # Of a table that was made without a model, such as that of a gate set by hand: it goes by its shape
 UNKNOWN_LAYER = "unknown"
 
@@ -33,17 +38,20 @@ class ClassFilters:
 
     Attributes:
         scores: ``(C, K)`` float64; the bigger, the more this channel works for this class. A sum over samples where the
-            method counts or adds (``meta["merge"] == "sum"``): divide by ``counts`` for rates.
+            method counts or adds (``merge_rule == "sum"``): divide by ``counts`` for rates.
         mass: ``(C, K)`` float64, accumulated ``|feature|``; breaks ties.
         counts: ``(C,)`` int64, samples behind each row. A class without samples is in no `top` or `mask`.
         method: Which method, such as ``"histogram"``.
         layer: Name of the layer whose input channels these are.
         class_names: C names, unique.
         meta: How the table was made; what JSON can hold.
+        merge_rule: How tables of disjoint shards become one. ``"sum"``: the scores add up over samples; ``"same"``:
+            they do not depend on samples; ``"correlation"``: they follow from ``sums``; ``"none"``: they do not merge.
+        sums: What the scores follow from where they do not add up themselves: ``(C, K)`` float64 each.
 
     Raises:
         ShapeError: The shapes do not agree.
-        OptionError: Class names are repeated.
+        OptionError: Class names are repeated, or the merge rule is unknown.
 
     Example:
         >>> scores = torch.tensor([[5.0, 1.0, 3.0], [0.0, 4.0, 3.0]], dtype=torch.float64)
@@ -61,6 +69,8 @@ class ClassFilters:
     layer: str
     class_names: tuple[str, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    merge_rule: str = "sum"
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scores.dim() != 2 or self.mass.shape != self.scores.shape:
@@ -74,6 +84,13 @@ class ClassFilters:
                 f"{tuple(self.counts.shape)} and {len(self.class_names)} names"
             )
         check_names(self.class_names)
+        one_of(self.merge_rule, "merge_rule", MERGE_RULES)
+        expected = set(_CORRELATION_SUMS) if self.merge_rule == "correlation" else set()
+        if set(self.sums) != expected or any(table.shape != self.scores.shape for table in self.sums.values()):
+            raise ShapeError(
+                f"sums must be {sorted(expected)} of the shape of scores for the merge rule {self.merge_rule!r}; got "
+                f"{ {name: tuple(table.shape) for name, table in self.sums.items()} }"
+            )
 
     def __repr__(self) -> str:
         unseen = int((self.counts == 0).sum())
@@ -100,9 +117,20 @@ class ClassFilters:
 
     def ranking(self) -> Tensor:
         """``(C, K)`` int64, all channels, strongest first: by score, then by mass, then by lower index."""
+        return self._ranking().clone()
+
+    def _ranking(self) -> Tensor:
+        """As `ranking`; sorted once, and again only where scores or mass were written into since."""
+        inference = self.scores.is_inference() or self.mass.is_inference()
+        versions = None if inference else (self.scores._version, self.mass._version)
+        cached = self.__dict__.get("_sorted")
+        if versions is not None and cached is not None and cached[0] == versions:
+            return cached[1]  # type: ignore[no-any-return]
         by_mass = self.mass.sort(dim=1, descending=True, stable=True).indices
         by_score = self.scores.gather(1, by_mass).sort(dim=1, descending=True, stable=True).indices
-        return by_mass.gather(1, by_score)
+        ranking = by_mass.gather(1, by_score)
+        object.__setattr__(self, "_sorted", (versions, ranking))
+        return ranking
 
     def top(self, k: int) -> Tensor:
         """The k strongest channels of each class, ``(C, k)`` int64; -1 throughout for a class without samples.
@@ -113,13 +141,13 @@ class ClassFilters:
             OptionError: k is not in ``[1, K]``.
         """
         self._check_k(k)
-        return self.ranking()[:, :k].masked_fill(~self.seen[:, None], -1)
+        return self._ranking()[:, :k].masked_fill(~self.seen[:, None], -1)
 
     def mask(self, k: int) -> Tensor:
         """`top` as a table, ``(C, K)`` bool; a class without samples has no channel."""
         self._check_k(k)
         mask = torch.zeros_like(self.scores, dtype=torch.bool)
-        return mask.scatter_(1, self.ranking()[:, :k], True) & self.seen[:, None]
+        return mask.scatter_(1, self._ranking()[:, :k], True) & self.seen[:, None]
 
     def overlap(self, k: int) -> Tensor:
         """Jaccard index of each two classes' top-k sets, ``(C, C)`` float64; NaN for a class without samples."""
@@ -156,9 +184,7 @@ class ClassFilters:
                 shown = ", ".join(self.class_names[:10]) + (", ..." if self.num_classes > 10 else "")
                 raise OptionError(f"no class is named {name!r}; the names are: {shown}")
             return self.class_names.index(name)
-        if isinstance(name, bool) or not isinstance(name, Integral) or not 0 <= int(name) < self.num_classes:
-            raise OptionError(f"a class is a name or an index in [0, {self.num_classes}), got {name!r}")
-        return int(name)
+        return integer(name, "a class", 0, self.num_classes - 1, meaning="its index, or a name")
 
     @staticmethod
     def merge(*parts: "ClassFilters") -> "ClassFilters":
@@ -177,7 +203,7 @@ class ClassFilters:
                 raise MergeError(f"merge takes tables one by one, merge(*parts); got {type(part).__name__}")
         first = parts[0]
         for part in parts[1:]:
-            for what in ("method", "layer", "class_names"):
+            for what in ("method", "layer", "class_names", "merge_rule"):
                 if getattr(part, what) != getattr(first, what):
                     raise MergeError(
                         f"{what} differs: {getattr(first, what)!r} and {getattr(part, what)!r}; merge tables of one run"
@@ -190,31 +216,47 @@ class ClassFilters:
             if dict(part.meta) != dict(first.meta):
                 odd = sorted(key for key in {*part.meta, *first.meta} if part.meta.get(key) != first.meta.get(key))
                 raise MergeError(f"options differ in {odd}; merge tables made with the same options")
-        how = first.meta.get("merge", "sum")
-        if how not in ("sum", "same"):
+        if first.merge_rule == "none":
             raise MergeError(
                 f"tables of method {first.method!r} cannot be merged: their scores do not add up over samples"
             )
-        if how == "same":
-            if any(not torch.equal(part.scores, first.scores) for part in parts[1:]):
-                raise MergeError(
-                    f"scores of method {first.method!r} do not depend on samples, yet differ: other weights or seed"
-                )
-            scores = first.scores
-        else:
-            scores = torch.stack([part.scores for part in parts]).sum(0)
+        if first.merge_rule == "same" and any(not torch.equal(part.scores, first.scores) for part in parts[1:]):
+            raise MergeError(
+                f"scores of method {first.method!r} do not depend on samples, yet differ: other weights or seed"
+            )
         mass = torch.stack([part.mass for part in parts]).sum(0)
         counts = torch.stack([part.counts for part in parts]).sum(0)
-        return ClassFilters(scores, mass, counts, first.method, first.layer, first.class_names, first.meta)
+        sums = {name: torch.stack([part.sums[name] for part in parts]).sum(0) for name in first.sums}
+        scores = first.scores if first.merge_rule == "same" else torch.stack([part.scores for part in parts]).sum(0)
+        return first._with(scores, mass, counts, sums)
+
+    def without(self, part: "ClassFilters") -> "ClassFilters":
+        """The table of the other samples, where ``part`` is that of some of them: sums subtract as exactly as they add.
+
+        Raises:
+            MergeError: The scores do not follow from sums over samples.
+        """
+        if self.merge_rule not in ("sum", "correlation"):
+            raise MergeError(f"scores of method {self.method!r} are no sums over samples: no part can be taken away")
+        sums = {name: table - part.sums[name] for name, table in self.sums.items()}
+        return self._with(self.scores - part.scores, self.mass - part.mass, self.counts - part.counts, sums)
+
+    def _with(self, scores: Tensor, mass: Tensor, counts: Tensor, sums: Mapping[str, Tensor]) -> "ClassFilters":
+        """The same table of other samples."""
+        if self.merge_rule == "correlation":
+            scores = class_correlation(counts, *(sums[name] for name in _CORRELATION_SUMS))
+        return replace(self, scores=scores, mass=mass, counts=counts, sums=sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a safetensors file; whole or not at all."""
         tensors = {"scores": self.scores, "mass": self.mass, "counts": self.counts}
+        tensors |= {f"sums {name}": table for name, table in self.sums.items()}
         about = {
             "method": self.method,
             "layer": self.layer,
             "class_names": list(self.class_names),
             "meta": dict(self.meta),
+            "merge_rule": self.merge_rule,
         }
         write(path, tensors, kind=_KIND, version=_VERSION, meta=about)
 
@@ -226,11 +268,15 @@ class ClassFilters:
             FileNotFoundError: No such file.
             FileFormatError: Broken, truncated, foreign, or of another schema version.
         """
-        tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("scores", "mass", "counts"))
+        tensors, about = read(path, kind=_KIND, version=(_VERSION, _OLD_VERSION))
         try:
             about["class_names"] = tuple(about["class_names"])
-            return cls(**{**tensors, **about})
-        except (KeyError, TypeError, ShapeError, OptionError) as error:
+            if "merge_rule" not in about:
+                old_rule = about["meta"].pop("merge", "sum")
+                about["merge_rule"] = old_rule if old_rule in ("sum", "same") else "none"
+            sums = {name.removeprefix("sums "): tensors.pop(name) for name in list(tensors) if name[:5] == "sums "}
+            return cls(**{**tensors, **about, "sums": sums})
+        except (AttributeError, KeyError, TypeError, ShapeError, OptionError) as error:
             raise FileFormatError(f"{path} does not hold a whole table ({error!r}); save it again") from error
 
     def _check_k(self, k: int) -> None:
@@ -251,23 +297,28 @@ def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any
     tensors: dict[str, Tensor] = {}
     about = []
     for index, (key, table) in enumerate((mine or {}).items()):
-        fixed = table.meta.get("merge") == "same"
         tensors |= {f"{index} {what}": getattr(table, what) for what in ("scores", "mass", "counts")}
+        tensors |= {f"{index} sums {name}": sums for name, sums in table.sums.items()}
         # what does not add up is compared instead
-        check = float(table.scores.sum()) if fixed else None
-        about.append((key, table.method, table.layer, table.class_names, dict(table.meta), check))
+        check = float(table.scores.sum()) if table.merge_rule == "same" else None
+        names = tuple(table.sums)
+        about.append(
+            (key, table.method, table.layer, table.class_names, dict(table.meta), table.merge_rule, names, check)
+        )
     same = [f"{index} scores" for index, entry in enumerate(about) if entry[-1] is not None]
-    sums, about = sum_over(group, None if mine is None else tensors, about, same=same)
-    return {
-        key: ClassFilters(sums[f"{i} scores"], sums[f"{i} mass"], sums[f"{i} counts"], method, layer, class_names, meta)
-        for i, (key, method, layer, class_names, meta, _) in enumerate(about)
-    }
+    total, about = sum_over(group, None if mine is None else tensors, about, same=same)
+    merged = {}
+    for i, (key, method, layer, class_names, meta, merge_rule, names, _) in enumerate(about):
+        sums = {name: total[f"{i} sums {name}"] for name in names}
+        scores, mass, counts = (total[f"{i} {what}"] for what in ("scores", "mass", "counts"))
+        table = ClassFilters(scores, mass, counts, method, layer, class_names, meta, merge_rule, sums)
+        merged[key] = table._with(scores, mass, counts, sums)
+    return merged
 
 
-def check_k(k: Any, channels: int, name: str) -> None:
-    """Refuse a number of channels outside ``[1, K]``."""
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= int(k) <= channels:
-        raise OptionError(f"{name} must be an integer in [1, {channels}], the number of channels; got {k!r}")
+def check_k(k: Any, channels: int, name: str = "k") -> int:
+    """A number of channels in ``[1, K]``."""
+    return integer(k, name, 1, channels, meaning="the number of channels")
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -301,6 +352,36 @@ def one_table(filters: Any) -> ClassFilters:
     return filters
 
 
+def named_tables(filters: Any, taken: Sequence[str] = ()) -> dict[str, ClassFilters]:
+    """Tables by name as text, without those of the random selector; a single table goes by its method.
+
+    Args:
+        filters: A table, or tables by name.
+        taken: Names that the result uses itself.
+
+    Raises:
+        OptionError: No table, a name that is taken, or tables of different classes.
+    """
+    if isinstance(filters, ClassFilters):
+        filters = {filters.method: filters}
+    if not isinstance(filters, Mapping) or not all(isinstance(table, ClassFilters) for table in filters.values()):
+        remedy = "; pass its table, .class_filters()" if hasattr(filters, "class_filters") else ""
+        raise OptionError(
+            f"filters must be a ClassFilters or {{name: ClassFilters}}, got {type(filters).__name__}{remedy}"
+        )
+    tables = {str(name): table for name, table in filters.items() if table.method != "random"}
+    if not tables:
+        raise OptionError("no table was given but the random selector's, for which the control stands; pass another")
+    if len({str(name) for name in filters}) < len(filters):
+        raise OptionError(f"the names {list(filters)} are not different as text; rename one")
+    if len({table.class_names for table in tables.values()}) > 1:
+        raise OptionError("the tables name their classes differently; pass tables of one data set")
+    for name in tables:
+        if name in taken:
+            raise OptionError(f"a table may not be named {name!r}: the result uses that name itself; rename it")
+    return tables
+
+
 def check_table(filters: ClassFilters, head: Head) -> None:
     """Refuse a table of another network."""
     if filters.scores.shape != head.weight.shape or filters.layer not in (head.name, UNKNOWN_LAYER):
@@ -321,8 +402,3 @@ def warn_unseen(filters: ClassFilters, stacklevel: int) -> None:
             UnseenClassWarning,
             stacklevel=stacklevel,
         )
-
-
-def to_grid(values: Tensor) -> Tensor:
-    """Round to the grid on which sums are exact: float64, multiples of 2**-24."""
-    return (values.double() * GRID).round_().div_(GRID)

@@ -22,7 +22,7 @@ def table(seed=0, classes=4, channels=9, *, unseen=(), ties=False):
     counts = torch.full((classes,), 7)
     for row in unseen:
         scores[row], mass[row], counts[row] = 0, 0, 0
-    return ClassFilters(scores, mass, counts, "histogram", "fc", NAMES[:classes], {"k1": 3, "merge": "sum"})
+    return ClassFilters(scores, mass, counts, "histogram", "fc", NAMES[:classes], {"k1": 3})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,7 +92,7 @@ def test_merge_adds_scores_mass_and_counts():
 
 
 def test_merge_of_static_scores_keeps_them():
-    a = replace(table(0), method="weight", meta={"merge": "same"})
+    a = replace(table(0), method="weight", meta={}, merge_rule="same")
     merged = ClassFilters.merge(a, a)
     assert torch.equal(merged.scores, a.scores)
     assert torch.equal(merged.mass, 2 * a.mass)
@@ -106,7 +106,7 @@ def test_merge_of_static_scores_keeps_them():
         ({"method": "margin"}, "method differs: 'histogram' and 'margin'"),
         ({"layer": "classifier"}, "layer differs"),
         ({"class_names": ("a", "b", "c", "d")}, "class_names differs"),
-        ({"meta": {"k1": 4, "merge": "sum"}}, r"options differ in \['k1'\]"),
+        ({"meta": {"k1": 4}}, r"options differ in \['k1'\]"),
     ],
 )
 def test_merge_refuses_what_does_not_belong_together(change, message):
@@ -122,7 +122,7 @@ def test_merge_refuses_nothing_other_shapes_and_tables_that_do_not_add_up():
     with pytest.raises(MergeError, match="shapes differ"):
         ClassFilters.merge(table(0), table(0, channels=8))
     with pytest.raises(MergeError, match="cannot be merged"):
-        ClassFilters.merge(*[replace(table(0), meta={"merge": "never"})] * 2)
+        ClassFilters.merge(*[replace(table(0), merge_rule="none")] * 2)
 
 
 def test_save_and_load_give_the_same_table(tmp_path):
@@ -174,7 +174,7 @@ def test_k_outside_the_channels_is_refused(method, k):
 def test_unknown_classes_are_refused_with_the_known_ones():
     with pytest.raises(OptionError, match="no class is named 'hat'; the names are: shirt, coat, bag, boot"):
         table().contrast("hat", "bag", k=2)
-    with pytest.raises(OptionError, match=r"a class is a name or an index in \[0, 4\), got 4"):
+    with pytest.raises(OptionError, match=r"a class must be an integer in \[0, 3\], its index, or a name; got 4"):
         table().contrast(0, 4, k=2)
     with pytest.raises(OptionError, match=r"got 1\.7"):
         table().index(1.7)

@@ -9,9 +9,9 @@ from benchmarks.lib.timing import interleaved, ratio
 from benchmarks.lib.workload import Settings, Workload, inference, resnet18, resnet20
 from captum_classfilters import InfluentialFeatures
 from captum_classfilters.core.errors import UnseenClassWarning
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.influential.selectors import SELECTORS
-from captum_classfilters.influential.tables import Tables
+from captum_classfilters.influential.tables import Options, Tables
 
 TARGET = 1.05
 ROUNDS = 9
@@ -68,6 +68,6 @@ def attribute(workload: Workload, selector: str | Sequence[str]) -> None:
 
 
 def add_all(kept: Sequence[Batch], names: Sequence[str]) -> None:
-    tables = Tables(kept[0].head, names, [None], "abs", seed=0)
+    tables = Tables(kept[0].head, Options.checked(names, [None], "abs"))
     for batch in kept:
         tables.add(batch.features, batch.logits, batch.labels)

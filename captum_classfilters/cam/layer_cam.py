@@ -17,8 +17,8 @@ from captum_classfilters.cam.channels import Channels, channel_mask, own_weights
 from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
 from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError, ZeroMapWarning
 from captum_classfilters.core.head import shows_features
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.core.layers import find_module
-from captum_classfilters.core.stream import batches
 from captum_classfilters.core.targets import classes_of
 
 

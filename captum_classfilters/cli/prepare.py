@@ -14,7 +14,7 @@ from captum_classfilters.cli.sources import Source, first_of_each, in_order_of, 
 from captum_classfilters.cli.writing import Output
 from captum_classfilters.core.errors import ClassFiltersError, OptionError, quoted
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 
 
 class Job(NamedTuple):

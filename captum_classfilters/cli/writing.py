@@ -92,7 +92,7 @@ def top_csv(tables: Mapping[str, ClassFilters], k: int) -> str:
 
     rows = []
     for selector, table in tables.items():
-        adds_up = table.meta.get("merge", "sum") == "sum"
+        adds_up = table.merge_rule == "sum"
         for index, channels in enumerate(table.top(k).tolist()):
             if not table.seen[index]:
                 continue

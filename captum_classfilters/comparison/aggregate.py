@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, to_grid, warn_unseen
+from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, warn_unseen
 from captum_classfilters.core.borrow import borrowed, outermost, unwrap
+from captum_classfilters.core.check import integer, one_of
+from captum_classfilters.core.class_sums import ClassSums
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
+from captum_classfilters.core.outputs import find_logits, logits_of
+from captum_classfilters.core.stream import Placement, Samples, check_range, samples
 
 
 def aggregate(
@@ -22,8 +24,7 @@ def aggregate(
     importance: str = "signed",
     label_source: str = "target",
     channel_dim: int = 1,
-    num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    classes: int | Sequence[str] | None = None,
     show_progress: bool = False,
     **options: Any,
 ) -> ClassFilters:
@@ -40,9 +41,8 @@ def aggregate(
             after the sum over its positions.
         label_source: ``"target"``, or ``"prediction"``: then labels are not needed, and each batch takes one more pass.
         channel_dim: Which axis of the attribution has the channels; 1 for convolutions, -1 for tokens.
-        num_classes: C; None: as many as the model has outputs.
-        class_names: C names; otherwise numbers.
-        show_progress: A tqdm bar.
+        classes: C names, or C; None: as many as the model has outputs, named by numbers.
+        show_progress: Show a tqdm bar.
         **options: Passed on to ``attribution.attribute``, such as ``n_steps`` or ``attribute_to_layer_input``.
 
     Returns:
@@ -52,131 +52,149 @@ def aggregate(
         OptionError: No layer attribution, or an option is not among what it may be.
         LayerError: The attribution is of several layers or tensors.
         ShapeError: There is one channel only: those methods that sum over channels must be told not to.
-        LabelError, EmptyLoaderError, NonFiniteError: As their messages say.
+        LabelError: Labels are missing, of the wrong type, or out of range.
+        EmptyLoaderError: The loader gave no sample.
+        NonFiniteError: An attribution is NaN or infinite; names the batch.
 
     Whatever ends the pass early, KeyboardInterrupt included, carries the table so far as ``error.partial_result``.
     """
-    if not isinstance(attribution, LayerAttribution):
-        raise OptionError(
-            f"expected a Captum layer attribution, such as LayerIntegratedGradients(model, layer), got "
-            f"{type(attribution).__name__}; an attribution to inputs has no channels of a layer"
-        )
-    if importance not in ("signed", "abs"):
-        raise OptionError(f'importance must be "signed" or "abs", got {importance!r}')
-    if label_source not in ("target", "prediction"):
-        raise OptionError(f'label_source must be "target" or "prediction", got {label_source!r}')
-    model = unwrap(attribution.forward_func)
-    known = model if isinstance(model, nn.Module) else None
-    sums = _Sums(attribution, known, importance, num_classes, class_names)
-    with borrowed(outermost(attribution.forward_func), grad=True) as borrow:
-        if known is not None:
-            borrow.after(known, sums.see)
+    aggregation = Aggregation(attribution, importance, label_source, channel_dim, classes, options)
+    with aggregation.samples(loader, show_progress) as stream:
         try:
-            with tqdm(iter(loader), desc="aggregate", disable=not show_progress) as bar:
-                for index, raw in enumerate(bar):
-                    inputs, given = unpack(raw, label_source == "target", index)
-                    inputs = _to_model(inputs, known, attribution.layer)
-                    if not len(inputs[0]):
-                        continue
-                    labels = _labels(given, inputs, label_source, attribution.forward_func, index)
-                    arguments = {**options, **({"target": labels} if _takes_target(attribution) else {})}
-                    values = attribution.attribute(inputs[0] if len(inputs) == 1 else inputs, **arguments)
-                    sums.add(_channels(values, channel_dim, index), labels, index)
+            for batch in stream:
+                aggregation.add(*aggregation.attribute(batch), batch.place)
         except BaseException as error:
-            if sums.scores is not None:
-                error.partial_result = sums.table()  # type: ignore[attr-defined]
+            if aggregation.started:
+                error.partial_result = aggregation.table()  # type: ignore[attr-defined]
             raise
-    found = sums.table()
-    warn_unseen(found, stacklevel=3)
-    return found
+    table = aggregation.table()
+    warn_unseen(table, stacklevel=3)
+    return table
 
 
-class _Sums:
-    """Running sums; they know how many classes there are once the model has run."""
+class Aggregation:
+    """One aggregation in progress; it knows how many classes there are once the model has run.
+
+    The arguments are those of `aggregate`, ``options`` as a mapping.
+    """
 
     def __init__(
         self,
         attribution: LayerAttribution,
-        model: nn.Module | None,
-        importance: str,
-        num_classes: int | None,
-        class_names: Sequence[str] | None,
+        importance: str = "signed",
+        label_source: str = "target",
+        channel_dim: int = 1,
+        classes: int | Sequence[str] | None = None,
+        options: Any = None,
     ) -> None:
-        self._attribution, self._model, self._importance = attribution, model, importance
-        self._classes = num_classes if num_classes is not None or class_names is None else len(class_names)
-        self._class_names, self._outputs = class_names, 0
-        self.scores: Tensor | None = None
-        self._mass = self._counts = torch.zeros(0)
+        if not isinstance(attribution, LayerAttribution):
+            raise OptionError(
+                f"expected a Captum layer attribution, such as LayerIntegratedGradients(model, layer), got "
+                f"{type(attribution).__name__}; an attribution to inputs has no channels of a layer"
+            )
+        self._attribution, self._options = attribution, dict(options or {})
+        self._importance = one_of(importance, "importance", ("signed", "abs"))
+        self._source = one_of(label_source, "label_source", ("target", "prediction"))
+        self._channel_dim = channel_dim
+        by_name = classes is not None and not hasattr(classes, "__index__")
+        self._class_names = names_of(classes, len(classes)) if by_name else None  # type: ignore[arg-type]
+        number = len(self._class_names) if self._class_names is not None else classes
+        self._classes = None if number is None else integer(number, "classes", 1, meaning="how many, or their names")
+        model = unwrap(attribution.forward_func)
+        self._model = model if isinstance(model, nn.Module) else None
+        owner = self._model if self._model is not None else attribution.layer
+        self._placement = Placement.of(owner) if isinstance(owner, nn.Module) and _has_weights(owner) else None
+        self._takes_target = "target" in inspect.signature(attribution.attribute).parameters
+        self._outputs = 0
+        self._sums: ClassSums | None = None
 
-    def see(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A hook: how many outputs the model has."""
-        if isinstance(output, Tensor) and output.dim() == 2:
-            self._outputs = output.shape[1]
+    def samples(self, loader: Iterable[Any], show_progress: bool = False) -> Any:
+        """Read a loader as this aggregation needs it."""
+        return samples(
+            loader,
+            placement=self._placement,
+            need_labels=self._source == "target",
+            description="aggregate",
+            show_progress=show_progress,
+        )
+
+    def attribute(self, batch: Samples) -> tuple[Tensor, Tensor]:
+        """One number for each sample and channel, ``(N, K)``, and the class of each sample, ``(N,)``."""
+        with borrowed(outermost(self._attribution.forward_func), grad=True) as borrow:
+            if self._model is not None:
+                borrow.after(self._model, self._see)
+            labels = self._labels(batch)
+            arguments = {**self._options, **({"target": labels} if self._takes_target else {})}
+            inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
+            return _channels(self._attribution.attribute(inputs, **arguments), self._channel_dim, batch.place), labels
 
     def add(self, values: Tensor, labels: Tensor, index: int) -> None:
-        if self.scores is None:
-            self._classes = self._classes or self._outputs
-            if self._outputs and self._classes != self._outputs:
-                raise OptionError(
-                    f"the model has {self._outputs} outputs, num_classes= or class_names= say {self._classes}; leave "
-                    f"num_classes= out, or name all {self._outputs}"
-                )
-            if not self._classes:
-                raise OptionError("the model does not say how many classes there are: pass num_classes=")
-            self.scores = torch.zeros(self._classes, values.shape[1], dtype=torch.float64, device=values.device)
-            self._mass = torch.zeros_like(self.scores)
-            self._counts = torch.zeros(self._classes, dtype=torch.int64, device=values.device)
-        check_range(labels, len(self.scores), index)
-        if values.shape[1] != self.scores.shape[1]:
-            raise ShapeError(f"batch {index} has {values.shape[1]} channels, those before {self.scores.shape[1]}")
-        self.scores.index_add_(0, labels, to_grid(values.abs() if self._importance == "abs" else values))
-        self._mass.index_add_(0, labels, to_grid(values.abs()))
-        self._counts.index_add_(0, labels, torch.ones_like(labels))
+        """Add rows of values to the classes of their samples."""
+        if self._sums is None:
+            self._sums = ClassSums(self._number(), values.shape[1], ["scores", "mass"], values.device)
+        classes, channels = self._sums["mass"].shape
+        check_range(labels, classes, index)
+        if values.shape[1] != channels:
+            raise ShapeError(f"batch {index} has {values.shape[1]} channels, those before {channels}")
+        scores = values.abs() if self._importance == "abs" else values
+        self._sums.add(labels, {"scores": scores, "mass": values.abs()})
+
+    @property
+    def started(self) -> bool:
+        """Is there anything in the table?"""
+        return self._sums is not None
 
     def table(self) -> ClassFilters:
-        if self.scores is None:
+        """The table so far, on the CPU."""
+        if self._sums is None:
             raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
         layer = self._attribution.layer
         names = {module: name for name, module in self._model.named_modules()} if self._model is not None else {}
         return ClassFilters(
-            self.scores.cpu(),
-            self._mass.cpu(),
-            self._counts.cpu(),
+            self._sums["scores"].cpu(),
+            self._sums["mass"].cpu(),
+            self._sums.counts.cpu(),
             type(self._attribution).__name__,
             names.get(layer, UNKNOWN_LAYER) if isinstance(layer, nn.Module) else layer or UNKNOWN_LAYER,
-            names_of(self._class_names, len(self.scores)),
-            {"merge": "sum", "importance": self._importance},
+            names_of(self._class_names, len(self._sums.counts)),
+            {"importance": self._importance},
         )
 
+    def _see(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook: how many outputs the model has."""
+        logits = find_logits(output)
+        if logits is not None and logits.dim() == 2:
+            self._outputs = logits.shape[1]
 
-def _to_model(inputs: tuple[Any, ...], model: nn.Module | None, layer: Any) -> tuple[Any, ...]:
-    owner = model if model is not None else layer
-    first = next((p for p in owner.parameters() if p.is_floating_point()), None) if owner is not None else None
-    if first is None:
-        return inputs
-    return tuple(value_to_model(value, first.device, first.dtype) for value in inputs)
+    def _number(self) -> int:
+        number = self._classes or self._outputs
+        if self._outputs and number != self._outputs:
+            raise OptionError(
+                f"the model has {self._outputs} outputs, classes= says {number}; leave it out, or name all "
+                f"{self._outputs}"
+            )
+        if not number:
+            raise OptionError("the model does not say how many classes there are: pass classes=")
+        return number
+
+    def _labels(self, batch: Samples) -> Tensor:
+        if self._source == "target":
+            return batch.labels  # type: ignore[return-value]
+        with torch.no_grad():
+            return logits_of(self._attribution.forward_func(*batch.inputs)).argmax(1)
 
 
-def _labels(given: Any, inputs: tuple[Any, ...], source: str, forward: Any, index: int) -> Tensor:
-    device = inputs[0].device
-    if source == "target":
-        return check_labels(given, len(inputs[0]), index).to(device)
-    with torch.no_grad():
-        predicted: Tensor = forward(*inputs).argmax(1)
-    return predicted
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.is_floating_point() for parameter in module.parameters())
 
 
-def _takes_target(attribution: LayerAttribution) -> bool:
-    return "target" in inspect.signature(attribution.attribute).parameters
-
-
-def _channels(found: Any, channel_dim: int, index: int) -> Tensor:
+def _channels(result: Any, channel_dim: int, index: int) -> Tensor:
     """One number for each sample and channel, ``(N, K)``."""
-    if isinstance(found, tuple) and len(found) == 1:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise LayerError(f"expected an attribution of one tensor, got {type(found).__name__}; choose one layer")
-    values = found.detach().movedim(channel_dim, 1)
+    if isinstance(result, tuple) and len(result) == 1:
+        result = result[0]
+    if not isinstance(result, Tensor):
+        raise LayerError(f"expected an attribution of one tensor, got {type(result).__name__}; choose one layer")
+    values = result.detach().movedim(channel_dim, 1)
     values = values.flatten(2).double().sum(2) if values.dim() > 2 else values.double()
     if values.shape[1] < 2:
         raise ShapeError(

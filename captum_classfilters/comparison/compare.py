@@ -20,7 +20,7 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.comparison.methods import SELECTORS, Attribution, Method, check_attribution, known_methods
 from captum_classfilters.core.errors import OptionError, UnseenClassWarning
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.metrics import accuracy_curve
 from captum_classfilters.metrics.accuracy import check_draws

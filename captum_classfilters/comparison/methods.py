@@ -16,7 +16,7 @@ from captum_classfilters.comparison.aggregate import aggregate
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head import Head, shows_features
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.influential import InfluentialFeatures
 from captum_classfilters.splitting import ALDSplitter
@@ -51,9 +51,7 @@ def known_methods(
     def summed(given: Attribution) -> Method:
         attribution, options = given if isinstance(given, tuple) else (given, {})
         # its own layer is the map that the head reads: the same channels by another name
-        return lambda loader: replace(
-            aggregate(attribution, loader, class_names=class_names, **options), layer=head.name
-        )
+        return lambda loader: replace(aggregate(attribution, loader, classes=class_names, **options), layer=head.name)
 
     methods: dict[str, Method] = {
         "ALDSplitter": lambda loader: ALDSplitter(model, layer).class_filters(

@@ -77,14 +77,14 @@ def check_folder(target: Path) -> None:
 
 
 def read(
-    path: str | os.PathLike[str], *, kind: str, version: int, tensors: Sequence[str] = ()
+    path: str | os.PathLike[str], *, kind: str, version: int | Sequence[int], tensors: Sequence[str] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Load what `write` saved: ``(tensors, meta)``, tensors on the CPU.
 
     Args:
         path: The file.
         kind: What it must be.
-        version: The schema version it must have.
+        version: The schema version it must have, or several of which it must have one; the newest comes first.
         tensors: Names that must be there, and no others; empty: whatever there is.
 
     Raises:
@@ -114,9 +114,10 @@ def read(
         raise FileFormatError(f"{path} has a broken {_HEADER} header ({error!r}); save it again") from error
     if found != kind:
         raise FileFormatError(f"{path} holds a {found}; expected a {kind}: load it with {found}.load")
-    if found_version != version:
+    versions = [version] if isinstance(version, int) else list(version)
+    if found_version not in versions:
         raise FileFormatError(
-            f"{path} has schema version {found_version} of {kind}; this version of the package reads {version}: "
+            f"{path} has schema version {found_version} of {kind}; this version of the package reads {versions[0]}: "
             "save it again with this version, or install the version that wrote it"
         )
     if tensors and set(tensors) != set(found_tensors):

@@ -2,7 +2,7 @@
 
 A head is the ``nn.Linear`` (or 1x1 convolution) whose output is the model's output. It is found inside a forward
 pass that is needed anyway, so that a loader which can be read only once loses no batch: `HeadSearch.watch` sets the
-hooks, `HeadSearch.found` looks at what they saw. `core/stream.py` does both.
+hooks, `HeadSearch.found` looks at what they saw. `head_pass.py` does both.
 N samples, K features, C classes, h x w positions.
 """
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from captum_classfilters.core.borrow import Borrowed
 from captum_classfilters.core.errors import HeadError
 from captum_classfilters.core.layers import ITSELF, find_module
+from captum_classfilters.core.outputs import describe, find_logits
 
 # What a head can be
 Candidate: TypeAlias = nn.Linear | nn.Conv2d
@@ -55,6 +56,9 @@ class Head:
     name: str
     module: Candidate
     feature_map: FeatureMap | None
+
+    def __repr__(self) -> str:
+        return f"Head({self.name!r}, {self.num_features} features, {self.num_classes} classes)"
 
     @property
     def weight(self) -> Tensor:
@@ -128,7 +132,12 @@ class HeadSearch:
         """
         for remove in self._removers:
             remove()
-        call = self._search(output) if self._layer is None else self._given(self._layer, output)
+        logits = find_logits(output)
+        if self._layer is None:
+            call = self._search(output if logits is None else logits)
+        else:
+            # a tuple may hold anything beside the logits, in any order: the layer that was named says which is meant
+            call = self._given(self._layer, output if isinstance(output, tuple | list) or logits is None else logits)
         features, logits = _pool(call.inputs, call.module), _pool(call.output, call.module)
         head = Head(self._name(call.module), call.module, self._feature_map(features, call))
         self._calls.clear()
@@ -154,9 +163,7 @@ class HeadSearch:
 
     def _search(self, output: Any) -> _Call:
         if not _could_be_logits(output):
-            is_tensor = isinstance(output, Tensor)
-            got = f"{output.dtype} of shape {tuple(output.shape)}" if is_tensor else type(output).__name__
-            raise self._error(f"expected a model that returns one floating tensor of logits (N, C), got {got}")
+            raise self._error(f"expected a model that returns floating logits (N, C), got {describe(output)}")
         matching = [call for call in self._calls if _gives(call, output)]
         if not matching:
             raise self._error(self._why_not(output))
@@ -350,7 +357,7 @@ def _gives(call: _Call, output: Any) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     half = min(torch.finfo(a.dtype).bits, torch.finfo(b.dtype).bits) < 32
-    # what is not finite is no reason to look elsewhere: `stream.py` refuses it and names the batch
+    # what is not finite is no reason to look elsewhere: `head_pass.py` refuses it and names the batch
     a, b = (tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (a, b))
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-30)
     # 1e-3: a GPU's convolutions round float32 to TF32 unless told otherwise, its matrix products do not

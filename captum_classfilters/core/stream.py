@@ -1,119 +1,119 @@
-"""One pass over a loader: batches in, the head's features, logits and labels out.
+"""Batches in, whatever form people's loaders give them in: the only reader of loaders.
 
-Nothing of the data set is kept. What is done with a batch is the caller's: `influential/`, `metrics/`.
-N samples, K features, C classes.
+`head_pass.py` runs a network on what is read here. N samples, C classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
-from captum_classfilters.core.errors import (
-    DeviceError,
-    EmptyLoaderError,
-    HeadError,
-    LabelError,
-    NonFiniteError,
-    OptionError,
-    ShapeError,
-)
-from captum_classfilters.core.head import Head, HeadSearch
+from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, ShapeError
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
-class Batch(NamedTuple):
-    """What one batch gave; tensors are on the model's device."""
+class Samples(NamedTuple):
+    """One batch of a loader."""
 
-    head: Head
-    inputs: tuple[Any, ...]
-    features: Tensor  # (N, K)
-    logits: Tensor  # (N, C)
+    place: int  # in the loader, empty batches counted
+    inputs: tuple[Any, ...]  # the arguments of one forward pass
     labels: Tensor | None  # (N,) int64
-    maps: Tensor | None  # (N, K, h, w)
-    largest: float  # of |features|: finite
-    extras: Any = ()  # as the loader gave it: what stood behind the labels, or the whole mapping
+    extras: Any  # as the loader gave it: what stood behind the labels, or the whole mapping
+    size: int  # N, at least 1
+
+
+class Placement(NamedTuple):
+    """Where a model is, and of which dtype: batches follow it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> "Placement":
+        """The placement of a model's first floating parameter; the CPU for a model without parameters."""
+        parameters = model.parameters() if model is not None else iter(())
+        first = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
+        if first is None:
+            return cls(torch.device("cpu"), torch.get_default_dtype())
+        return cls(first.device, first.dtype)
+
+    def move(self, value: Any) -> Any:
+        """A tensor of a batch where the model is, of its dtype if it is floating; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        # asynchronous where the loader pinned its memory, an ordinary copy where not
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype, non_blocking=True)
 
 
 @contextmanager
-def batches(
-    model: Any,
+def samples(
     loader: Iterable[Any],
     *,
-    layer: nn.Module | str | None = None,
+    placement: Placement | None = None,
     need_labels: bool = True,
-    need_maps: bool = False,
-    num_classes: int | None = None,
-    forward_args: Any = None,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
     description: str = "",
-) -> Iterator[Iterator[Batch]]:
-    """Borrow the model and pass over ``loader`` once: ``with batches(model, loader) as stream: for batch in stream``.
+    show_progress: bool = False,
+    skip: int = 0,
+    on_skipped: Callable[[], None] | None = None,
+) -> Iterator[Iterator[Samples]]:
+    """Read a loader once: ``with samples(loader) as stream: for batch in stream``.
+
+    Empty batches are passed over. Errors name the batch.
 
     Args:
-        model: An ``nn.Module`` (compiled, DataParallel and DDP ones are unwrapped), or a function, then with ``layer``.
         loader: Any iterable of ``(inputs, labels, ...)``, of mappings with such keys, or of inputs alone where labels
-            are not needed. Inputs: a tensor, or a tuple of tensors for several.
-        layer: The head, if it cannot be found.
+            are not needed. Inputs: a tensor, or a list or tuple of tensors for several.
+        placement: Where inputs and labels are moved; None: they stay where they are.
         need_labels: Refuse batches without labels.
-        need_maps: Also give the feature map behind the head.
-        num_classes: Checked against the head.
-        forward_args: Further arguments of the model's forward.
-        device: Where the model is expected to be; checked, never moved.
-        show_progress: A tqdm bar.
-        description: Its label.
+        description: Label of the progress bar.
+        show_progress: Show a tqdm bar.
+        skip: So many batches at the start are read and not given.
+        on_skipped: Called after the last skipped batch, before the next one is made.
 
     Raises:
-        HeadError, LabelError, ShapeError, NonFiniteError, EmptyLoaderError, DeviceError, OptionError: Bad input; each
-            message says what was expected, what came, and what to do.
+        OptionError: ``loader`` is not an iterable.
+        LabelError, ShapeError: A batch is in none of these forms.
+        EmptyLoaderError: The loader gave no sample.
     """
-    module = unwrap(model)
-    if not isinstance(module, nn.Module):
-        if not callable(module):
-            raise OptionError(f"the model must be an nn.Module or a function, got {type(model).__name__}")
-        if not isinstance(layer, nn.Module):
-            raise HeadError("a bare function does not show its layers: pass layer= with the nn.Linear that is its head")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise OptionError("a ScriptModule takes no hooks; pass the nn.Module it was made from")
     if not isinstance(loader, Iterable):
         raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
-    known = module if isinstance(module, nn.Module) else None
-    _check_device(known if known is not None else layer, device)
-    with borrowed(known) as borrow:
-        # iter: of a loader tqdm.auto makes two iterators, each with its workers
-        bar = tqdm(iter(loader), desc=description, disable=not show_progress, total=_length(loader))
-        with bar:
-            yield _pass(_Reader(module, known, layer, borrow, need_maps, forward_args), bar, need_labels, num_classes)
+    # iter: of a loader tqdm.auto makes two iterators, each with its workers
+    total = length_hint(loader) or None
+    with tqdm(iter(loader), desc=description, disable=not show_progress, total=total) as bar:
+        yield _read(bar, placement, need_labels, skip, on_skipped)
 
 
-def _pass(reader: "_Reader", loader: Iterable[Any], need_labels: bool, num_classes: int | None) -> Iterator[Batch]:
+def _read(
+    loader: Iterable[Any],
+    placement: Placement | None,
+    need_labels: bool,
+    skip: int,
+    on_skipped: Callable[[], None] | None,
+) -> Iterator[Samples]:
     empty = True
     for index, raw in enumerate(loader):
+        if index < skip:
+            empty = False
+            if index == skip - 1 and on_skipped is not None:
+                on_skipped()
+            continue
         inputs, labels = unpack(raw, need_labels, index)
         size = _size(inputs)
         if size == 0:
             continue
         if labels is not None:
             labels = check_labels(labels, size, index)
-        batch = reader.read(inputs, labels, index)
-        classes = batch.head.num_classes
-        if empty and num_classes is not None and num_classes != classes:
-            raise OptionError(
-                f"num_classes={num_classes}, but the head {batch.head.name} has {classes} outputs; leave it out, or "
-                "pass "
-                f"{classes}"
-            )
-        if labels is not None:
-            check_range(labels, classes, index)
+        if placement is not None:
+            inputs = tuple(placement.move(value) for value in inputs)
+            labels = None if labels is None else labels.to(placement.device, non_blocking=True)
         empty = False
-        yield batch._replace(extras=_extras(raw))
+        yield Samples(index, inputs, labels, _extras(raw), size)
     if empty:
         raise EmptyLoaderError(
             "the loader gave no sample; expected at least one batch. An iterator that was read before is empty: pass "
@@ -121,94 +121,13 @@ def _pass(reader: "_Reader", loader: Iterable[Any], need_labels: bool, num_class
         )
 
 
-class _Reader:
-    """Runs the model on a batch and reads the head; the head is found in the first."""
-
-    def __init__(
-        self,
-        forward: Any,
-        model: nn.Module | None,
-        layer: nn.Module | str | None,
-        borrow: Borrowed,
-        need_maps: bool,
-        forward_args: Any,
-    ) -> None:
-        self._forward, self._borrow, self._need_maps = forward, borrow, need_maps
-        self._args = (
-            () if forward_args is None else forward_args if isinstance(forward_args, tuple) else (forward_args,)
+def refuse_iterator(loader: Any, name: str) -> None:
+    """Refuse what can be read only once and is needed more often."""
+    if isinstance(loader, Iterator):
+        raise EmptyLoaderError(
+            f"{name} is an iterator, {type(loader).__name__}, which can be read only once, and it is needed more "
+            "often; pass a DataLoader or a list of batches"
         )
-        self._search: HeadSearch | None = HeadSearch(model, layer)
-        self._search.watch(borrow)
-        self._head: Head | None = None
-        self._seen: dict[str, Tensor] = {}
-        owner = model if model is not None else layer
-        first = next((p for p in owner.parameters() if p.is_floating_point()), None)  # type: ignore[union-attr]
-        self._device = first.device if first is not None else torch.device("cpu")
-        self._dtype = first.dtype if first is not None else torch.get_default_dtype()
-
-    def read(self, inputs: tuple[Any, ...], labels: Tensor | None, index: int) -> Batch:
-        inputs = tuple(value_to_model(value, self._device, self._dtype) for value in inputs)
-        self._seen.clear()
-        output = self._forward(*inputs, *self._args)
-        if self._head is None:
-            head, features, logits = self._found(output)
-            maps = self._first_maps(head, inputs) if self._need_maps else None
-        else:
-            head = self._head
-            if "inputs" not in self._seen:
-                raise HeadError(
-                    f"layer {head.name} did not run in batch {index}; it must run once in every forward pass"
-                )
-            features, logits = head.pool(self._seen["inputs"]), head.pool(self._seen["output"])
-            maps = self._seen.get("maps")
-        # one number answers two questions: is all finite, and how large does it get
-        largest = float(features.detach().abs().amax())
-        if not torch.isfinite(torch.tensor(largest)):
-            raise NonFiniteError(
-                f"expected finite features, got NaN or infinity at the input of layer {head.name} in batch {index}; "
-                "look at "
-                "that batch and at the layers before it"
-            )
-        labels = None if labels is None else labels.to(self._device, non_blocking=True)
-        return Batch(head, inputs, features, logits, labels, maps, largest)
-
-    def _found(self, output: Any) -> Any:
-        found = self._search.found(output)  # type: ignore[union-attr]
-        self._search, self._head = None, found.head
-        if not bool(torch.isfinite(found.head.weight).all() and torch.isfinite(found.head.bias).all()):
-            raise NonFiniteError(
-                f"expected finite weights, got NaN or infinity in layer {found.head.name}; load a whole checkpoint"
-            )
-        self._borrow.after(found.head.module, self._keep_call)
-        if self._need_maps:
-            if found.head.feature_map is None:
-                raise HeadError(
-                    f"there is no feature map of {found.head.num_features} channels behind the head "
-                    f"{found.head.name}: its "
-                    "features are not pooled from positions"
-                )
-            self._borrow.after(found.head.feature_map.module, self._keep_maps)
-        return found
-
-    def _first_maps(self, head: Head, inputs: tuple[Any, ...]) -> Tensor:
-        # the hook on the map was not there yet: run this one batch again
-        self._forward(*inputs, *self._args)
-        return self._seen["maps"]
-
-    def _keep_call(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._seen["inputs"], self._seen["output"] = args[0], output
-
-    def _keep_maps(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        # a copy: an in-place operation may follow
-        self._seen["maps"] = self._head.feature_map.read(output).clone()  # type: ignore[union-attr]
-
-
-def value_to_model(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A tensor of a batch where the model is, of its dtype if it is floating; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    # asynchronous where the loader pinned its memory, an ordinary copy where not
-    return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
 
 
 def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...], Any]:
@@ -289,20 +208,6 @@ def _where(index: int | None) -> str:
     return "" if index is None else f" in batch {index}"
 
 
-def _check_device(owner: Any, device: torch.device | str | None) -> None:
-    first = next(owner.parameters(), None)
-    if device is None or first is None:
-        return
-    asked = torch.device(device)
-    same_index = asked.index is None or asked.index == (first.device.index or 0)
-    if asked.type != first.device.type or not same_index:
-        raise DeviceError(
-            f"the model is on {first.device}, but device={str(asked)!r} was asked for; move it yourself, "
-            f"model.to({str(asked)!r}): "
-            "batches follow the model, the model is never moved"
-        )
-
-
 def _size(inputs: tuple[Any, ...]) -> int:
     first = next((value for value in inputs if isinstance(value, Tensor)), None)
     if first is None:
@@ -313,8 +218,6 @@ def _size(inputs: tuple[Any, ...]) -> int:
     return first.shape[0] if first.dim() else 1
 
 
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
+def value_to_model(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Old form of `Placement.move`; goes away."""
+    return Placement(device, dtype).move(value)

@@ -171,7 +171,7 @@ class Paths:
         scores = torch.where(seen[:, None], share - others, 0.0)
         names = tuple(class_names) or tuple(str(index) for index in range(self.num_classes))
         name = self.layers[self.index(layer)]
-        return ClassFilters(scores, share, counts, "paths", name, names, {"merge": "none"})
+        return ClassFilters(scores, share, counts, "paths", name, names, merge_rule="none")
 
     def embed(self, *, components: int = 300, perplexity: float = 30.0, seed: int = 0) -> Tensor:
         """Paths as points of a plane, ``(N, 2)`` float32: PCA, then t-SNE, both of scikit-learn.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from captum_classfilters.core.errors import NonFiniteError, OptionError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, density_penalty, gated, project
 
 # Rows of features that are gated at a time: bounds what is kept for gradients

@@ -318,8 +318,9 @@ class LabelSensitiveGate(nn.Module):
         """
         names = names_of(class_names, self.num_classes)
         table = self.weight.detach().cpu().double()
-        meta = {"merge": "never", "density": self.density, "trained": self.weight.requires_grad}
-        return ClassFilters(table, table.clone(), self.counts.cpu().clone(), "gate", self.layer, names, meta)
+        meta = {"density": self.density, "trained": self.weight.requires_grad}
+        counts = self.counts.cpu().clone()
+        return ClassFilters(table, table.clone(), counts, "gate", self.layer, names, meta, merge_rule="none")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gate to a safetensors file; whole or not at all."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from captum_classfilters.core.borrow import borrowed, process_group, unwrap, without_compile
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
 

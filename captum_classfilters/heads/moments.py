@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.core.ranks import Ranks, group_of, sum_over
-from captum_classfilters.core.stream import batches
 
 _KIND, _VERSION = "HeadMoments", 1
 

@@ -5,9 +5,8 @@ the table is in `selectors.py`, the sums are in `tables.py`.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from numbers import Integral
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -18,18 +17,19 @@ from torch.utils.data import Subset
 from captum_classfilters.class_filters import (
     ClassFilters,
     check_k,
-    check_names,
     check_table,
     merge_ranks,
+    names_of,
     one_table,
     warn_unseen,
 )
 from captum_classfilters.core.captum_compat import log_usage
+from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError
+from captum_classfilters.core.head_pass import Batch, HeadPass, single_batch
 from captum_classfilters.core.ranks import Ranks, group_of
-from captum_classfilters.core.stream import Batch, batches
 from captum_classfilters.core.targets import classes_of
-from captum_classfilters.influential.tables import K1, Tables, check_options
+from captum_classfilters.influential.tables import K1, Options, Tables
 
 
 class InfluentialFeatures(LayerAttribution):
@@ -117,8 +117,9 @@ class InfluentialFeatures(LayerAttribution):
                 ``round(sqrt(K))``; a float in (0, 1): as many as cover that share of the sample's total
                 ``|feature|``; several: a dict with one table for each, from the same pass.
             selector: ``"histogram"`` (the paper), ``"mean_activation"``, ``"weight"``, ``"contribution"``,
-                ``"weight_and_activation"``, ``"margin"``, ``"ablation"``, or ``"random"``, the control. Several: a
-                dict with one table for each, from the same pass.
+                ``"weight_and_activation"``, ``"margin"``, ``"ablation"``, ``"correlation"`` (of the feature with the
+                class indicator; needs labels), or ``"random"``, the control. Several: a dict with one table for each,
+                from the same pass.
             importance: ``"abs"`` (the paper's l1 norm) or ``"signed"`` (the published code); they differ where features
                 can be negative (SiLU, GELU, LayerNorm).
             label_source: ``"target"``: a sample counts for its label; ``"prediction"``: for the class the model
@@ -126,7 +127,7 @@ class InfluentialFeatures(LayerAttribution):
             correct_only: Only samples that the model classifies right.
             num_classes: Checked against the head.
             class_names: C names; otherwise those of ``loader.dataset.classes``, otherwise numbers.
-            seed: Of the ``"random"`` selector.
+            seed: Seed of the ``"random"`` selector.
             distributed: Loader form: None: where torch.distributed runs, all ranks pass over their shards, each calls
                 this, and each gets the table of all (`ClassFilters.merge`, by all-reduce; a shard may be empty). A
                 process group: its ranks alone. False: this process alone.
@@ -139,7 +140,10 @@ class InfluentialFeatures(LayerAttribution):
         Raises:
             HeadError: No head, or not one (names the candidates).
             LabelError: Labels missing, out of range, float or one-hot.
-            OptionError, ShapeError, DeviceError, EmptyLoaderError: As their messages say.
+            OptionError: An option is unknown, out of range, or does not fit the others.
+            ShapeError: Inputs are not tensors, or in no form that is read.
+            DeviceError: The model is not on ``device_ids``.
+            EmptyLoaderError: The loader gave no sample.
             NonFiniteError: NaN or infinity among the features; names layer and batch.
             MergeError: Another rank failed; at the latest after the process group's timeout.
 
@@ -156,28 +160,34 @@ class InfluentialFeatures(LayerAttribution):
             return self._contributions(inputs, target, additional_forward_args)
         if target is not None:
             raise OptionError("target belongs to tensors; over a loader the labels, or label_source, say the class")
-        several_k1 = isinstance(k1, Iterable)
-        several_names = not isinstance(selector, str)
-        if several_k1 and several_names:
+        if isinstance(k1, Iterable) and not isinstance(selector, str):
             raise OptionError("either k1 or selector may be a list, not both; call once for each selector")
-        k1s: list[Any] = [_plain(k) for k in (k1 if isinstance(k1, Iterable) else [k1])]
+        k1s: list[Any] = list(k1) if isinstance(k1, Iterable) else [k1]
         names = [selector] if isinstance(selector, str) else list(selector)
         if not k1s or not names:
             raise OptionError("the list of k1 or selectors is empty; pass at least one")
-        check_options(names, k1s, importance, label_source)
+        options = Options.checked(names, k1s, importance, label_source, seed)
         group = group_of(distributed)
-        # each once, in the order given
-        k1s, names = list(dict.fromkeys(k1s)), list(dict.fromkeys(names))
-        with self._stream(
-            inputs, additional_forward_args, label_source == "target" or correct_only, False, num_classes, show_progress
+        head_pass = HeadPass(
+            self.forward_func,
+            inputs,
+            layer=self.layer,
+            additional_forward_args=additional_forward_args,
+            device=self._device(),
+            show_progress=show_progress,
+        )
+        # with several k1, the one selector votes: another has been refused together with k1
+        key = 0 if not isinstance(selector, str) else 1 if isinstance(k1, Iterable) else None
+        with head_pass.batches(
+            need_labels=label_source == "target" or correct_only,
+            num_classes=num_classes,
+            description="InfluentialFeatures",
         ) as stream:
-            # with several k1, the one selector votes: another has been refused together with k1
-            key = 0 if several_names else 1 if several_k1 else None
-            run = _Pass(k1s, names, importance, label_source, correct_only, seed, class_names, _names_of(inputs), key)
-            found = run.over(stream, group)
+            run = _Pass(options, correct_only, class_names, _names_of(inputs), key)
+            result = run.over(stream, group)
         # past Captum's wrapper around `attribute`, to the caller
-        warn_unseen(found if isinstance(found, ClassFilters) else next(iter(found.values())), stacklevel=4)
-        return found
+        warn_unseen(result if isinstance(result, ClassFilters) else next(iter(result.values())), stacklevel=4)
+        return result
 
     def explain(
         self,
@@ -209,8 +219,7 @@ class InfluentialFeatures(LayerAttribution):
             HeadError: No head, or no feature map behind it.
             ShapeError, OptionError, LabelError: The table is another network's, or k or target is out of range.
         """
-        if channel_weights not in ("head", "ones"):
-            raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+        one_of(channel_weights, "channel_weights", ("head", "ones"))
         one_table(filters)
         if isinstance(target, str):
             target = filters.index(target)
@@ -247,31 +256,17 @@ class InfluentialFeatures(LayerAttribution):
         return batch.head.weight[_targets(target, batch)] * batch.features
 
     def _single(self, inputs: Any, forward_args: Any, need_maps: bool) -> Batch:
-        with self._stream([(inputs, None)], forward_args, False, need_maps, None, False) as stream:
-            batch: Batch = next(stream)
-            return batch
-
-    def _stream(
-        self,
-        loader: Any,
-        forward_args: Any,
-        need_labels: bool,
-        need_maps: bool,
-        num_classes: int | None,
-        show_progress: bool,
-    ) -> AbstractContextManager[Iterator[Batch]]:
-        return batches(
+        return single_batch(
             self.forward_func,
-            loader,
+            inputs,
             layer=self.layer,
-            need_labels=need_labels,
+            additional_forward_args=forward_args,
             need_maps=need_maps,
-            num_classes=num_classes,
-            forward_args=forward_args,
-            device=f"cuda:{self.device_ids[0]}" if self.device_ids else None,
-            show_progress=show_progress,
-            description="InfluentialFeatures",
+            device=self._device(),
         )
+
+    def _device(self) -> str | None:
+        return f"cuda:{self.device_ids[0]}" if self.device_ids else None
 
 
 class _Pass:
@@ -279,20 +274,16 @@ class _Pass:
 
     def __init__(
         self,
-        k1s: list[Any],
-        names: list[str],
-        importance: str,
-        label_source: str,
+        options: Options,
         correct_only: bool,
-        seed: int,
         class_names: Sequence[str] | None,
-        known_names: Sequence[Any] | None,
+        dataset_names: Sequence[Any] | None,
         key: int | None,
     ) -> None:
-        self._options = (names, k1s, importance, seed)
-        self._by_prediction, self._correct_only = label_source == "prediction", correct_only
-        self._meta = {"label_source": label_source, "correct_only": correct_only}
-        self._class_names, self._known_names, self._key = class_names, known_names, key
+        self._options, self._correct_only = options, correct_only
+        self._by_prediction = options.label_source == "prediction"
+        self._meta = {"label_source": options.label_source, "correct_only": correct_only}
+        self._class_names, self._dataset_names, self._key = class_names, dataset_names, key
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
 
@@ -300,22 +291,22 @@ class _Pass:
         try:
             for batch in stream:
                 self._add(batch)
-            found = self._found() if group is None else merge_ranks(group, self._found())
+            tables = self._so_far() if group is None else merge_ranks(group, self._so_far())
         except EmptyLoaderError:
             if group is None:
                 raise
-            found = merge_ranks(group, None)
+            tables = merge_ranks(group, None)
         except BaseException as error:
             if self._tables is not None:
-                error.partial_result = self._named(self._found())  # type: ignore[attr-defined]
+                error.partial_result = self._named(self._so_far())  # type: ignore[attr-defined]
             raise
-        return self._named(found)
+        return self._named(tables)
 
     def _add(self, batch: Batch) -> None:
         if self._tables is None:
             # names first: a wrong list is refused before anything is counted
-            self._names = _class_names(self._class_names, self._known_names, batch.head.num_classes)
-            self._tables = Tables(batch.head, *self._options)
+            self._names = _class_names(self._class_names, self._dataset_names, batch.head.num_classes)
+            self._tables = Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         predicted = logits.argmax(1)
         classes = predicted if self._by_prediction or batch.labels is None else batch.labels
@@ -325,17 +316,14 @@ class _Pass:
         if len(classes):
             self._tables.add(features, logits, classes)
 
-    def _found(self) -> dict[Any, ClassFilters]:
+    def _so_far(self) -> dict[Any, ClassFilters]:
         return self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
 
-    def _named(self, found: dict[Any, ClassFilters]) -> Any:
+    def _named(self, tables: dict[Any, ClassFilters]) -> Any:
         """The only table, or tables by selector (key 0) or k1 (key 1)."""
-        return next(iter(found.values())) if self._key is None else {key[self._key]: f for key, f in found.items()}
-
-
-def _plain(k1: Any) -> Any:
-    """NumPy's integers as Python's."""
-    return int(k1) if isinstance(k1, Integral) and not isinstance(k1, bool) else k1
+        if self._key is None:
+            return next(iter(tables.values()))
+        return {key[self._key]: table for key, table in tables.items()}
 
 
 def _targets(target: Any, batch: Batch) -> Tensor:
@@ -350,23 +338,18 @@ def _names_of(loader: Any) -> Sequence[Any] | None:
     return getattr(dataset, "classes", None)
 
 
-def _class_names(given: Sequence[str] | None, known: Sequence[Any] | None, classes: int) -> tuple[str, ...]:
-    if given is not None:
-        if len(given) != classes:
-            raise OptionError(f"class_names must be {classes}, one for each output of the head; got {len(given)}")
-        names = tuple(map(str, given))
-        check_names(names)
-        return names
-    if known is None:
-        return tuple(map(str, range(classes)))
-    if len(known) != classes:
+def _class_names(requested: Sequence[str] | None, dataset_names: Sequence[Any] | None, classes: int) -> tuple[str, ...]:
+    if requested is not None or dataset_names is None:
+        return names_of(requested, classes)
+    if len(dataset_names) != classes:
         warnings.warn(
-            f"the data set names {len(known)} classes, the head has {classes} outputs: its labels may not be the "
-            "head's class indices; pass class_names= if they are",
+            f"the data set names {len(dataset_names)} classes, the head has {classes} outputs: its labels may not be "
+            "the head's class indices; pass class_names= if they are",
             UserWarning,
             stacklevel=6,
         )
-        return tuple(map(str, range(classes)))
+        return names_of(None, classes)
     # torchvision's ImageNet has tuples of synonyms, and two cranes
-    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in known]
-    return tuple(f"{name} ({index})" if plain.count(name) > 1 else name for index, name in enumerate(plain))
+    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in dataset_names]
+    repeated = {name for name, times in Counter(plain).items() if times > 1}
+    return tuple(f"{name} ({index})" if name in repeated else name for index, name in enumerate(plain))

@@ -1,25 +1,54 @@
-"""One function per selector: what each sample of a batch says of each channel.
+"""The selectors, one record each: what every sample of a class adds, and how scores follow from the sums.
 
-`influential_features.py` adds the rows of a class up; nothing here sees a model, a loader or a file. The ``static``
-selectors say it of the classes themselves, without samples.
-Source of the histogram: Badola et al. 2022, "Decomposing the Deep", Algorithm 1. The others are ours, to compare with.
-N samples, K features, C classes.
+To add a selector, add a record to `RECORDS`; nothing else needs to know of it. Nothing here sees a model, a loader or a
+file. Source of the histogram: Badola et al. 2022, "Decomposing the Deep", Algorithm 1. The others are ours, to compare
+with. N samples, K features, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from captum_classfilters.core.class_sums import class_correlation
+
 
 class Sample(NamedTuple):
-    """What a selector may look at."""
+    """What a selector may look at in a batch."""
 
     features: Tensor  # (N, K)
     logits: Tensor  # (N, C)
     classes: Tensor  # (N,) int64
     weight: Tensor  # (C, K)
+    importance: str  # "abs" or "signed"
+    votes: Tensor | None  # (N, K) bool, of the selectors that vote
+
+
+class Totals(NamedTuple):
+    """What scores may follow from after the last batch."""
+
+    sums: Mapping[str, Tensor]  # (C, K) float64, as the record names them
+    counts: Tensor  # (C,) int64
+    weight: Tensor  # (C, K)
+    importance: str
+    k1: int | float
+    seed: int
+
+
+class Selector(NamedTuple):
+    """How one selector scores channels."""
+
+    # the quantities that are added up by class: what a batch adds, (N, K) each
+    rows: Mapping[str, Callable[[Sample], Tensor]]
+    # (C, K) float64 from the totals
+    scores: Callable[[Totals], Tensor]
+    # it looks at the k1 strongest features of each sample
+    votes: bool = False
+    # a class is told from others by true labels: the model's predictions do not do
+    needs_labels: bool = False
+    # as `ClassFilters.merge_rule`
+    merge_rule: str = "sum"
 
 
 def importance_of(features: Tensor, importance: str) -> Tensor:
@@ -102,21 +131,46 @@ def heaviest(weight: Tensor, k: int, importance: str) -> Tensor:
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-# Rows to add up over the samples of a class. The histogram's votes are not here: one sort serves several k1
-PER_SAMPLE: dict[str, Callable[[Sample], Tensor]] = {
-    "contribution": contribution,
-    "margin": margin,
-    "ablation": ablation,
-}
-VOTING = ("histogram", "weight_and_activation")
-STATIC = ("weight", "random")
-SELECTORS = (
-    "histogram",
-    "mean_activation",
-    "weight",
-    "contribution",
-    "weight_and_activation",
-    "margin",
-    "ablation",
-    "random",
+def _votes_of(sample: Sample) -> Tensor:
+    return sample.votes.double()  # type: ignore[union-attr]
+
+
+def _votes_for_heavy_weights(totals: Totals) -> Tensor:
+    # a share of the l1 mass is another number in every sample; weights have none
+    k1 = totals.k1 if isinstance(totals.k1, int) else round(totals.weight.shape[1] ** 0.5)
+    return totals.sums["score"] * heaviest(totals.weight, k1, totals.importance)
+
+
+def _random(totals: Totals) -> Tensor:
+    generator = torch.Generator().manual_seed(totals.seed)
+    return torch.rand(totals.weight.shape, generator=generator, dtype=torch.float64)
+
+
+def _summed(rows: Callable[[Sample], Tensor]) -> Selector:
+    """Scores are the sum of these rows over the samples of a class."""
+    return Selector({"score": rows}, lambda totals: totals.sums["score"].clone())
+
+
+# The correlation of a channel with being of a class: 1 where the channel is high for this class and low for all others
+_CORRELATION = Selector(
+    {"total": lambda sample: sample.features.double(), "squares": lambda sample: sample.features.double() ** 2},
+    lambda totals: class_correlation(totals.counts, totals.sums["total"], totals.sums["squares"]),
+    needs_labels=True,
+    merge_rule="correlation",
 )
+
+RECORDS: dict[str, Selector] = {
+    "histogram": Selector({"score": _votes_of}, lambda totals: totals.sums["score"].clone(), votes=True),
+    "mean_activation": _summed(lambda sample: importance_of(sample.features, sample.importance)),
+    "weight": Selector({}, lambda totals: importance_of(totals.weight, totals.importance).double(), merge_rule="same"),
+    "contribution": _summed(contribution),
+    "weight_and_activation": Selector({"score": _votes_of}, _votes_for_heavy_weights, votes=True),
+    "margin": _summed(margin),
+    "ablation": _summed(ablation),
+    "correlation": _CORRELATION,
+    "random": Selector({}, _random, merge_rule="same"),
+}
+SELECTORS = tuple(RECORDS)
+VOTING = tuple(name for name, record in RECORDS.items() if record.votes)
+# Those that look at no samples
+STATIC = tuple(name for name, record in RECORDS.items() if not record.rows)

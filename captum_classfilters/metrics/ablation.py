@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
+from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
-from captum_classfilters.metrics.sets import random_masks
 
 _MODES = ("noise", "zero", "mean")
 
@@ -95,7 +95,9 @@ def class_ablation(
 def _sets(filters: ClassFilters, k: int, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
     own = filters.mask(k)
     sets = {"influential": own, "rest": ~own}
-    return sets | random_masks(own.shape, k, draws, generator)
+    return sets | {
+        f"random {draw}": mask for draw, mask in enumerate(random_masks(tuple(own.shape), k, draws, generator))
+    }
 
 
 def _written(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table, names_of
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, named_tables, names_of
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.heads.decompose import check_refit
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refitter
@@ -235,25 +235,3 @@ def check_draws(draws: int) -> None:
     """A control of fewer than 5 draws says too little."""
     if draws < 5:
         raise OptionError(f"draws must be at least 5, got {draws}; fewer say too little of what chance does")
-
-
-def named_tables(filters: Any, taken: Sequence[str]) -> dict[str, ClassFilters]:
-    """Tables by name as text, without those of the random selector; a single table goes by its method."""
-    if isinstance(filters, ClassFilters):
-        filters = {filters.method: filters}
-    if not isinstance(filters, Mapping) or not all(isinstance(table, ClassFilters) for table in filters.values()):
-        remedy = "; pass its table, .class_filters()" if hasattr(filters, "class_filters") else ""
-        raise OptionError(
-            f"filters must be a ClassFilters or {{name: ClassFilters}}, got {type(filters).__name__}{remedy}"
-        )
-    found = {str(name): table for name, table in filters.items() if table.method != "random"}
-    if not found:
-        raise OptionError("no table was given but the random selector's, for which the control stands; pass another")
-    if len({str(name) for name in filters}) < len(filters):
-        raise OptionError(f"the names {list(filters)} are not different as text; rename one")
-    if len({table.class_names for table in found.values()}) > 1:
-        raise OptionError("the tables name their classes differently; pass tables of one data set")
-    for name in found:
-        if name in taken:
-            raise OptionError(f"a table may not be named {name!r}: the result uses that name itself; rename it")
-    return found

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import Floats, mean_interval, wilson

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.core.targets import classes_of
 
 

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from captum_classfilters.class_filters import check_k
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import HeadError, OptionError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import draws_interval
-from captum_classfilters.metrics.sets import random_masks
 
 KINDS = ("weights", "activations")
 _FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -193,7 +193,7 @@ def inter_class_correlation(
     averages = found.sums[seen] / found.counts[seen, None]
     order = averages.sort(dim=1, descending=True, stable=True).indices[:, :m]
     own = torch.zeros_like(averages, dtype=torch.bool).scatter_(1, order, True)
-    chance = random_masks(own.shape, m, draws, torch.Generator().manual_seed(seed)).values()
+    chance = random_masks(own.shape, m, draws, torch.Generator().manual_seed(seed))
     sets = torch.stack([own, *chance]).numpy().astype(float)
     shared = pair_interval(sets @ sets.transpose(0, 2, 1) / m**2)[0]
     rows = []

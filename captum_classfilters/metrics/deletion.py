@@ -10,10 +10,10 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_table
+from captum_classfilters.class_filters import ClassFilters, check_table, named_tables
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import batches
-from captum_classfilters.metrics.accuracy import check_draws, named_tables
+from captum_classfilters.core.head_pass import batches
+from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import Floats, draws_interval
 
 KINDS = ("deletion", "insertion")

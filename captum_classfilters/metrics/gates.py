@@ -16,10 +16,10 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.class_filters import ClassFilters, check_table, one_table
+from captum_classfilters.class_filters import ClassFilters, check_table, named_tables, one_table
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import batches
-from captum_classfilters.metrics.accuracy import check_draws, named_tables
+from captum_classfilters.core.head_pass import batches
+from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import draws_interval, mean_interval, wilson
 
 

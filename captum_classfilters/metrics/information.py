@@ -11,7 +11,7 @@ from torch import nn
 
 from captum_classfilters.class_filters import names_of
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 
 _REPLICATES = 1000
 

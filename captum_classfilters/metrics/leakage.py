@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from captum_classfilters.class_filters import ClassFilters, check_table, one_table
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.gates import as_gate
 from captum_classfilters.metrics.intervals import mean_interval, wilson

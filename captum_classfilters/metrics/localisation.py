@@ -9,12 +9,12 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table
+from captum_classfilters.class_filters import ClassFilters, check_k, check_table, named_tables
+from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
-from captum_classfilters.core.stream import Batch, batches
-from captum_classfilters.metrics.accuracy import check_draws, named_tables
+from captum_classfilters.core.head_pass import Batch, batches
+from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import mean_interval, wilson
-from captum_classfilters.metrics.sets import random_masks
 
 # What the loader may call the objects
 _KEYS = {"mask": ("mask", "masks"), "box": ("box", "boxes")}
@@ -98,7 +98,7 @@ def localisation(
     generator = torch.Generator().manual_seed(seed)
     masks = {name: table.mask(k) for name, table in tables.items()}
     shape = next(iter(masks.values())).shape
-    masks |= random_masks(shape, k, draws, generator)
+    masks |= {f"random {draw}": mask for draw, mask in enumerate(random_masks(tuple(shape), k, draws, generator))}
     masks["all channels"] = torch.ones(shape, dtype=torch.bool)
     scores: dict[str, list[Any]] = {name: [] for name in masks}
     areas: list[Any] = []

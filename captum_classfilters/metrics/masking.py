@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
+from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.intervals import mean_interval, wilson, with_all
-from captum_classfilters.metrics.sets import random_masks
 
 # Features of many sets of channels are multiplied at once, up to this many numbers
 _CELLS = 2**24
@@ -186,7 +186,7 @@ class _Sets:
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for mask in own:
-            chance = random_masks((1, len(mask)), int(mask.sum()), draws, generator).values()
+            chance = random_masks((1, len(mask)), int(mask.sum()), draws, generator)
             rows += [mask[None], *chance]
         self.masks = torch.cat(rows)  # (S, K) bool
 

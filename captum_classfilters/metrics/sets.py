@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_classfilters.class_filters import ClassFilters, check_k
+from captum_classfilters.class_filters import ClassFilters, check_k, names_of
+from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import batches
-from captum_classfilters.influential.tables import Tables, check_options
+from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.influential.selectors import STATIC
+from captum_classfilters.influential.tables import Options, Tables
 
 
 def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.DataFrame:
@@ -27,9 +29,10 @@ def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.Da
         k: Channels of each class, in ``[1, K]``.
 
     Returns:
-        One row for each table and pair: ``filters``, ``class_a``, ``class_b``, ``jaccard`` (NaN where a class has no
-        samples), ``shared`` channels; ``random``, ``random_low``, ``random_high``: mean and central 95 % for two random
-        sets of k channels.
+        One row for each table and pair: ``filters``, ``control`` (False), ``class_a``, ``class_b``, ``jaccard`` (NaN
+        where a class has no samples), ``shared`` channels, ``low``, ``high`` (NaN). For each number of channels K one
+        row with ``control`` True and ``filters`` ``"random"``: ``jaccard`` and ``shared`` of two random sets of k
+        channels are means, ``low`` and ``high`` the central 95 % of their index.
 
     Raises:
         OptionError: k out of range.
@@ -40,39 +43,39 @@ def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.Da
         jaccard = table.overlap(k).numpy()
         pairs = list(combinations(range(table.num_classes), 2))
         first, second = (np.array(side, int) for side in zip(*pairs, strict=True)) if pairs else (np.zeros(0, int),) * 2
-        found = jaccard[first, second]
+        of_pairs = jaccard[first, second]
         names = np.array(table.class_names)
-        mean, low, high = random_jaccard(k, table.num_channels)
         frames.append(
             pd.DataFrame(
                 {
                     "filters": name,
+                    "control": False,
                     "class_a": names[first],
                     "class_b": names[second],
-                    "jaccard": found,
-                    "shared": 2 * k * found / (1 + found),
-                    "random": mean,
-                    "random_low": low,
-                    "random_high": high,
+                    "jaccard": of_pairs,
+                    "low": np.nan,
+                    "high": np.nan,
+                    "shared": 2 * k * of_pairs / (1 + of_pairs),
                 }
             )
         )
+    for channels in sorted({table.num_channels for table in tables.values()}):
+        mean, low, high = random_jaccard(k, channels)
+        row = {"jaccard": mean, "low": low, "high": high, "shared": k**2 / channels}
+        frames.append(pd.DataFrame([{"filters": "random", "control": True, "class_a": "", "class_b": "", **row}]))
     return pd.concat(frames, ignore_index=True)
 
 
 def stability(
     model: Any,
-    loader: Iterable[Any],
-    k: int,
+    loader: Iterable[Any] | None = None,
+    k: int = 5,
     *,
     selectors: Sequence[str] = ("histogram",),
     k1: int | float | None = None,
     importance: str = "abs",
-    layer: nn.Module | str | None = None,
     draws: int = 20,
     seed: int = 0,
-    class_names: Sequence[str] | None = None,
-    show_progress: bool = False,
 ) -> pd.DataFrame:
     """How much of a class's top-k set survives when the samples are drawn anew.
 
@@ -80,55 +83,53 @@ def stability(
     replicates are made in the one pass; state is ``draws`` tables.
 
     Args:
-        model: The network; borrowed.
+        model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
         loader: Batches ``(inputs, labels)``.
         k: Channels of each class, in ``[1, K]``.
         selectors: Which to test; those without samples (weight, random) have nothing to test.
         k1: As in `InfluentialFeatures`.
         importance: As in `InfluentialFeatures`.
-        layer: The head, if it cannot be found.
         draws: Bootstrap replicates, at least 5.
-        seed: Of the draws.
-        class_names: C names; otherwise numbers.
-        show_progress: A tqdm bar.
+        seed: Seed of the replicates.
 
     Returns:
-        One row for each selector and class, and for ``"all"``: ``jaccard``, the mean index of a replicate's set and the
-        set of all samples; ``low``, ``high``: the replicates' central 95 %; ``random``: the index of two random sets;
-        ``samples``.
+        One row for each selector and class, and for ``"all"``: ``filters``, ``control`` (False), ``class_name``,
+        ``jaccard``, the mean index of a replicate's set and the set of all samples; ``low``, ``high``: the replicates'
+        central 95 %; ``samples``. One row with ``control`` True, ``filters`` ``"random"``, class ``"all"``: the index
+        of two random sets.
 
     Raises:
         OptionError: k or an option out of range.
     """
-    if draws < 5:
-        raise OptionError(f"draws must be at least 5, got {draws}")
-    selectors = [selectors] if isinstance(selectors, str) else list(selectors)
-    static = [name for name in selectors if name in ("weight", "random")]
+    head_pass = HeadPass.of(model, loader)
+    draws = integer(draws, "draws", 5)
+    options = Options.checked(selectors, [k1], importance, "target", seed)
+    static = [name for name in options.names if name in STATIC]
     if static:
         raise OptionError(f"selectors {static} look at no samples, so there is nothing to draw anew; leave them out")
-    check_options(selectors, [k1], importance, "target")
     generator = torch.Generator().manual_seed(seed)
     whole: Tables | None = None
     replicates: list[Tables] = []
-    with batches(model, loader, layer=layer, show_progress=show_progress, description="stability") as stream:
+    with head_pass.batches(description="stability") as stream:
         for batch in stream:
             if whole is None:
-                check_k(k, batch.head.num_features, "k")
-                whole, *replicates = (Tables(batch.head, selectors, [k1], importance, seed) for _ in range(draws + 1))
-            found: tuple[Tensor, ...] = (batch.features, batch.logits, batch.labels)  # type: ignore[assignment]
-            whole.add(*found)
-            for table in replicates:
-                times = torch.poisson(torch.ones(len(found[0])), generator=generator).long()
-                again = torch.repeat_interleave(torch.arange(len(times)), times).to(found[0].device)
+                check_k(k, batch.head.num_features)
+                names = names_of(head_pass.class_names, batch.head.num_classes)
+                whole, *replicates = (Tables(batch.head, options) for _ in range(draws + 1))
+            rows: tuple[Tensor, ...] = (batch.features, batch.logits, batch.labels)  # type: ignore[assignment]
+            whole.add(*rows)
+            for tables in replicates:
+                times = torch.poisson(torch.ones(len(rows[0])), generator=generator).long()
+                again = torch.repeat_interleave(torch.arange(len(times)), times).to(rows[0].device)
                 if len(again):
-                    table.add(*(part[again] for part in found))
-    head = whole.head  # type: ignore[union-attr]
-    names = tuple(class_names) if class_names is not None else tuple(map(str, range(head.num_classes)))
-    reference, others = whole.filters(names, {}), [table.filters(names, {}) for table in replicates]  # type: ignore[union-attr]
-    return pd.concat(
-        [_stability(key[0], table, [other[key] for other in others], k) for key, table in reference.items()],
-        ignore_index=True,
-    )
+                    tables.add(*(part[again] for part in rows))
+    reference, others = whole.filters(names, {}), [tables.filters(names, {}) for tables in replicates]  # type: ignore[union-attr]
+    frames = [_stability(key[0], table, [other[key] for other in others], k) for key, table in reference.items()]
+    samples = int(next(iter(reference.values())).counts.sum())
+    mean, low, high = random_jaccard(k, next(iter(reference.values())).num_channels)
+    row = {"jaccard": mean, "low": low, "high": high, "samples": samples}
+    frames.append(pd.DataFrame([{"filters": "random", "control": True, "class_name": "all", **row}]))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _stability(name: str, whole: ClassFilters, replicates: Sequence[ClassFilters], k: int) -> pd.DataFrame:
@@ -141,11 +142,11 @@ def _stability(name: str, whole: ClassFilters, replicates: Sequence[ClassFilters
     return pd.DataFrame(
         {
             "filters": name,
+            "control": False,
             "class_name": ["all", *whole.class_names],
             "jaccard": jaccard.mean(0),
             "low": low,
             "high": high,
-            "random": random_jaccard(k, whole.num_channels)[0],
             "samples": [int(whole.counts.sum()), *whole.counts.tolist()],
         }
     )
@@ -165,12 +166,3 @@ def random_jaccard(k: int, channels: int) -> tuple[float, float, float]:
     mean = float((law.pmf(sizes) * sizes / (2 * k - sizes)).sum())
     low, high = (float(size / (2 * k - size)) for size in law.ppf([0.025, 0.975]))
     return mean, low, high
-
-
-def random_masks(shape: Sequence[int], k: int, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The control: k random channels of each class, ``(C, K)`` bool, as ``"random 0"``, ``"random 1"`` and so on."""
-    masks = {}
-    for draw in range(draws):
-        chosen = torch.rand(tuple(shape), generator=generator).argsort(1)[:, :k]
-        masks[f"random {draw}"] = torch.zeros(tuple(shape), dtype=torch.bool).scatter_(1, chosen, True)
-    return masks

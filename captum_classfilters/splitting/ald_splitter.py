@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters.class_filters import ClassFilters, names_of
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.errors import HeadError, OptionError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.splitting.ald_tree import ALDTree
 from captum_classfilters.splitting.splits import Splits, split_weights
@@ -111,8 +111,9 @@ class ALDSplitter(LayerAttribution):
         depths = splits.depths(branch)
         scores = splits.stages(branch).double() / depths.clamp(min=1)[:, None]
         mass = splits.weights.double().abs()
-        about = {"merge": "never", "branch": branch, **options}
-        return ClassFilters(scores, mass, (depths > 0).long(), f"ald_{branch}", splits.layer, names, about)
+        about = {"branch": branch, **options}
+        seen = (depths > 0).long()
+        return ClassFilters(scores, mass, seen, f"ald_{branch}", splits.layer, names, about, merge_rule="none")
 
     @log_usage()
     def attribute(

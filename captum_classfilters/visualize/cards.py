@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, batches
 from captum_classfilters.visualize.canvas import Floats, figure_of, shortened
 
 # Where there is no activation the picture stays as it is, instead of being whitened by the map's zero
@@ -257,6 +257,6 @@ def _title(ax: Axes, card: Card, filters: ClassFilters, row: int) -> None:
 
 def _about(filters: ClassFilters, row: int, channel: int, weight: float) -> str:
     score = float(filters.scores[row, channel])
-    if filters.meta.get("merge", "sum") == "sum":
+    if filters.merge_rule == "sum":
         return f"channel {channel}\nscore {score / int(filters.counts[row]):.3g} per sample\nweight {weight:+.2f}"
     return f"channel {channel}\nscore {score:.3g}\nweight {weight:+.2f}"

@@ -153,7 +153,7 @@ def _check_table(filters: ClassFilters) -> None:
 def _values(filters: ClassFilters, normalise: str | None) -> tuple[Floats, str]:
     """Numbers to draw, ``(C, K)``, unseen classes NaN; and what they are."""
     values, label = filters.scores.double(), f"score ({filters.method})"
-    if normalise == "class" and filters.meta.get("merge", "sum") == "sum":
+    if normalise == "class" and filters.merge_rule == "sum":
         values, label = values / filters.counts.clamp(min=1)[:, None], f"score per sample ({filters.method})"
     elif normalise == "max":
         largest = values.abs().amax(1, keepdim=True)

@@ -34,7 +34,7 @@ def by_hand(values, y, classes=4):
 def test_contributions_agree_with_the_package_s_own_pass(case):
     model, loader, *_ = case
     own = InfluentialFeatures(model).attribute(loader, selector="contribution", class_names=NAMES)
-    found = aggregate(InfluentialFeatures(model), loader, class_names=NAMES)
+    found = aggregate(InfluentialFeatures(model), loader, classes=NAMES)
     torch.testing.assert_close(found.scores, own.scores, atol=1e-6, rtol=0)
     assert torch.equal(found.counts, own.counts)
     assert torch.equal(found.top(3), own.top(3))
@@ -46,7 +46,7 @@ def test_sums_agree_with_a_loop(case, kind, importance):
     model, loader, x, y = case
     attribution = kind(model, model.conv2)
     options = {} if kind is LayerGradientXActivation else {"n_steps": 4}
-    found = aggregate(attribution, loader, importance=importance, class_names=NAMES, **options)
+    found = aggregate(attribution, loader, importance=importance, classes=NAMES, **options)
     values = torch.cat(
         [kind(model, model.conv2).attribute(a[None], target=int(b), **options) for a, b in zip(x, y, strict=True)]
     )
@@ -143,8 +143,8 @@ def test_mappings_and_integers_are_read_as_everywhere(case):
     [
         ({"importance": "l2"}, "importance must be"),
         ({"label_source": "guess"}, "label_source must be"),
-        ({"class_names": ("a", "b")}, "the model has 4 outputs.*say 2"),
-        ({"num_classes": 20}, "the model has 4 outputs.*say 20"),
+        ({"classes": ("a", "b")}, "the model has 4 outputs.*says 2"),
+        ({"classes": 20}, "the model has 4 outputs.*says 20"),
     ],
 )
 def test_options_are_refused_in_words(case, options, words):

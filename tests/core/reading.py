@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 
 
 def read(model, *inputs, need_maps=False, **options):

@@ -36,8 +36,8 @@ TAILS = {
     "temperature": (lambda z: z / 2, "is not the output of an nn.Linear"),
     "normalisation": (F.normalize, "is not the output of an nn.Linear"),
     "some of the classes": (lambda z: z[:, :3], "is not the output of an nn.Linear"),
-    "tuple": (lambda z: (z, None), "one floating tensor of logits .*, got tuple"),
-    "dict": (lambda z: {"logits": z}, "one floating tensor of logits .*, got dict"),
+    "nothing": (lambda z: (None, z), "floating logits .*, got tuple"),
+    "other key": (lambda z: {"scores": z}, "floating logits .*, got dict with the keys"),
     "one number a sample": (lambda z: z[:, 0], r"got torch.float32 of shape \(6,\)"),
     "one number": (lambda z: z.sum(), r"got torch.float32 of shape \(\)"),
     "class indices": (lambda z: z.argmax(1), "got torch.int64"),
@@ -54,7 +54,7 @@ def test_what_is_not_logits_is_refused_and_candidates_are_named(tail, small_cnn,
     assert "layer=" in str(caught.value)
 
 
-@pytest.mark.parametrize("tail", ["softmax", "log_softmax", "relu", "tuple", "dict", "temperature"])
+@pytest.mark.parametrize("tail", ["softmax", "log_softmax", "relu", "nothing", "other key", "temperature"])
 def test_layer_says_what_cannot_be_found(tail, small_cnn, images):
     plain = small_cnn()
     batch = read(Tail(plain, TAILS[tail][0]), images(), layer="model.fc")

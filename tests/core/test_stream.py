@@ -17,7 +17,7 @@ from captum_classfilters.core.errors import (
     OptionError,
     ShapeError,
 )
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 
 SIZES = (4, 4, 3)  # ragged
 

@@ -18,7 +18,7 @@ def sample(seed, device="cpu"):
     weight, bias = torch.randn(C, K, generator=generator), torch.randn(C, generator=generator)
     features = torch.randn(N, K, generator=generator)
     classes = torch.randint(0, C, (N,), generator=generator)
-    return Sample(*(part.to(device) for part in (features, features @ weight.T + bias, classes, weight)))
+    return Sample(*(part.to(device) for part in (features, features @ weight.T + bias, classes, weight)), "abs", None)
 
 
 def votes_by_hand(row, k1):

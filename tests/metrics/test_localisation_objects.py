@@ -9,7 +9,7 @@ from torch import nn
 
 from captum_classfilters import InfluentialFeatures, metrics
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import batches
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.localisation import box_objects, mask_objects
 
 

@@ -9,10 +9,10 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from captum_classfilters import ClassFilters, InfluentialFeatures, metrics
+from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.gating.gate import LabelSensitiveGate
 from captum_classfilters.metrics.masking import masked_logits
-from captum_classfilters.metrics.sets import random_masks
 
 NAMES = ("coat", "bag", "boot", "dress")
 
@@ -82,7 +82,7 @@ def test_confusion_is_scikit_learns_with_features_masked_by_hand(task, size):
         np.testing.assert_allclose(matrix(frame, name, what="high"), high)
         assert (frame[frame.masked == name].channels == int(masked.sum())).all()
         if name != "none":
-            chance = random_masks((1, 6), int(masked.sum()), 5, generator).values()
+            chance = random_masks((1, 6), int(masked.sum()), 5, generator)
             draws = np.stack([by_hand(model, features, y, other[0]) for other in chance])
             np.testing.assert_allclose(matrix(frame, name, True), draws.mean(0))
             mean, low, high = metrics.mean_interval(draws / draws.sum(2, keepdims=True))

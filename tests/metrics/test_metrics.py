@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from captum_classfilters import InfluentialFeatures, metrics
+from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
 from captum_classfilters.metrics.sets import random_jaccard
@@ -224,7 +224,7 @@ def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
     loader = test_images.batches()[:1]
     with pytest.raises(OptionError, match="modes must be some of"):
         metrics.class_ablation(model, tables["histogram"], loader, 5, modes=["shuffle"])
-    with pytest.raises(OptionError, match="draws must be at least 5"):
+    with pytest.raises(OptionError, match="draws must be an integer of at least 5"):
         metrics.class_ablation(model, tables["histogram"], loader, 5, draws=2)
     with pytest.raises(OptionError, match=r"of \['votes'\] pass one"):
         metrics.class_ablation(model, {"votes": tables["histogram"]}, loader, 5)
@@ -247,12 +247,13 @@ def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
 
 def test_overlap_lists_each_pair_with_what_chance_gives(tables):
     frame = metrics.overlap({"votes": tables["histogram"], "margin": tables["margin"]}, 5)
-    assert len(frame) == 2 * 45
+    assert (~frame.control).sum() == 2 * 45
     pair = row(frame, filters="votes", class_a="pullover", class_b="coat")
     a, b = (set(tables["histogram"].top(5)[i].tolist()) for i in (2, 4))
     assert pair.jaccard == pytest.approx(len(a & b) / len(a | b))
     assert pair.shared == pytest.approx(len(a & b))
-    assert pair.random == pytest.approx(random_jaccard(5, 64)[0])
+    (chance,) = frame[frame.control].itertuples()
+    assert (chance.jaccard, chance.low, chance.high) == pytest.approx(random_jaccard(5, 64))
 
 
 @pytest.mark.parametrize(("k", "channels"), [(1, 10), (5, 64), (8, 12)])
@@ -272,12 +273,14 @@ def test_stability_is_one_when_nothing_can_change_and_lower_when_samples_are_few
     sample = load_images("train")
     few = [(sample.images[:100].float() / 255, sample.labels[:100])]
     all_channels = metrics.stability(model, few, 64, draws=5)
-    assert row(all_channels, class_name="all").jaccard == 1
-    scarce = metrics.stability(model, few, 5, draws=20, seed=3, class_names=sample.class_names)
+    assert row(all_channels[~all_channels.control], class_name="all").jaccard == 1
+    scarce = metrics.stability(HeadPass(model, few, class_names=sample.class_names), k=5, draws=20, seed=3)
     plenty = metrics.stability(model, sample.batches(), 5, draws=20, seed=3)
+    scarce, chance = scarce[~scarce.control], scarce[scarce.control]
+    plenty = plenty[~plenty.control]
     found = row(scarce, class_name="all")
     assert found.low < found.jaccard < row(plenty, class_name="all").jaccard < 1
-    assert found.jaccard > found.random
+    assert found.jaccard > chance.jaccard.item()
     assert found.samples == 100
     assert set(scarce.class_name) == {"all", *sample.class_names}
 
@@ -285,7 +288,7 @@ def test_stability_is_one_when_nothing_can_change_and_lower_when_samples_are_few
 def test_stability_refuses_what_has_no_samples(model):
     with pytest.raises(OptionError, match=r"selectors \['weight'\] look at no samples"):
         metrics.stability(model, [], 5, selectors=["weight"])
-    with pytest.raises(OptionError, match="draws must be at least 5"):
+    with pytest.raises(OptionError, match="draws must be an integer of at least 5"):
         metrics.stability(model, [], 5, draws=1)
 
 

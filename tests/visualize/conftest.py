@@ -30,7 +30,7 @@ def table():
         counts = torch.full((len(scores),), 10) if counts is None else torch.as_tensor(counts)
         names = tuple(names or (f"class {i}" for i in range(len(scores))))
         mass = torch.zeros_like(scores) if mass is None else mass
-        return ClassFilters(scores, mass, counts, "histogram", "fc", names, {"merge": merge})
+        return ClassFilters(scores, mass, counts, "histogram", "fc", names, merge_rule=merge)
 
     return build
 

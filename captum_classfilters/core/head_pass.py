@@ -1,0 +1,351 @@
+"""`HeadPass`: one network and one loader, for any number of measures.
+
+The head is found and checked once. Nothing of the data set is kept, unless `HeadPass.cached` is asked for.
+N samples, K features, C classes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError
+from captum_classfilters.core.head import Found, Head, HeadSearch
+from captum_classfilters.core.stream import Placement, Samples, check_range, samples
+
+
+class Batch(NamedTuple):
+    """What one batch gave; tensors are on the model's device."""
+
+    head: Head
+    inputs: tuple[Any, ...]
+    features: Tensor  # (N, K)
+    logits: Tensor  # (N, C)
+    labels: Tensor | None  # (N,) int64
+    maps: Tensor | None  # (N, K, h, w)
+    largest: float  # of |features|: finite
+    extras: Any = ()  # as the loader gave it: what stood behind the labels, or the whole mapping
+
+
+class HeadPass:
+    """The head's features, logits and labels of a whole loader, for any number of measures.
+
+    Every measure of the head takes ``(model, ..., loader)``, or a `HeadPass` in the place of the model; then the loader
+    is left out. Several measures that get the same `HeadPass` find and check the head once; with `cached` they share
+    one pass of the network.
+
+    Args:
+        model: An ``nn.Module`` (compiled, DataParallel and DDP ones are unwrapped), or a function, then with ``layer``.
+        loader: Any iterable of ``(inputs, labels, ...)``, of mappings with such keys, or of inputs alone where labels
+            are not needed. Inputs: a tensor, or a tuple of tensors for several.
+        layer: The head, if it cannot be found: a module or its dotted name.
+        additional_forward_args: Passed on to every forward pass.
+        class_names: C names; None: numbers, or the names in a table.
+        device: Where the model is expected to be; checked, never moved.
+        show_progress: Show a tqdm bar in every pass.
+
+    Raises:
+        OptionError: The model or the loader is not one.
+        HeadError: The model is a bare function, and ``layer`` is not a module.
+
+    Example:
+        >>> from captum_classfilters import HeadPass, metrics
+        >>> from captum_classfilters.assets import load_demo_network, load_images
+        >>> head_pass = HeadPass(load_demo_network()[0], load_images("test").batches(500)[:1]).cached()
+        >>> head_pass.head
+        Head('fc', 64 features, 10 classes)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loader: Iterable[Any],
+        *,
+        layer: nn.Module | str | None = None,
+        additional_forward_args: Any = None,
+        class_names: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        forward = unwrap(model)
+        if not isinstance(forward, nn.Module):
+            if not callable(forward):
+                raise OptionError(f"the model must be an nn.Module or a function, got {type(model).__name__}")
+            if not isinstance(layer, nn.Module):
+                raise HeadError(
+                    "a bare function does not show its layers: pass layer= with the nn.Linear that is its head"
+                )
+        if isinstance(forward, torch.jit.ScriptModule):
+            raise OptionError("a ScriptModule takes no hooks; pass the nn.Module it was made from")
+        if not isinstance(loader, Iterable):
+            raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+        self.model, self.loader, self.layer = model, loader, layer
+        self.class_names, self.show_progress = class_names, show_progress
+        self._forward = forward
+        self._module = forward if isinstance(forward, nn.Module) else None
+        arguments = additional_forward_args
+        self._arguments = () if arguments is None else arguments if isinstance(arguments, tuple) else (arguments,)
+        self._head: Head | None = None
+        owner = self._module if self._module is not None else layer
+        _check_device(owner, device)
+        self._placement = Placement.of(owner)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, model: Any, loader: Iterable[Any] | None = None, layer: nn.Module | str | None = None) -> "HeadPass":
+        """What a measure was given: a `HeadPass` in the place of the model, or a model and a loader.
+
+        Raises:
+            OptionError: A `HeadPass` together with a loader or a layer, or a model without a loader.
+        """
+        if isinstance(model, cls):
+            if loader is not None or layer is not None:
+                raise OptionError(
+                    "a HeadPass has its own loader and layer; leave loader= and layer= out, or pass the model itself"
+                )
+            return model
+        if loader is None:
+            raise OptionError("a loader is missing: pass the model and a loader, or HeadPass(model, loader) alone")
+        return cls(model, loader, layer=layer)
+
+    @property
+    def head(self) -> Head:
+        """The head; where no pass has found it yet, the loader's first batch is run for it."""
+        if self._head is None:
+            with self.batches(need_labels=False) as stream:
+                next(stream)
+        return self._head  # type: ignore[return-value]
+
+    @contextmanager
+    def batches(
+        self,
+        *,
+        need_labels: bool = True,
+        need_maps: bool = False,
+        num_classes: int | None = None,
+        description: str = "",
+    ) -> Iterator[Iterator[Batch]]:
+        """Borrow the model and read the loader once: ``with head_pass.batches() as stream: for batch in stream``.
+
+        Args:
+            need_labels: Refuse batches without labels.
+            need_maps: Also give the feature map behind the head.
+            num_classes: Checked against the head.
+            description: Label of the progress bar.
+
+        Raises:
+            HeadError: There is no head, or more than one reading of it; or no map behind it where maps are needed.
+            LabelError, ShapeError: Labels or inputs are in none of the forms that are read.
+            NonFiniteError: NaN or infinity in weights or features; names layer and batch.
+            EmptyLoaderError: The loader gave no sample.
+            OptionError: The head has not ``num_classes`` outputs.
+        """
+        with (
+            borrowed(self._module) as borrow,
+            samples(
+                self.loader,
+                placement=self._placement,
+                need_labels=need_labels,
+                description=description,
+                show_progress=self.show_progress,
+            ) as stream,
+        ):
+            yield self._run(stream, borrow, need_maps, num_classes)
+
+    def _run(
+        self, stream: Iterator[Samples], borrow: Borrowed, need_maps: bool, num_classes: int | None
+    ) -> Iterator[Batch]:
+        reader = _Reader(self._forward, self._module, self.layer, borrow, need_maps, self._arguments, self._head)
+        for position, batch in enumerate(stream):
+            result = reader.read(batch)
+            self._head = result.head
+            classes = result.head.num_classes
+            if position == 0 and num_classes is not None and num_classes != classes:
+                raise OptionError(
+                    f"num_classes={num_classes}, but the head {result.head.name} has {classes} outputs; leave it out, "
+                    f"or pass {classes}"
+                )
+            if result.labels is not None:
+                check_range(result.labels, classes, batch.place)
+            yield result
+
+    def cached(self, *, need_labels: bool = True) -> "HeadPass":
+        """Run the network over the loader once and keep what its head read: for measures that share one pass.
+
+        Kept are features ``(N, K)``, logits ``(N, C)`` and labels, on the model's device; no images, no maps. Each pass
+        over the result gives them again, batch by batch.
+
+        Args:
+            need_labels: Refuse batches without labels.
+
+        Raises:
+            As `batches` does.
+        """
+        with self.batches(need_labels=need_labels, description="HeadPass") as stream:
+            kept = [batch._replace(inputs=(), extras=()) for batch in stream]
+        return _Cached(self, kept)
+
+
+class _Cached(HeadPass):
+    """A `HeadPass` that does not run the network."""
+
+    def __init__(self, source: HeadPass, kept: list[Batch]) -> None:
+        self.__dict__.update(source.__dict__)
+        self._kept = kept
+
+    @contextmanager
+    def batches(
+        self,
+        *,
+        need_labels: bool = True,
+        need_maps: bool = False,
+        num_classes: int | None = None,
+        description: str = "",
+    ) -> Iterator[Iterator[Batch]]:
+        """As `HeadPass.batches`; maps are not kept."""
+        if need_maps:
+            raise HeadError("a cached pass keeps no feature maps; pass the HeadPass that it was made from")
+        if need_labels and any(batch.labels is None for batch in self._kept):
+            raise OptionError("the cached pass has no labels; make it from a loader that gives labels")
+        if num_classes is not None and num_classes != self.head.num_classes:
+            raise OptionError(f"num_classes={num_classes}, but the head has {self.head.num_classes} outputs")
+        yield iter(self._kept)
+
+    def cached(self, *, need_labels: bool = True) -> HeadPass:
+        """Itself."""
+        return self
+
+
+class _Reader:
+    """Runs the model on a batch and reads the head; a head that is not known yet is found in the first."""
+
+    def __init__(
+        self,
+        forward: Any,
+        model: nn.Module | None,
+        layer: nn.Module | str | None,
+        borrow: Borrowed,
+        need_maps: bool,
+        arguments: tuple[Any, ...],
+        head: Head | None,
+    ) -> None:
+        self._forward, self._borrow, self._need_maps, self._arguments = forward, borrow, need_maps, arguments
+        self._search: HeadSearch | None = None
+        self._head = head
+        self._seen: dict[str, Tensor] = {}
+        if head is None:
+            self._search = HeadSearch(model, layer)
+            self._search.watch(borrow)
+        else:
+            self._hook(head)
+
+    def read(self, batch: Samples) -> Batch:
+        self._seen.clear()
+        output = self._forward(*batch.inputs, *self._arguments)
+        if self._head is None:
+            head, features, logits = self._find(output)
+            maps = self._first_maps(batch.inputs) if self._need_maps else None
+        else:
+            head = self._head
+            if "inputs" not in self._seen:
+                raise HeadError(
+                    f"layer {head.name} did not run in batch {batch.place}; it must run once in every forward pass"
+                )
+            features, logits = head.pool(self._seen["inputs"]), head.pool(self._seen["output"])
+            maps = self._seen.get("maps")
+        # one number answers two questions: is all finite, and how large does it get
+        largest = float(features.detach().abs().amax())
+        if not torch.isfinite(torch.tensor(largest)):
+            raise NonFiniteError(
+                f"expected finite features, got NaN or infinity at the input of layer {head.name} in batch "
+                f"{batch.place}; look at that batch and at the layers before it"
+            )
+        return Batch(head, batch.inputs, features, logits, batch.labels, maps, largest, batch.extras)
+
+    def _find(self, output: Any) -> Found:
+        result = self._search.found(output)  # type: ignore[union-attr]
+        self._search, self._head = None, result.head
+        if not bool(torch.isfinite(result.head.weight).all() and torch.isfinite(result.head.bias).all()):
+            raise NonFiniteError(
+                f"expected finite weights, got NaN or infinity in layer {result.head.name}; load a whole checkpoint"
+            )
+        self._hook(result.head)
+        return result
+
+    def _hook(self, head: Head) -> None:
+        self._borrow.after(head.module, self._keep_call)
+        if self._need_maps:
+            if head.feature_map is None:
+                raise HeadError(
+                    f"there is no feature map of {head.num_features} channels behind the head {head.name}: its "
+                    "features are not pooled from positions"
+                )
+            self._borrow.after(head.feature_map.module, self._keep_maps)
+
+    def _first_maps(self, inputs: tuple[Any, ...]) -> Tensor:
+        # the hook on the map was not there yet: run this one batch again
+        self._forward(*inputs, *self._arguments)
+        return self._seen["maps"]
+
+    def _keep_call(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._seen["inputs"], self._seen["output"] = args[0], output
+
+    def _keep_maps(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        # a copy: an in-place operation may follow
+        self._seen["maps"] = self._head.feature_map.read(output).clone()  # type: ignore[union-attr]
+
+
+def single_batch(
+    model: Any,
+    inputs: Any,
+    *,
+    layer: nn.Module | str | None = None,
+    additional_forward_args: Any = None,
+    need_maps: bool = False,
+    device: torch.device | str | None = None,
+) -> Batch:
+    """One batch of inputs without labels, run through the model; the head is found in it."""
+    head_pass = HeadPass(
+        model, [(inputs, None)], layer=layer, additional_forward_args=additional_forward_args, device=device
+    )
+    with head_pass.batches(need_labels=False, need_maps=need_maps) as stream:
+        return next(stream)
+
+
+def _check_device(owner: Any, device: torch.device | str | None) -> None:
+    first = next(owner.parameters(), None)
+    if device is None or first is None:
+        return
+    asked = torch.device(device)
+    same_index = asked.index is None or asked.index == (first.device.index or 0)
+    if asked.type != first.device.type or not same_index:
+        raise DeviceError(
+            f"the model is on {first.device}, but device={str(asked)!r} was asked for; move it yourself, "
+            f"model.to({str(asked)!r}): batches follow the model, the model is never moved"
+        )
+
+
+@contextmanager
+def batches(
+    model: Any,
+    loader: Iterable[Any],
+    *,
+    layer: nn.Module | str | None = None,
+    need_labels: bool = True,
+    need_maps: bool = False,
+    num_classes: int | None = None,
+    forward_args: Any = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = False,
+    description: str = "",
+) -> Iterator[Iterator[Batch]]:
+    """Old form of ``HeadPass(...).batches(...)``; goes away."""
+    head_pass = HeadPass(
+        model, loader, layer=layer, additional_forward_args=forward_args, device=device, show_progress=show_progress
+    )
+    with head_pass.batches(
+        need_labels=need_labels, need_maps=need_maps, num_classes=num_classes, description=description
+    ) as stream:
+        yield stream
