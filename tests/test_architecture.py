@@ -21,6 +21,7 @@ FLOORS = {
     "heads": 2,
     "cam": 2,
     "attacks": 2,
+    "skipping": 2,
     "influential": 3,
     "gating": 3,
     "decoupling": 3,
@@ -94,6 +95,44 @@ def test_file(path):
     lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
     assert not lines, f"assert statements in lines {lines}: raise an error that says what to do"
     assert len(source.splitlines()) <= 620
+
+
+def cycle(edges):
+    """Names that lead back to the first along ``edges``, a dict of sets; empty if there are none."""
+    done = set()
+
+    def visit(name, trail):
+        if name in trail:
+            return trail[trail.index(name) :]
+        if name in done:
+            return []
+        done.add(name)
+        return next((circle for other in sorted(edges.get(name, ())) if (circle := visit(other, [*trail, name]))), [])
+
+    return next((circle for name in sorted(edges) if (circle := visit(name, []))), [])
+
+
+def test_no_file_imports_itself_through_others():
+    names = {".".join([package_of(path), path.stem]).removesuffix(".__init__"): path for path in FILES}
+    edges = {}
+    for name, path in names.items():
+        imported = imports(path.read_text(encoding="utf-8"), package_of(path))
+        edges[name] = {other if other in names else other.rpartition(".")[0] for other in imported} & names.keys()
+        edges[name].discard(PACKAGE)  # its names are loaded when they are asked for
+    assert cycle(edges) == []
+
+
+@pytest.mark.parametrize(
+    ("edges", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c"]),
+        ({"a": {"b"}, "b": {"a"}}, ["a", "b"]),
+    ],
+)
+def test_a_cycle_is_found(edges, expected):
+    assert cycle(edges) == expected
 
 
 def test_imports_are_read_wherever_they_stand():

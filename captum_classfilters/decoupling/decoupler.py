@@ -1,39 +1,54 @@
 """The network with its gates: `PathDecoupler` wraps a model; hooks stand on it only while a forward runs.
 
-`run.py` has the hooks, `losses.py` the parts of the loss. N samples, C classes, L gated layers with K_l channels.
+`units.py` has the hooks, `controller.py` gates and losses, `paths.py` what is read here by `PathReader`.
+N samples, C classes, L gated layers with K_l channels, K in all.
 """
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import borrowed, unwrap
-from captum_classfilters.core.errors import HardGatesWarning, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import check_labels, check_range
-from captum_classfilters.decoupling import losses, saved
-from captum_classfilters.decoupling.calls import Calls, calls_of
-from captum_classfilters.decoupling.controller import MIXES, Controller
-from captum_classfilters.decoupling.losses import DIRECTIONS, DecouplingLoss
-from captum_classfilters.decoupling.run import Gates, Run, not_finite
-from captum_classfilters.decoupling.units import Unit, find_units
+from captum_classfilters.core.calls import Calls, calls_of
+from captum_classfilters.core.errors import (
+    EmptyLoaderError,
+    FileFormatError,
+    HardGatesWarning,
+    LabelError,
+    LayerError,
+    MergeError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+from captum_classfilters.core.files import read, write
+from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
+from captum_classfilters.decoupling import controller as equations
+from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
+from captum_classfilters.decoupling.costs import Costs, count_costs
+from captum_classfilters.decoupling.fingerprint import fingerprint
+from captum_classfilters.decoupling.paths import Paths
+from captum_classfilters.decoupling.units import Gates, Run, Unit, find_units, not_finite
+from captum_classfilters.skipping.network import GatedConv, SkippingNetwork, skip_closed
 
-if TYPE_CHECKING:
-    from captum_classfilters.decoupling.macs import Costs
-    from captum_classfilters.decoupling.paths import Paths
-    from captum_classfilters.decoupling.skipping import SkippingNetwork
-
-# gates that one decoupler's forwards are to take in this thread
+_KIND, _VERSION = "PathDecoupler", 1
+# Gates that one decoupler's forwards are to take in this thread
 _FROZEN: ContextVar["tuple[tuple[PathDecoupler, Gates], ...]"] = ContextVar("captum_classfilters_frozen", default=())
-# decouplers whose hard gates pass gradients on in this thread
+# Decouplers whose hard gates pass gradients on in this thread
 _STRAIGHT: ContextVar["tuple[PathDecoupler, ...]"] = ContextVar("captum_classfilters_straight", default=())
+# By decoupler and size of its inputs: finding the costs takes longer than the forward of a small batch
+_COSTS: WeakKeyDictionary["PathDecoupler", dict[tuple[int, ...], Costs]] = WeakKeyDictionary()
 
 
 class PathDecoupler(nn.Module):
@@ -56,11 +71,11 @@ class PathDecoupler(nn.Module):
         mix: Which half of the gates is hard in training: ``"sample"``, ``"channel"`` or ``"element"``; see
             `controller.random_half`.
         num_classes: C, which `loss` needs; None: as many as the last linear layer gives.
-        generator: Of all initial weights; None: torch's own. Noise in training is torch's own, as dropout's.
+        generator: Draws all initial weights; None: torch's own generator. Noise in training always comes from that one.
         example_input: One batch for a model that cannot be traced: its layers are found by running it.
 
     Attributes:
-        model: What was given.
+        model: The network.
         units: The gated convolutions in order: ``Unit(conv, site)``, dotted names in ``model``.
         controllers: One `Controller` for each unit; its output is the gates: Captum's ``LayerActivation`` reads them.
         readers: For each unit, W_cla of eq. 9 as a linear layer; None where C is not known.
@@ -104,8 +119,9 @@ class PathDecoupler(nn.Module):
         self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
         self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
         classes = num_classes or _classes(self.model, calls)
-        readers = (self._reader(each, classes, generator) for each in self._controllers()) if classes else None
-        self.readers = None if readers is None else nn.ModuleList(readers)
+        self.readers: nn.ModuleList | None = None
+        if classes:
+            self.readers = nn.ModuleList(self._reader(item, classes, generator) for item in self._controllers())
         # not self.train(): batch norms that were frozen by hand stay so
         self.training = self.model.training
         self.controllers.train(self.training)
@@ -114,7 +130,7 @@ class PathDecoupler(nn.Module):
         conv: Any = self.model.get_submodule(unit.conv)
         controller = Controller(conv.in_channels, conv.out_channels, reduction, mix)
         controller.reset(generator)
-        # in float32 though the model be in half precision: that is what gates are computed in
+        # gates are computed in float32, also where the model is in half precision
         return controller.to(conv.weight.device, torch.promote_types(conv.weight.dtype, torch.float32))
 
     def _reader(self, controller: Controller, num_classes: int, generator: torch.Generator | None) -> nn.Linear:
@@ -159,7 +175,7 @@ class PathDecoupler(nn.Module):
     def gates_and_logits(self, *args: Any, **kwargs: Any) -> tuple[Any, Gates, Gates]:
         """`gates` and `gate_logits` of one forward: ``(output, gates, g)``."""
         if self.is_frozen:
-            raise OptionError("frozen gates are given, not computed, and have no logits; ask outside of frozen()")
+            raise OptionError("frozen gates were passed in, not computed, and have no logits; ask outside of frozen()")
         run = self._run(logits=True)
         output = self._forward(run, args, kwargs)
         return output, self._in_order(run.gates), self._in_order(run.logits or {})
@@ -175,10 +191,10 @@ class PathDecoupler(nn.Module):
         target_rate: float = 0.0,
         direction: str = "z_y",
     ) -> DecouplingLoss:
-        """Run the network and give eq. 12; nothing of the forward stays behind.
+        """Run the network and compute the loss of eq. 12; nothing of the forward stays behind.
 
-        Source: "Interpretable neural network decoupling", section 3.2. The paper does not give its weights. Of those
-        tried here, an information weight of .1 or less left the gates the same for every image.
+        Source: "Interpretable neural network decoupling", section 3.2. The paper does not give its weights. In our
+        trials an information weight of .1 or less left the gates the same for every image.
 
         Args:
             inputs: What the model takes; a tuple for several.
@@ -187,7 +203,7 @@ class PathDecoupler(nn.Module):
             divergence_weight: lambda_k.
             sparsity_weight: lambda_s.
             target_rate: R in [0, 1]; 0: as sparse as the other losses let it become.
-            direction: See `losses.divergence_loss`.
+            direction: See `controller.divergence_loss`.
 
         Raises:
             OptionError: A weight is negative, ``target_rate`` or ``direction`` is out of range.
@@ -214,8 +230,9 @@ class PathDecoupler(nn.Module):
         run = self._run(pooled=True)
         logits = self._forward(run, args, {})
         if not isinstance(logits, Tensor) or logits.dim() != 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ShapeError(f"loss needs logits (N, C) from the model, got {found}; switch auxiliary outputs off")
+            raise ShapeError(
+                f"loss needs logits (N, C) from the model, got {_shape_or_type(logits)}; switch auxiliary outputs off"
+            )
         labels = check_labels(labels, len(logits)).to(logits.device)
         check_range(labels, logits.shape[1])
         rows = []
@@ -224,13 +241,13 @@ class PathDecoupler(nn.Module):
             response = run.pooled[index]
             rows.append(
                 (
-                    losses.mutual_information_loss(z, reader.weight, labels),
-                    losses.divergence_loss(z, response, direction),
-                    losses.sparsity_loss(z, target_rate),
+                    equations.mutual_information_loss(z, reader.weight, labels),
+                    equations.divergence_loss(z, response, direction),
+                    equations.sparsity_loss(z, target_rate),
                     (z.detach() > 0.5).to(z.dtype).mean(),
                 )
             )
-        total = losses.combine(F.cross_entropy(_at_least_float32(logits), labels), rows, **weights)
+        total = equations.combine(F.cross_entropy(_at_least_float32(logits), labels), rows, **weights)
         if not torch.isfinite(total.total):
             raise NonFiniteError(self._what_is_not_finite(run, logits))
         return total
@@ -241,8 +258,11 @@ class PathDecoupler(nn.Module):
                 f"the model does not end in a Linear layer, so the number of classes was not known in advance: make "
                 f"the PathDecoupler with num_classes={num_classes}"
             )
-        if (known := self.readers[0].out_features) != num_classes:
-            raise ShapeError(f"the model gives {num_classes} classes, the readers of eq. 9 were made for {known}")
+        if (made_for := self.readers[0].out_features) != num_classes:
+            raise ShapeError(
+                f"the model gives {num_classes} classes, the readers of eq. 9 were made for {made_for}; make the "
+                f"PathDecoupler with num_classes={num_classes}"
+            )
         return self.readers
 
     @property
@@ -255,12 +275,12 @@ class PathDecoupler(nn.Module):
 
     @contextmanager
     def frozen(self, gates: Gates) -> Iterator[None]:
-        """Inside, forwards take these gates for their own: with one row for all samples, or a row for each.
+        """Inside, forwards use these gates instead of the controllers': one row for all samples, or a row for each.
 
         Hard gates have no meaningful derivative; on a frozen path the network is an ordinary one, and Integrated
         Gradients are complete. ``with decoupler.frozen(decoupler.gates(x)[1]): ...``. A method that makes several
         copies of each image gets these gates again for every block of N images, as Integrated Gradients and ablations
-        lay them out; one that puts an image's copies side by side, as NoiseTunnel does, needs one image at a time.
+        lay them out. One that puts an image's copies side by side, as NoiseTunnel does, needs one image at a time.
 
         Holds in this thread: DataParallel's replicas run in others.
 
@@ -283,8 +303,9 @@ class PathDecoupler(nn.Module):
     def straight_through(self) -> Iterator[None]:
         """Inside, hard gates pass on the gradient that soft ones would have, as in training but without noise.
 
-        For an attacker who knows of the gates: to `loss.backward` in eval mode they are constants. Outputs stay what
-        they are. As in eq. 4 a gate far from its threshold (|g| > ln 11) has no gradient. Holds in this thread.
+        It is meant for an attacker who knows of the gates: without it they are constants for ``backward`` in eval
+        mode. Outputs do not change. As in eq. 4 a gate far from its threshold (|g| > ln 11) has no gradient. Holds in
+        this thread.
         """
         token = _STRAIGHT.set((*_STRAIGHT.get(), self))
         try:
@@ -292,20 +313,43 @@ class PathDecoupler(nn.Module):
         finally:
             _STRAIGHT.reset(token)
 
-    def paths(self, loader: Iterable[Any] | Tensor, *, logits: bool = False, show_progress: bool = False) -> "Paths":
+    def paths(self, loader: Iterable[Any] | Tensor, *, logits: bool = False, show_progress: bool = False) -> Paths:
         """The calculation path of every image, packed to one bit for each channel.
 
         Args:
             loader: Batches of ``(inputs, labels)`` or of inputs alone; read once. A tensor is one batch.
             logits: Also keep g of eq. 2, as float32.
-            show_progress: A tqdm bar.
+            show_progress: Show a tqdm bar.
+
+        Raises:
+            OptionError: The loader cannot be iterated, or gates are `frozen`.
+            EmptyLoaderError: It gave no image.
+            LabelError: Labels do not fit, or only some batches have them.
+            ShapeError: Images of different sizes; the model gives no logits.
+            NonFiniteError: Gates or logits are not finite.
         """
-        from captum_classfilters.decoupling.reading import collect
+        if not isinstance(loader, Iterable):
+            raise OptionError(
+                f"expected a DataLoader, an iterable of batches or one batch, got {type(loader).__name__}"
+            )
+        reader = PathReader(self, logits)
+        parts = []
+        # going through a tensor would give single images
+        batches = [loader] if isinstance(loader, Tensor) else iter(loader)
+        with borrowed(self), tqdm(batches, disable=not show_progress, desc="paths") as bar:
+            for index, batch in enumerate(bar):
+                inputs, labels = unpack(batch, False, index)
+                if len(inputs[0]):
+                    parts.append(reader.read(reader.place(inputs), labels, index))
+        if not parts:
+            raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
+        labelled = sum(part.labels is not None for part in parts)
+        if labelled not in (0, len(parts)):
+            raise LabelError(f"{labelled} of {len(parts)} batches have labels; give them for all or for none")
+        return Paths.merge(*parts)
 
-        return collect(self, loader, logits=logits, show_progress=show_progress)
-
-    def skipping(self, *example_input: Any, paths: "Paths | None" = None, measured: bool = True) -> "SkippingNetwork":
-        """A copy that computes only what is open: the same outputs as this in eval mode, for inference.
+    def skipping(self, *example_input: Any, paths: Paths | None = None, measured: bool = True) -> SkippingNetwork:
+        """A copy that computes only what is open: the same outputs as this network in eval mode, for inference.
 
         Norms are folded into convolutions; closed outputs are left out and so are the next convolution's inputs; images
         of a batch with the same path run together; filters that no input can open are pruned away. Each convolution is
@@ -325,18 +369,45 @@ class PathDecoupler(nn.Module):
             measured: False: always skip, without timing: for tests.
 
         Raises:
+            OptionError: There is no batch to time the layers with.
             LayerError: The model cannot be traced.
             MergeError: ``paths`` are of another network.
         """
-        from captum_classfilters.decoupling.skipping import skipping
+        if measured and not example_input:
+            raise OptionError(
+                "skipping() needs one batch to time the layers with, got none; pass it, or measured=False"
+            )
+        if paths is not None and paths.fingerprint != self.fingerprint():
+            raise MergeError("the paths are of another network's controllers; collect them with this decoupler")
+        seen = paths.gates() if paths is not None else [None] * len(self.units)
+        gated = [
+            GatedConv(unit.conv, unit.site, controller, _never_open(controller, bits))
+            for unit, controller, bits in zip(self.units, self._controllers(), seen, strict=True)
+        ]
+        if len(example_input) == 1 and isinstance(example_input[0], tuple):
+            example_input = example_input[0]
+        return skip_closed(self.model, gated, example_input if measured else None)
 
-        return skipping(self, example_input, paths, measured)
-
-    def costs(self, *args: Any) -> "Costs":
+    def costs(self, *args: Any) -> Costs:
         """What the convolutions of this network cost, from one forward without gates of ``args``, one image."""
-        from captum_classfilters.decoupling.reading import costs_of
+        try:
+            calls = calls_of(self.model)
+        except LayerError:
+            calls = calls_of(self.model, args)
+        work = sum(item.squeeze.weight.numel() + item.excite.weight.numel() for item in self._controllers())
+        return count_costs(self.model, calls, self.units, args, work)
 
-        return costs_of(self, args)
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that two decouplers share if network, layers and controllers are the same.
+
+        Weights are hashed once, and again after a change: a step of an optimizer, ``load_state_dict``, any operation in
+        place, a move to another device or dtype. Torch does not count what is changed in place through a parameter's
+        ``.data`` or a NumPy view of it; such a change is noticed with the next one that torch counts.
+        """
+        state = self.state_dict(keep_vars=True).items()
+        # readers only read
+        tensors = (value for name, value in state if not name.startswith("readers."))
+        return fingerprint(self, (self.layers, self.channels), tensors)
 
     def controllers_state_dict(self) -> dict[str, Tensor]:
         """What was trained beside the model: controllers, and readers if there are any."""
@@ -348,18 +419,48 @@ class PathDecoupler(nn.Module):
         Raises:
             ShapeError: It is of another network or other layers; nothing is changed then.
         """
-        saved.load_controllers(self, state)
+        own = self.controllers_state_dict()
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ShapeError(
+                f"expected what controllers_state_dict() gives, tensors by name, got {type(state).__name__}"
+            )
+        if missing := sorted(own.keys() - state.keys()):
+            raise ShapeError(
+                f"the state has no {missing[0]}; expected what controllers_state_dict() of such a network gives"
+            )
+        if unknown := sorted(state.keys() - own.keys()):
+            raise ShapeError(f"the state holds {unknown[0]}, which this decoupler has not; it is of other layers")
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise ShapeError(
+                    f"{name} must have shape {tuple(value.shape)}, got {tuple(state[name].shape)}; the state is of "
+                    "another network, reduction= or number of classes"
+                )
+        self.load_state_dict(state, strict=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the controllers to a file, with the names of their layers; the model is yours to save."""
-        saved.save(self, path)
+        meta = {"layers": list(self.layers), "channels": list(self.channels)}
+        write(path, self.controllers_state_dict(), kind=_KIND, version=_VERSION, meta=meta)
 
     def load(self, path: str | os.PathLike[str]) -> "PathDecoupler":
-        """Read what `save` wrote into this decoupler, whose layers must be the same; returns itself."""
-        return saved.load(self, path)
+        """Read what `save` wrote into this decoupler, whose layers must be the same; returns itself.
 
-    def _run(self, **asked: bool) -> Run:
-        return Run(self._frozen(), straight_through=self._is_straight, **asked)
+        Raises:
+            FileNotFoundError, FileFormatError: There is no such file, or it is of other layers.
+            ShapeError: It is of another network; nothing is changed then.
+        """
+        tensors, meta = read(path, kind=_KIND, version=_VERSION)
+        if meta["layers"] != list(self.layers):
+            raise FileFormatError(
+                f"{path} holds controllers of {_first_to_last(meta['layers'])}; this decoupler gates "
+                f"{_first_to_last(self.layers)}: make it from the same kind of network, with the same layers="
+            )
+        self.load_controllers_state_dict(tensors)
+        return self
+
+    def _run(self, **keep: bool) -> Run:
+        return Run(self._frozen(), straight_through=self._is_straight, **keep)
 
     @property
     def _is_straight(self) -> bool:
@@ -375,8 +476,8 @@ class PathDecoupler(nn.Module):
             )
         return output
 
-    def _in_order(self, found: dict[int, Tensor]) -> Gates:
-        return tuple(found[index] for index in range(len(self.units)))
+    def _in_order(self, by_index: dict[int, Tensor]) -> Gates:
+        return tuple(by_index[index] for index in range(len(self.units)))
 
     def _what_is_not_finite(self, run: Run, logits: Tensor) -> str:
         gates = self._in_order(run.gates)
@@ -384,6 +485,84 @@ class PathDecoupler(nn.Module):
             return f"{not_finite(self.layers, gates)}; or take a smaller learning rate, or clip gradients"
         what = "logits" if not torch.isfinite(logits).all() else "the loss"
         return f"{what} of this batch: NaN or infinity; look at inputs and learning rate"
+
+
+class PathReader:
+    """Reads the paths of one batch after another; fingerprint and costs are computed once for all of them.
+
+    Args:
+        decoupler: The caller borrows it in eval mode.
+        logits: Also keep g of eq. 2.
+
+    Raises:
+        OptionError: Gates are frozen, and so no image's own.
+    """
+
+    def __init__(self, decoupler: PathDecoupler, logits: bool = False) -> None:
+        if decoupler.is_frozen:
+            raise OptionError(
+                "inside frozen() all images have the same gates, which are no image's path; collect paths outside of it"
+            )
+        self.decoupler, self.logits = decoupler, logits
+        self.like = next(decoupler.model.parameters())
+        self._fingerprint = decoupler.fingerprint()
+        self._costs: Costs | None = None
+        self._size: tuple[int, ...] = ()
+
+    def place(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Inputs on the model's device, in its dtype, without their history."""
+        placed = (value_to_model(value, self.like.device, self.like.dtype) for value in inputs)
+        return tuple(value.detach() if isinstance(value, Tensor) else value for value in placed)
+
+    @torch.no_grad()
+    def read(self, inputs: tuple[Any, ...], labels: Any = None, index: int = 0) -> Paths:
+        """One forward.
+
+        Args:
+            inputs: The model's inputs, where `place` has put them.
+            labels: ``(N,)``, or None.
+            index: Number of the batch, for messages.
+
+        Raises:
+            ShapeError: The model gives no logits ``(N, C)``; images of another size than before.
+            NonFiniteError: Gates or logits are not finite.
+            LabelError: Labels do not fit.
+        """
+        output, gates = self.decoupler.gate_logits(*inputs) if self.logits else self.decoupler.gates(*inputs)
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            raise ShapeError(
+                f"expected logits (N, C) from the model, got {_shape_or_type(output)}; switch auxiliary outputs off"
+            )
+        row = torch.cat(gates, 1)
+        if not torch.isfinite(row).all():
+            raise NonFiniteError(f"{not_finite(self.decoupler.layers, gates)}; look at batch {index}")
+        if not torch.isfinite(output).all():
+            raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
+        if labels is not None:
+            labels = check_labels(labels, len(row), index).cpu()
+            check_range(labels, output.shape[1], index)
+        codes = np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")
+        kept = row.float().cpu() if self.logits else None
+        return Paths(
+            torch.from_numpy(codes), output.argmax(1).cpu(), labels, self.decoupler.layers, self.decoupler.channels,
+            output.shape[1], self._fingerprint, self._costs_for(inputs, index), kept,
+        )  # fmt: skip
+
+    def _costs_for(self, inputs: tuple[Any, ...], index: int) -> Costs:
+        shape = tuple(inputs[0].shape[1:])
+        if self._costs is None:
+            self._size = shape
+            by_size = _COSTS.setdefault(self.decoupler, {})
+            if shape not in by_size:
+                one = tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
+                by_size[shape] = self.decoupler.costs(*one)
+            self._costs = by_size[shape]
+        elif shape != self._size:
+            raise ShapeError(
+                f"batch {index} has inputs of size {shape}, those before it {self._size}; the cost of a path depends "
+                "on the size: resize the images, or collect each size for itself"
+            )
+        return self._costs
 
 
 def _classes(model: nn.Module, calls: Calls) -> int | None:
@@ -396,3 +575,19 @@ def _classes(model: nn.Module, calls: Calls) -> int | None:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _shape_or_type(output: Any) -> Any:
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _never_open(controller: Controller, bits: Tensor | None) -> Tensor:
+    """``(K,)`` bool: filters that stay closed whatever the input, by their weights, or that were so in all ``bits``."""
+    excite = controller.excite
+    # hidden units are never negative
+    closed = (excite.weight <= 0).all(1) & (excite.bias <= 0)
+    return closed if bits is None else closed | ~bits.any(0).to(closed.device)
+
+
+def _first_to_last(layers: list[str] | tuple[str, ...]) -> str:
+    return f"{len(layers)} layers from {layers[0]} to {layers[-1]}"

@@ -1,4 +1,4 @@
-"""`Paths`: which channels every image of a loader opened, one bit for each. `reading.py` has the pass that reads them.
+"""`Paths`: which channels every image of a loader opened, one bit for each. `PathDecoupler.paths` reads them.
 
 N images, C classes, L layers with K_l channels, K in all.
 """
@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.core.errors import (
-    LabelError,
-    MergeError,
-    OptionError,
-    quoted,
-)
+from captum_classfilters.core.errors import LabelError, MergeError, OptionError, quoted
 from captum_classfilters.core.files import read, write
-from captum_classfilters.decoupling.macs import Costs
+from captum_classfilters.decoupling.costs import Costs
 
 if TYPE_CHECKING:
     import pandas as pd

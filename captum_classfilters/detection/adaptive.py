@@ -18,7 +18,6 @@ from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
-from captum_classfilters.decoupling.saved import fingerprint
 
 # ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, which the attack lowers
 Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -183,7 +182,7 @@ class PathMatching(_GatePGD):
         super().__init__(decoupler, weight, bounds)
         if len(set(paths.predictions.tolist())) < 2:
             raise LabelError("expected clean paths of at least two classes to aim at, got fewer; pass more paths")
-        if paths.fingerprint != fingerprint(self._inner):
+        if paths.fingerprint != self._inner.fingerprint():
             raise MergeError("the paths to aim at are of another network; collect them with this decoupler")
         self.paths = paths
 

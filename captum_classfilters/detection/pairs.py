@@ -22,7 +22,7 @@ from captum_classfilters.core.errors import AttackFailedWarning, EmptyLoaderErro
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.stream import check_labels, unpack
 from captum_classfilters.decoupling import PathDecoupler, Paths
-from captum_classfilters.decoupling.reading import PathReader
+from captum_classfilters.decoupling.decoupler import PathReader
 
 _KIND, _VERSION = "PathPairs", 1
 _PARTS = ("clean", "adversarial", "noise", "misclassified")

@@ -16,7 +16,6 @@ from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import EmptyLoaderError, LabelError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
 from captum_classfilters.decoupling import PathDecoupler, Paths
-from captum_classfilters.decoupling.saved import fingerprint
 from captum_classfilters.metrics.intervals import draws_interval, wilson
 
 GATES = ("own", "of another image", "random", "all open")
@@ -49,7 +48,7 @@ def path_information(decoupler: PathDecoupler, paths: Paths, *, seed: int = 0) -
         raise OptionError("this decoupler has no readers; make it with num_classes= and train it with loss()")
     if paths.labels is None:
         raise LabelError("these paths have no labels; collect them from batches of (inputs, labels)")
-    if paths.fingerprint != fingerprint(decoupler):
+    if paths.fingerprint != decoupler.fingerprint():
         raise MergeError("these paths are of another decoupler; collect them with this one")
     shuffled = paths.labels[torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))]
     counts = torch.bincount(paths.labels, minlength=paths.num_classes).double()
@@ -97,6 +96,8 @@ def path_accuracy(decoupler: PathDecoupler, loader: Iterable[Any], *, seed: int 
             inputs, given = unpack(raw, True, index)
             inputs = tuple(value_to_model(value, first.device, first.dtype) for value in inputs)
             labels = check_labels(given, len(inputs[0]), index).to(first.device)
+            if not len(labels):
+                continue
             if not last and len(labels) == 1:
                 raise ShapeError(
                     "the first batch has one image, and there is no other's path yet; begin with two or more"

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_classfilters import PathDecoupler
+from captum_classfilters.core.calls import calls_of
 from captum_classfilters.core.errors import LayerError, UngatedLayerWarning
-from captum_classfilters.decoupling.calls import calls_of
 from captum_classfilters.decoupling.units import find_units
 
 

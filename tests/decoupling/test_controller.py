@@ -9,8 +9,15 @@ from scipy.stats import norm
 from torch._subclasses import FakeTensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from captum_classfilters.decoupling import hard_gates, random_half, saturating_sigmoid, semantic_hash
-from captum_classfilters.decoupling.controller import MIXES, Controller, pooled
+from captum_classfilters.decoupling.controller import (
+    MIXES,
+    Controller,
+    hard_gates,
+    pooled,
+    random_half,
+    saturating_sigmoid,
+    semantic_hash,
+)
 
 SHAPES = [(3, 5, 4), (3, 5, 4, 2), (3, 5, 2, 3, 2)]
 

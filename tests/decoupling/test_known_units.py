@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from captum_classfilters import PathDecoupler
-from captum_classfilters.decoupling.calls import calls_of
+from captum_classfilters.core.calls import calls_of
 from captum_classfilters.decoupling.units import find_units
 
 

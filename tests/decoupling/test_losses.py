@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from captum_classfilters.decoupling import divergence_loss, mutual_information_loss, sparsity_loss
-from captum_classfilters.decoupling.losses import DIRECTIONS, combine
+from captum_classfilters.decoupling.controller import (
+    DIRECTIONS,
+    combine,
+    divergence_loss,
+    mutual_information_loss,
+    sparsity_loss,
+)
 
 SEEDS = [0, 1, 2]
 

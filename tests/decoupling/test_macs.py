@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from captum_classfilters.assets.networks import SmallInception, SmallResNet
+from captum_classfilters.core.calls import calls_of
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.decoupling import Costs, PathDecoupler
-from captum_classfilters.decoupling.calls import calls_of
-from captum_classfilters.decoupling.flow import evaluate, open_inputs
-from captum_classfilters.decoupling.static import l1_gates
+from captum_classfilters.decoupling.costs import evaluate, open_inputs
+from captum_classfilters.decoupling.path_measures import l1_gates
 
 
 class Separable(nn.Module):

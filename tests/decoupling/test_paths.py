@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.core import errors
 from captum_classfilters.decoupling import Costs, PathDecoupler, Paths
-from captum_classfilters.decoupling.macs import ConvCost
+from captum_classfilters.decoupling.costs import ConvCost
 
 CHANNELS = (5, 6)  # 11: not whole bytes
 LAYERS = ("conv1", "conv2")

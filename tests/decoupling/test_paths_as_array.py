@@ -11,8 +11,8 @@ from test_decoupler import decoupled, images, network
 from test_paths import bits_of, paths_of, same
 
 from captum_classfilters.core.errors import ShapeError
-from captum_classfilters.decoupling import Paths, reading
-from captum_classfilters.decoupling.reading import PathReader
+from captum_classfilters.decoupling import PathDecoupler, Paths
+from captum_classfilters.decoupling.decoupler import PathReader
 
 ROWS = np.array([3, 0, 7, 3])
 MASK = np.arange(20) % 3 == 1
@@ -128,14 +128,14 @@ def test_images_of_another_size_are_refused_by_whatever_reads():
 
 def test_what_a_path_costs_is_found_once_for_each_size(monkeypatch):
     decoupler, x = decoupled(network()), images(6)
-    found = []
+    sizes = []
+    real = PathDecoupler.costs
 
-    def costs_of(asked, example):
-        found.append(tuple(example[0].shape))
-        return real(asked, example)
+    def costs(self, *example):
+        sizes.append(tuple(example[0].shape))
+        return real(self, *example)
 
-    real = reading.costs_of
-    monkeypatch.setattr(reading, "costs_of", costs_of)
-    first, again, other = (decoupler.paths(given) for given in (x, x[:2], x[..., :-1]))
-    assert found == [(1, *x.shape[1:]), (1, *x[..., :-1].shape[1:])]
+    monkeypatch.setattr(PathDecoupler, "costs", costs)
+    first, again, other = (decoupler.paths(inputs) for inputs in (x, x[:2], x[..., :-1]))
+    assert sizes == [(1, *x.shape[1:]), (1, *x[..., :-1].shape[1:])]
     assert again.costs == first.costs != other.costs

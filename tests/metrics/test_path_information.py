@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -113,6 +114,14 @@ def test_another_images_path_is_the_previous_of_the_batch_and_random_ones_are_as
         assert torch.equal(permuted.sum(1), mine.sum(1))
         assert not torch.equal(permuted, mine)
         assert bool(opened.all())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_empty_batch_changes_nothing(decoupler, loader, images, place):
+    empty = (images(0), torch.arange(0))
+    pd.testing.assert_frame_equal(
+        path_accuracy(decoupler, [*loader[:place], empty, *loader[place:]]), path_accuracy(decoupler, loader)
+    )
 
 
 def test_the_model_is_given_back(decoupler, loader):

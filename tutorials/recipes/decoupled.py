@@ -113,7 +113,7 @@ class Pruned:
     """The filters of smallest l1 norm closed for good in every gated layer (Li et al. 2017), then trained on."""
 
     def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
-        from captum_classfilters.decoupling.static import l1_gates
+        from captum_classfilters.decoupling.path_measures import l1_gates
 
         self.decoupler = PathDecoupler(model)
         image = torch.zeros(1, *options.image_shape)

@@ -10,11 +10,10 @@ from shared import seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captum_classfilters.decoupling import skip_conv, skip_cost
 from captum_classfilters.decoupling.controller import Controller
-from captum_classfilters.decoupling.pieces import Piece, full
-from captum_classfilters.decoupling.skip_conv import SkipConv
-from captum_classfilters.decoupling.skip_cost import CostModel
+from captum_classfilters.skipping import skip_conv
+from captum_classfilters.skipping.pieces import Piece, full
+from captum_classfilters.skipping.skip_conv import CostModel, SkipConv
 
 NEVER = CostModel(0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 ALWAYS = CostModel(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
@@ -381,8 +380,8 @@ def test_batches_like_one_that_is_better_computed_whole_are_not_looked_at(monkey
 
 @pytest.mark.parametrize("case", ["3x3", "one dimension", "depthwise", "pruned", "one channel", "ungated"])
 def test_measuring_leaves_no_trace_in_what_it_gives(case, monkeypatch):
-    monkeypatch.setattr(skip_cost, "_REPEATS", 1)
-    monkeypatch.setattr(skip_cost, "_BETWEEN", 1)
+    monkeypatch.setattr(skip_conv, "_REPEATS", 1)
+    monkeypatch.setattr(skip_conv, "_BETWEEN", 1)
     shape = case if case in SHAPES else "3x3"
     closed = torch.ones(21, dtype=torch.bool) if case == "pruned" else None
     size = {"depthwise": (10, 10), "one channel": (1, 1)}.get(case, (10, 21))
@@ -390,7 +389,7 @@ def test_measuring_leaves_no_trace_in_what_it_gives(case, monkeypatch):
     if case == "ungated":
         layer, controller = SkipConv(conv, None), None
     maps, _ = drawn(shape, images=3, inputs=size[0])
-    layer.costs = skip_cost.measure(layer, maps[:1])
+    layer.costs = skip_conv.measure(layer, maps[:1])
     assert not layer._kept
     assert layer.by_product <= ({"dense", "sliced"} if layer.can_be_product else set())
     numbers = [getattr(layer.costs, name) for name in CostModel.__dataclass_fields__]

@@ -1,37 +1,40 @@
-"""`skipping`: a copy of a decoupled network that computes only the open work.
+"""`skip_closed`: a copy of a gated network that computes only the open work.
 
 The traced network is rewritten: norms are folded into their convolutions, these become `SkipConv`, and what lies
 between them handles `Pieces`. Where a result goes into anything unknown, closed channels are filled with zeros first.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import LayerError, MergeError, OptionError
-from captum_classfilters.decoupling import pieces
-from captum_classfilters.decoupling.calls import CONVS, calls_of
-from captum_classfilters.decoupling.controller import Controller, mask
-from captum_classfilters.decoupling.flow import keeps_zero
-from captum_classfilters.decoupling.folding import fold, has_hooks, name_what_is_changed_in_place, times
-from captum_classfilters.decoupling.saved import fingerprint
-from captum_classfilters.decoupling.skip_conv import SkipConv
-from captum_classfilters.decoupling.skip_cost import measure, seconds
-
-if TYPE_CHECKING:
-    from captum_classfilters.decoupling.decoupler import PathDecoupler
-    from captum_classfilters.decoupling.paths import Paths
+from captum_classfilters.core.calls import CONVS, calls_of, changes_in_place, keeps_zero
+from captum_classfilters.core.errors import LayerError, OptionError
+from captum_classfilters.skipping import pieces
+from captum_classfilters.skipping.skip_conv import SkipConv, measure, seconds
 
 _SUMS = (operator.add, operator.iadd, torch.add)
+_WITH_ACTIVATION = ("BatchNormAct2d",)  # timm's
+_FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class GatedConv(NamedTuple):
+    """One gated convolution of a network, in the only form in which this room knows gates."""
+
+    conv: str  # dotted name
+    site: str  # dotted name of the module whose output is multiplied by the gates: its norm, or the convolution
+    controller: Any  # a module: the convolution's input to gates (N, K), by its linear layers `squeeze` and `excite`
+    closed: Tensor  # (K,) bool: filters that are never to open
 
 
 class SkippingNetwork(nn.Module):
-    """What `PathDecoupler.skipping` gives: the same outputs for less work, for inference only.
+    """The result of `PathDecoupler.skipping`: the same outputs for less work, for inference only.
 
     Attributes:
         network: The rewritten graph.
@@ -43,12 +46,12 @@ class SkippingNetwork(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the decoupler gives in eval mode, without gradients."""
+        """The output of the gated network in eval mode, without gradients."""
         with torch.no_grad():
             return self.network(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "SkippingNetwork":
-        """Eval mode is all there is."""
+        """Refuse train mode: norms are folded into convolutions."""
         if mode:
             raise OptionError(
                 "norms are folded into convolutions here; train the PathDecoupler and make skipping() anew"
@@ -64,78 +67,61 @@ class SkippingNetwork(nn.Module):
         }
 
 
-def skipping(
-    decoupler: "PathDecoupler", example: tuple[Any, ...], paths: "Paths | None", measured: bool
+def skip_closed(
+    model: nn.Module, gated: Iterable[GatedConv], example: tuple[Any, ...] | None = None
 ) -> SkippingNetwork:
-    """See `PathDecoupler.skipping`."""
-    if measured and not example:
-        raise OptionError("skipping() needs one batch to time the layers with, got none; pass it, or measured=False")
-    if len(example) == 1 and isinstance(example[0], tuple):
-        example = example[0]
+    """A copy of ``model``, with its gates, that leaves out what they close; see `PathDecoupler.skipping`.
+
+    Args:
+        model: The network without gates.
+        gated: Its gated convolutions.
+        example: Arguments of one forward, to time each convolution with; None: always skip.
+
+    Raises:
+        LayerError: The model cannot be traced.
+    """
     try:
-        calls = calls_of(decoupler.model)
+        calls = calls_of(model)
     except LayerError as error:
-        traced = str(error).split("; pass example_input=")[0]
-        raise LayerError(f"{traced}; skipping() rewrites the traced network: it needs one without such code") from error
-    model = deepcopy(decoupler.model).eval()
-    for parameter in model.parameters():
+        reason = str(error).split("; pass example_input=")[0]
+        raise LayerError(f"{reason}; skipping() rewrites the traced network: it needs one without such code") from error
+    gated = list(gated)
+    copy = deepcopy(model).eval()
+    for parameter in copy.parameters():
         parameter.requires_grad_(False)
-    network = fx.GraphModule(model, deepcopy(cast("fx.Graph", calls.graph)))
-    name_what_is_changed_in_place(network)
-    fold(network)
-    controllers: dict[str, Any] = {
-        name: deepcopy(each).eval() for name, each in zip(decoupler.layers, decoupler.controllers, strict=True)
-    }
-    closed = _never_open(decoupler, paths)
-    _Rewriter(network, {unit.conv: unit.site for unit in decoupler.units}, controllers, closed).run()
-    made = SkippingNetwork(network)
-    if measured:
-        _measure(made, example)
-    return made
-
-
-def _never_open(decoupler: "PathDecoupler", paths: "Paths | None") -> dict[str, Tensor]:
-    """Filters that stay closed whatever the input, by their weights; and those that were closed in all ``paths``."""
-    if paths is not None and paths.fingerprint != fingerprint(decoupler):
-        raise MergeError("the paths are of another network's controllers; collect them with this decoupler")
-    found = {}
-    for index, (name, controller) in enumerate(zip(decoupler.layers, decoupler.controllers, strict=True)):
-        # hidden units are never negative
-        excite: Any = controller.excite
-        found[name] = (excite.weight <= 0).all(1) & (excite.bias <= 0)
-        if paths is not None:
-            found[name] = found[name] | ~paths.bits(index).any(0).to(found[name].device)
-    return found
+    network = fx.GraphModule(copy, deepcopy(cast("fx.Graph", calls.graph)))
+    _name_what_is_changed_in_place(network)
+    _fold(network)
+    _Rewriter(network, gated).run()
+    skipping_network = SkippingNetwork(network)
+    if example is not None:
+        _measure(skipping_network, example)
+    return skipping_network
 
 
 class _Gate(nn.Module):
-    """The gates of a unit whose norm cannot be folded: its channels are computed, and then closed."""
+    """The gates of a convolution whose norm cannot be folded: all channels are computed, and then closed."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: nn.Module) -> None:
         super().__init__()
         self.controller = controller
 
     def forward(self, features: Tensor, output: Tensor) -> Tensor:
-        """The convolution's input, and what the norm gave."""
+        """The convolution's input and the norm's output, to the masked output."""
         gates = self.controller(features)
-        return mask(output, gates)
+        return output * pieces.factors(gates, output)
 
 
 class _Rewriter:
     """Goes through the graph once; knows which nodes give pieces."""
 
-    def __init__(
-        self,
-        network: fx.GraphModule,
-        sites: dict[str, str],
-        controllers: dict[str, Controller],
-        closed: dict[str, Tensor],
-    ) -> None:
+    def __init__(self, network: fx.GraphModule, gated: Sequence[GatedConv]) -> None:
         self._network, self._graph = network, network.graph
-        left = {str(node.target) for node in self._graph.nodes}
-        # where a norm was folded, its convolution gives what it gave
-        self._sites = {conv: site if site in left else conv for conv, site in sites.items()}
-        self._controllers, self._closed = controllers, closed
+        targets = {str(node.target) for node in self._graph.nodes}
+        # a folded norm is no longer there: its convolution gives its output
+        self._sites = {item.conv: item.site if item.site in targets else item.conv for item in gated}
+        self._controllers = {item.conv: deepcopy(item.controller).eval() for item in gated}
+        self._closed = {item.conv: item.closed for item in gated}
         self._gives_pieces: set[fx.Node] = set()
 
     def run(self) -> None:
@@ -194,15 +180,15 @@ class _Rewriter:
         folded = not gated or self._sites[name] == name
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
         plain = (conv.groups == 1 or (depthwise and gated)) and conv.padding_mode == "zeros" and type(conv) in CONVS
-        plain = plain and not has_hooks(conv)
+        plain = plain and not _has_hooks(conv)
         useful = gated or node.args[0] in self._gives_pieces
-        return bool(plain and folded and useful and times(self._network, node) == 1)
+        return bool(plain and folded and useful and _times(self._network, node) == 1)
 
     def _skip(self, node: fx.Node, conv: nn.Module, name: str) -> None:
         controller = self._controllers.get(name)
-        own = "skip_" + name.replace(".", "__")
-        self._network.add_submodule(own, SkipConv(conv, controller, self._closed.get(name)))
-        node.target = own
+        new_name = "skip_" + name.replace(".", "__")
+        self._network.add_submodule(new_name, SkipConv(conv, controller, self._closed.get(name)))
+        node.target = new_name
         if controller is not None:
             self._gives_pieces.add(node)
 
@@ -263,7 +249,7 @@ class _Rewriter:
 
 
 def _call(node: fx.Node, function: Any) -> None:
-    """Let a node call one of the functions of `pieces`, also when the graph is traced anew: as on loading a pickle."""
+    """Let a node call one of the functions of `pieces`, also when the graph is traced anew, as unpickling does."""
     node.target = function
     node.meta["is_wrapped"] = True
 
@@ -325,46 +311,109 @@ def _dim(node: fx.Node) -> Any:
     return node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
 
 
-def _measure(made: SkippingNetwork, example: Sequence[Any]) -> None:
+def _name_what_is_changed_in_place(network: fx.GraphModule) -> None:
+    """After an operation in place, use its result where the graph goes on naming what it changed."""
+    order = {node: index for index, node in enumerate(network.graph.nodes)}
+    for node in network.graph.nodes:
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        if getattr(module, "inplace", False) or node.kwargs.get("inplace") or changes_in_place(node):
+            for user in list(node.args[0].users):
+                if order[user] > order[node]:
+                    user.replace_input_with(node.args[0], node)
+
+
+def _fold(network: fx.GraphModule) -> None:
+    """Batch norms into the convolutions before them; of timm's, the activation stays."""
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        norm: Any = modules.get(str(node.target)) if node.op == "call_module" else None
+        source = node.args[0] if node.args else None
+        kind = type(norm)
+        with_activation = kind.__name__ in _WITH_ACTIVATION and isinstance(norm, nn.BatchNorm2d)
+        if not (kind in _FOLDED or with_activation) or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv: Any = modules.get(str(source.target))
+        # not a subclass, which may do more with its weights than multiply
+        if type(conv) not in CONVS or len(source.users) > 1 or norm.running_mean is None:
+            continue
+        if _has_hooks(conv) or _has_hooks(norm):
+            continue
+        if _times(network, source) > 1 or _times(network, node) > 1:
+            continue
+        _put(network, str(source.target), fuse_conv_bn_eval(conv, norm))
+        if with_activation:
+            # under a new name: at the norm's the gate would stand, and the norm is in the convolution now
+            name = "act_of_" + str(node.target).replace(".", "__")
+            network.add_submodule(name, nn.Sequential(norm.drop, norm.act) if _is_step(norm.drop) else norm.act)
+            node.target = name
+            continue
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+    network.recompile()
+
+
+def _is_step(module: nn.Module) -> bool:
+    """Whether it does anything in eval mode."""
+    return not isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Hooks of the user's, which a rewritten convolution would not call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _times(network: fx.GraphModule, node: fx.Node) -> int:
+    """How often the module of this node is called."""
+    return sum(other.op == "call_module" and other.target == node.target for other in network.graph.nodes)
+
+
+def _put(network: fx.GraphModule, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, module)
+
+
+def _measure(skipping_network: SkippingNetwork, example: Sequence[Any]) -> None:
     """Time the convolutions, and then the whole, in both memory formats; keep the faster."""
-    layers = made.layers().values()
+    layers = skipping_network.layers().values()
     if not layers:
         return
     device = next(iter(layers)).weight.device
-    found = []
+    timed = []
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            _set_format(made, memory_format)
-            for layer, value in _seen_by(made, example).items():
+            _set_format(skipping_network, memory_format)
+            for layer, value in _seen_by(skipping_network, example).items():
                 layer.costs = measure(layer, pieces.full(value)[:1])
-            # when all are timed: each reckons with those that follow it
-            for layer, value in _seen_by(made, example).items():
+            # after all are timed: each one counts on those that follow it
+            for layer, value in _seen_by(skipping_network, example).items():
                 layer.look_at(value)
             state = {layer: (layer.costs, layer.by_product, layer.prefers_dense) for layer in layers}
-            found.append((seconds(lambda: made(*example), device), memory_format, state))
-        _, memory_format, state = min(found, key=lambda each: each[0])
+            timed.append((seconds(lambda: skipping_network(*example), device), memory_format, state))
+        _, memory_format, state = min(timed, key=lambda row: row[0])
         for layer, (layer.costs, layer.by_product, layer.prefers_dense) in state.items():
             layer.forget()
-        _set_format(made, memory_format)
+        _set_format(skipping_network, memory_format)
 
 
-def _set_format(made: SkippingNetwork, memory_format: torch.memory_format) -> None:
-    for module in made.network.modules():
+def _set_format(skipping_network: SkippingNetwork, memory_format: torch.memory_format) -> None:
+    for module in skipping_network.network.modules():
         if isinstance(module, Format) and not module.leads_in:
             module.memory_format = memory_format
-    for layer in made.layers().values():
+    for layer in skipping_network.layers().values():
         layer.set_format(memory_format)
 
 
-def _seen_by(made: SkippingNetwork, example: Sequence[Any]) -> dict[SkipConv, Any]:
-    """What each convolution gets."""
+def _seen_by(skipping_network: SkippingNetwork, example: Sequence[Any]) -> dict[SkipConv, Any]:
+    """The input of each convolution."""
     values: dict[SkipConv, Any] = {}
 
     def seen(layer: SkipConv, args: Any) -> None:
         values[layer] = args[0]
 
-    with borrowed(made.network) as borrow:
-        for layer in made.layers().values():
+    with borrowed(skipping_network.network) as borrow:
+        for layer in skipping_network.layers().values():
             borrow.before(layer, seen)
-        made(*example)
+        skipping_network(*example)
     return values

@@ -1,7 +1,7 @@
 """What a model calls in one forward, in order: its layers and functions, and which result goes where.
 
-Read by symbolic tracing, or where Python code depends on values, by running an example. `units.py` finds in it what
-can be gated, `flow.py` which channels stay zero.
+The calls are read by symbolic tracing or, where Python code depends on values, by running an example.
+`decoupling/units.py` finds in them what can be gated, `skipping/network.py` rewrites the traced graph.
 """
 
 import inspect
@@ -18,13 +18,25 @@ from captum_classfilters.core.errors import LayerError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-# in their names, of functions and of modules of other packages: torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d
+# Names of functions and of other packages' modules begin so: torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d
 _NORM_WORDS = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "frozenbatchnorm")
 _SIZES = ("size", "dim", "numel", "stride", "iscontiguous")
-_RECKONING = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "eq")
+_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "eq")
 
 # To a single position, over all of them
 GLOBAL_POOL = "globalpool"
+
+
+# Operations that give zeros for a channel of zeros, at the same place
+KEEP_ZERO = frozenset((
+    GLOBAL_POOL,
+    "relu", "relu6", "silu", "swish", "hardswish", "gelu", "leakyrelu", "elu", "celu", "selu", "prelu", "mish",
+    "tanh", "identity", "dropout", "dropout2d", "featuredropout", "alphadropout", "stochasticdepth", "droppath",
+    "maxpool1d", "maxpool2d", "maxpool3d", "avgpool1d", "avgpool2d", "avgpool3d", "adaptiveavgpool1d",
+    "adaptiveavgpool2d", "adaptiveavgpool3d", "adaptivemaxpool1d", "adaptivemaxpool2d", "adaptivemaxpool3d",
+    "contiguous", "clone", "detach", "float", "half", "bfloat16", "interpolate", "upsample", "neg", "abs", "sqrt",
+    "square",
+))  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -55,10 +67,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def calls_of(model: nn.Module, example: Any = None) -> Calls:
-    """The calls of ``model``, in eval mode: traced, or seen while ``example`` runs.
+    """The calls of ``model`` in eval mode: traced, or recorded while ``example`` runs.
 
     Args:
-        model: Any; it is given back as it was.
+        model: Any model; it is given back as it was.
         example: The arguments of one forward, for a model that cannot be traced; None: trace.
 
     Raises:
@@ -125,13 +137,13 @@ def _from_graph(model: nn.Module, graph: fx.Graph) -> Calls:
 
 
 def _is_size(node: fx.Node, sources: list[fx.Node]) -> bool:
-    """It asks for a shape and for no value, or reckons with shapes alone; running an example does not see these."""
+    """It asks for a shape and for no value, or computes with shapes alone; running an example does not record these."""
     if node.op not in ("call_function", "call_method"):
         return False
     op = named(node.target)
     if op == "getattr":
         return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return op in _SIZES or (not sources and bool(node.all_input_nodes) and op in _RECKONING)
+    return op in _SIZES or (not sources and bool(node.all_input_nodes) and op in _ARITHMETIC)
 
 
 def _op_of(module: nn.Module) -> str:
@@ -171,14 +183,14 @@ def _dim(op: str, args: Any, kwargs: Any) -> int | None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down what runs; inside a convolution, a norm or a linear layer nothing is."""
+    """Records what runs, except inside a convolution, a norm or a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.inside = 0
         self._numbers: dict[int, int] = {}
-        self._kept: list[Any] = []  # while they live, no other tensor has their id
+        self._alive: list[Any] = []  # while these tensors live, no other tensor has their id
 
     def number(self, tensor: Tensor) -> int:
         if id(tensor) not in self._numbers:
@@ -186,9 +198,9 @@ class _Recorder(TorchFunctionMode):
         return self._numbers[id(tensor)]
 
     def renumber(self, tensor: Tensor) -> int:
-        """A new number for what a call gave, though it be the tensor that it took: an operation in place."""
-        self._numbers[id(tensor)] = len(self._kept)
-        self._kept.append(tensor)
+        """A new number for the result of a call, also where it is the tensor that came in: an operation in place."""
+        self._numbers[id(tensor)] = len(self._alive)
+        self._alive.append(tensor)
         return self._numbers[id(tensor)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -248,3 +260,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "to_tuple"):
         with suppress(TypeError):
             yield from _tensors(value.to_tuple())
+
+
+def keeps_zero(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node of a traced graph works on each channel alone and leaves zeros zero."""
+    target: Any = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    return named(target) in KEEP_ZERO
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    """``x.add_(y)``, ``F.relu_(x)``, ``x += y``."""
+    target = node.target if node.op in ("call_function", "call_method") else ""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.core.errors import LayerError, OptionError
-from captum_classfilters.decoupling import pieces, skip_cost
-from captum_classfilters.decoupling.pieces import Piece
+from captum_classfilters.skipping import pieces, skip_conv
+from captum_classfilters.skipping.pieces import Piece
 
 CASES = ("tensor", "everything", "one piece", "one image", "several", "rows with all channels")
 PAIRS = [(a, b) for a in CASES for b in CASES if (a == "one image") == (b == "one image")]
@@ -290,8 +290,8 @@ def graph(name, dims=2, **options):
 
 @pytest.mark.parametrize(("name", "dims"), [(name, 2) for name in GRAPHS] + DIMS)
 def test_graphs_of_every_kind(name, dims, monkeypatch):
-    monkeypatch.setattr(skip_cost, "_REPEATS", 1)
-    monkeypatch.setattr(skip_cost, "_BETWEEN", 1)
+    monkeypatch.setattr(skip_conv, "_REPEATS", 1)
+    monkeypatch.setattr(skip_conv, "_BETWEEN", 1)
     decoupler, x = graph(name, dims)
     expected = decoupler(x)
     assert (expected - decoupler.model(x)).abs().max() > 1e-3 * expected.abs().max()

@@ -14,11 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from captum_classfilters import PathDecoupler
 from captum_classfilters.assets.networks import SmallInception, SmallResNet, SmallVGG
 from captum_classfilters.core.errors import MergeError, OptionError
-from captum_classfilters.decoupling import skip_cost
-from captum_classfilters.decoupling.macs import Costs
-from captum_classfilters.decoupling.skip_conv import SkipConv
-from captum_classfilters.decoupling.skip_cost import CostModel
-from captum_classfilters.decoupling.skipping import Format
+from captum_classfilters.decoupling.costs import Costs
+from captum_classfilters.skipping import skip_conv
+from captum_classfilters.skipping.network import Format
+from captum_classfilters.skipping.skip_conv import CostModel, SkipConv
 
 
 def vgg11():
@@ -207,8 +206,8 @@ def test_images_with_one_path_run_together(name):
 @pytest.fixture
 def fast(monkeypatch):
     """Times that mean nothing, in no time."""
-    monkeypatch.setattr(skip_cost, "_REPEATS", 1)
-    monkeypatch.setattr(skip_cost, "_BETWEEN", 1)
+    monkeypatch.setattr(skip_conv, "_REPEATS", 1)
+    monkeypatch.setattr(skip_conv, "_BETWEEN", 1)
 
 
 @pytest.mark.parametrize("name", ["SmallResNet", "SmallInception"])

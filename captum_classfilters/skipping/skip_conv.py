@@ -1,19 +1,23 @@
-"""A convolution that computes only what is open: closed outputs are left out, closed inputs were never made.
+"""A convolution that computes only what is open: closed outputs are left out, closed inputs were never computed.
 
-`pieces.py` says in what shape maps come and go, `skip_cost.py` when all channels at once are faster.
+`pieces.py` says in what shape maps come and go. `CostModel` says when skipping is worth it, from times measured once,
+on this machine, for one convolution. A dense call takes ``a + b n`` for n images. A sliced one takes
+``c + (d + e n) f``, f the share of weights that is used: d is for selecting them, which a recurring path saves; it
+differs by whether inputs are selected too or whole rows.
 """
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.decoupling.controller import Controller
-from captum_classfilters.decoupling.pieces import Piece, Pieces, full, images_in, pooled
-from captum_classfilters.decoupling.skip_cost import CostModel
+from captum_classfilters.skipping.pieces import Piece, Pieces, factors, full, images_in, pooled
 
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _VECTOR = 16
@@ -22,13 +26,47 @@ _KEPT_BYTES = 2**25  # of slices of recurring paths, for each convolution
 # of what is kept: threads may share a network; not an attribute, since locks cannot be copied
 _LOCK = threading.Lock()
 
+# how it is timed: with so many images, so often
+_MANY = 4
+_REPEATS = 7
+# numbers read between runs: in a network, the weights have left the near caches since the last image
+_BETWEEN = 2**21
+# skipping must promise this much: a wrong guess costs more than a small gain
+_MARGIN = 0.95
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds that calls of one convolution take, from a handful of measurements."""
+
+    dense_fixed: float
+    dense_each: float
+    fixed: float
+    selecting_rows: float
+    selecting: float
+    each: float
+
+    def dense(self, images: int) -> float:
+        """Seconds for all channels of so many images."""
+        return (self.dense_fixed + self.dense_each * images) * _MARGIN
+
+    def sliced(self, images: int, inputs: float, outputs: float, kept: bool) -> float:
+        """Seconds for the open shares of inputs and outputs, for images of one path."""
+        selecting = 0.0 if kept else self.selecting if inputs < 1 else self.selecting_rows
+        return self.fixed + inputs * outputs * (self.each * images + selecting)
+
+    def gain(self, images: int, inputs: float) -> float:
+        """Seconds saved here, with half of the outputs open, where only a share of the inputs comes."""
+        dense = self.dense(images)
+        return min(dense, self.sliced(images, 1.0, 0.5, False)) - min(dense, self.sliced(images, inputs, 0.5, False))
+
 
 class SkipConv(nn.Module):
     """One convolution, its norm folded into it, with its gates.
 
     Args:
         conv: Ungrouped or depthwise, padded with zeros; its parameters are taken over.
-        controller: Of its gates; None: all outputs are open, closed inputs are skipped all the same.
+        controller: Gives its gates; None: all outputs are open, and closed inputs are skipped all the same.
         closed: ``(K,)`` bool: outputs that no input can open; they are pruned away.
     """
 
@@ -41,7 +79,7 @@ class SkipConv(nn.Module):
     excite: Tensor
     excite_bias: Tensor
 
-    def __init__(self, conv: Any, controller: Controller | None, closed: Tensor | None = None) -> None:
+    def __init__(self, conv: Any, controller: Any | None, closed: Tensor | None = None) -> None:
         super().__init__()
         dims = len(conv.kernel_size)
         self.channels, self.inputs = conv.out_channels, conv.in_channels
@@ -71,7 +109,7 @@ class SkipConv(nn.Module):
         self._kept_bytes = 0
         self._seen: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
-    def _take(self, controller: Controller) -> None:
+    def _take(self, controller: Any) -> None:
         """The controller's weights as a product takes them, of the outputs that can open."""
         excite, bias = controller.excite.weight.detach(), controller.excite.bias.detach()
         if self.live is not None:
@@ -88,8 +126,8 @@ class SkipConv(nn.Module):
         return self
 
     def _gather(self) -> None:
-        """The buffers that every call needs, at hand: a module takes as long to look one up as to multiply with it."""
-        self._own = (self.dense_weight, self.bias)
+        """Keep the buffers that every call needs at hand: looking one up in a module takes as long as using it."""
+        self._whole = (self.dense_weight, self.bias)
         if self.gated:
             self._gate = (self.squeeze, self.squeeze_bias, self.excite, self.excite_bias, self.weight.device.type)
 
@@ -144,7 +182,7 @@ class SkipConv(nn.Module):
         for piece, rows, _, key in groups:
             count = len(piece.values) if rows is None else len(rows)
             inputs = 1.0 if piece.open is None else len(piece.open) / self.inputs
-            # a key has a byte for each gate, 0 or 1
+            # a key has one byte for each gate, 0 or 1
             outputs = self._rounded(key.count(1)) / len(key)
             spent += costs.sliced(count, inputs, outputs, (piece.key, key) in self._kept)
             spent -= sum(other.costs.gain(count, outputs) for other in self.next if other.costs is not None)
@@ -182,15 +220,15 @@ class SkipConv(nn.Module):
         bias = self.bias.index_select(0, local)
         weight[open_ones:], bias[open_ones:] = 0, 0
         opened = local if self.live is None else self.live.index_select(0, local)
-        found = (opened, weight, bias)
+        selected = (opened, weight, bias)
         with _LOCK:
-            self._keep(where, found)
-        return found
+            self._keep(where, selected)
+        return selected
 
     def _rounded(self, channels: int) -> int:
         """A multiple of what a vector instruction takes, filled up with zeros.
 
-        Kernels pad to it anyway, and every new number of channels would have to have its kernel compiled.
+        Kernels pad to it anyway, and every new number of channels would need another compiled kernel.
         """
         step = _VECTOR if len(self.weight) >= 4 * _VECTOR else _VECTOR // 2
         return min(max(1, -(-channels // step)) * step, len(self.weight))
@@ -221,17 +259,17 @@ class SkipConv(nn.Module):
             self._seen.clear()
             self._kept_bytes = 0
 
-    def _keep(self, where: tuple[bytes, bytes], found: Any) -> None:
-        """From the second time on: to keep what never comes again costs more than it saves."""
+    def _keep(self, where: tuple[bytes, bytes], selected: Any) -> None:
+        """Keep a slice from the second time on: keeping what never comes again costs more than it saves."""
         if where not in self._seen:
             self._seen[where] = None
             if len(self._seen) > _SEEN:
                 self._seen.popitem(last=False)
             return
-        size = found[1].numel() * found[1].element_size()
+        size = selected[1].numel() * selected[1].element_size()
         if size > _KEPT_BYTES or where in self._kept:  # another thread's
             return
-        self._kept[where] = found
+        self._kept[where] = selected
         self._kept_bytes += size
         while self._kept_bytes > _KEPT_BYTES:
             _, (_, weight, _) = self._kept.popitem(last=False)
@@ -241,14 +279,14 @@ class SkipConv(nn.Module):
         values = full(value)
         if self.depthwise and self.live is not None:
             values = values.index_select(1, self.live)
-        weight, bias = self._own
+        weight, bias = self._whole
         out = self._convolve("dense", values, weight, bias)
-        out.mul_(gates.to(out.dtype).view(*gates.shape, *(1,) * (out.dim() - 2)))
+        out.mul_(factors(gates, out))
         return out if self.live is None else [Piece(None, out, self.live, self.channels, b"live")]
 
     def _ungated(self, value: Tensor | Pieces) -> Tensor:
         if isinstance(value, Tensor) or (self.costs is not None and not self._worth_ungated(value)):
-            return self._convolve("dense", full(value), *self._own)
+            return self._convolve("dense", full(value), *self._whole)
         everything = self.weight.new_ones(len(self.weight), dtype=torch.bool)
         pieces = [self._sliced(piece, None, everything, b"") for piece in value]
         if len(pieces) == 1:
@@ -282,3 +320,91 @@ def _product(values: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding:
     else:
         out = torch.matmul(flat, columns) + bias[:, None]
     return out.view(len(values), len(weight), *shape)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few runs, with weights out of the near caches."""
+    best, between = float("inf"), torch.zeros(_BETWEEN, device=device)
+    function()
+    for _ in range(_REPEATS):
+        between.add_(1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def measure(layer: Any, image: Tensor) -> CostModel:
+    """Time a `skip_conv.SkipConv` on maps like ``image``, ``(1, K, ...)``; sets whether it runs as a product."""
+    device = image.device
+    images = image.expand(_MANY, *image.shape[1:]).contiguous()
+    outputs = len(layer.weight)
+    half_in = torch.arange(0, layer.inputs, 2, device=device)
+    half_out = torch.zeros(outputs, dtype=torch.bool, device=device)
+    half_out[::2] = True
+    one_out = torch.zeros_like(half_out)
+    one_out[0] = True
+    gates = torch.ones(_MANY, outputs, dtype=torch.bool, device=device)
+
+    def piece(images: Tensor, index: Tensor) -> Piece:
+        return Piece(None, images.index_select(1, index), index, layer.inputs, b"half")
+
+    def sliced(part: Piece, opened: Tensor, kept: bool) -> Callable[[], Any]:
+        def run() -> None:
+            if not kept:
+                layer.forget()
+            layer._sliced(part, None, opened, b"x")
+
+        return run
+
+    half = piece(image, half_in)
+    layer.by_product = _faster_as_product(
+        layer,
+        device,
+        dense=lambda: layer._dense(image, gates[:1]),
+        sliced=sliced(half, half_out, False),
+    )
+    dense_one = seconds(lambda: layer._dense(image, gates[:1]), device)
+    dense_many = seconds(lambda: layer._dense(images, gates), device)
+    one = piece(image, half_in[:1])
+    halves = piece(images, half_in)
+    share = len(half_in) / layer.inputs * int(half_out.sum()) / outputs
+    fixed = seconds(sliced(one, one_out, True), device)
+    layer.forget()
+    kept = seconds(sliced(half, half_out, True), device)
+    kept_many = seconds(sliced(halves, half_out, True), device)
+    fresh = seconds(sliced(half, half_out, False), device)
+    whole = Piece(None, image, None, layer.inputs)
+    rows_kept = seconds(sliced(whole, half_out, True), device)
+    rows_fresh = seconds(sliced(whole, half_out, False), device)
+    layer.forget()
+    dense_each = max(dense_many - dense_one, 0.0) / (_MANY - 1)
+    each = max(kept_many - kept, 0.0) / (_MANY - 1) / share
+    # the time of one image beyond the fixed part, where a batch is cheaper per image
+    each = max(each, (kept - fixed) / share)
+    return CostModel(
+        dense_fixed=max(dense_one - dense_each, 0.0),
+        dense_each=dense_each,
+        fixed=fixed,
+        selecting_rows=max(rows_fresh - rows_kept, 0.0) / (int(half_out.sum()) / outputs),
+        selecting=max(fresh - kept, 0.0) / share,
+        each=each,
+    )
+
+
+def _faster_as_product(layer: Any, device: torch.device, **runs: Callable[[], Any]) -> set[str]:
+    if not layer.can_be_product:
+        return set()
+    faster = set()
+    for name, run in runs.items():
+        times = []
+        for layer.by_product in (set(), {name}):
+            layer.forget()
+            times.append(seconds(run, device))
+        if times[1] < times[0]:
+            faster.add(name)
+    return faster

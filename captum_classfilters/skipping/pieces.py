@@ -23,6 +23,11 @@ class Piece(NamedTuple):
 Pieces: TypeAlias = list[Piece]
 
 
+def factors(gates: Tensor, maps: Tensor) -> Tensor:
+    """Gates ``(N, K)`` in the dtype of maps ``(N, K, ...)``, with as many dimensions."""
+    return gates.to(maps.dtype).view(*gates.shape, *(1,) * (maps.dim() - 2))
+
+
 def images_in(value: Tensor | Pieces) -> int:
     """N."""
     if isinstance(value, Tensor):
@@ -79,8 +84,8 @@ def concatenated(values: Sequence[Tensor | Pieces]) -> Tensor | Pieces:
         piece = value if isinstance(value, Piece) else Piece(None, value, None, value.shape[1])
         parts.append(piece.values)
         device = piece.values.device
-        found = torch.arange(piece.channels, device=device) if piece.open is None else piece.open
-        opens.append(found + start)
+        opened = torch.arange(piece.channels, device=device) if piece.open is None else piece.open
+        opens.append(opened + start)
         keys.append(piece.key or b"all %d" % piece.channels)
         start += piece.channels
     return [Piece(None, torch.cat(parts, 1), torch.cat(opens), start, b"|".join(keys))]

@@ -1,4 +1,4 @@
-"""Gates that are the same for every image: filters pruned by their norm, to compare with."""
+"""What the paths of a trained decoupler are compared with: gates that are the same for every image."""
 
 import torch
 from torch import Tensor
