@@ -63,7 +63,7 @@ from captum_classfilters.assets import (
     paths_file,
 )
 from captum_classfilters.comparison import method_overlap
-from captum_classfilters.decoupling import divergence_loss, mutual_information_loss, sparsity_loss
+from captum_classfilters.decoupling.controller import divergence_loss, mutual_information_loss, sparsity_loss
 from captum_classfilters.gating import density_penalty, gated, project
 
 T = TypeVar("T")
