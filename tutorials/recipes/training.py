@@ -1,15 +1,15 @@
 """One training loop for the recipes: stops and resumes without loss.
 
 What differs between recipes goes in as data, a network and a function that augments a batch.
-``OUT/network.safetensors`` is what `captum_classfilters.assets.load_network` reads; ``OUT/resume.pt`` is written after
-every epoch. The network is the one of the last epoch; test images are looked at once, at the end.
+``OUT/network.safetensors`` is what `captum_classfilters.assets.load_network` reads; ``OUT/resume.pt`` is the checkpoint
+of `captum_classfilters.core.training`. The network is the one of the last epoch; test images are looked at once, at
+the end.
 """
 
 import argparse
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.assets import Network, save_network
-from captum_classfilters.core.training import get_random, set_random
+from captum_classfilters.core.training import Checkpoint, Task, Training
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0.1) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0
 class Method(Protocol):
     """What a way of training adds to the loop: a loss, what follows a step, and parameters of its own.
 
-    ``predictor`` is the module whose test accuracy is told; ``groups`` are the optimizer's, besides the network's.
+    ``predictor`` is the module whose test accuracy is reported; ``groups`` are the optimizer's, besides the network's.
     """
 
     def groups(self) -> list[dict[str, Any]]: ...
@@ -123,6 +123,50 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
     )
 
 
+class _Batches:
+    """Augmented images, in a new order in each epoch; `Training` keeps the state of the generator."""
+
+    def __init__(
+        self, data: tuple[Tensor, Tensor], count: int, size: int, device: torch.device, generator: torch.Generator,
+        augment: Callable[[Tensor, torch.Generator], Tensor],
+    ) -> None:  # fmt: skip
+        self._images, self._labels = data
+        self._count, self._size, self._device, self._augment = count, size, device, augment
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self._images), generator=self.generator)[: self._count]
+        for batch in order.split(self._size):
+            yield as_input(self._augment(self._images[batch], self.generator), self._device), self._labels[batch]
+
+
+class _RecipeTask(Task):
+    """A `Method` under autocast, with a schedule that steps after every batch."""
+
+    name = "recipe"
+
+    def __init__(self, method: Method, schedule: torch.optim.lr_scheduler.LRScheduler, device: torch.device) -> None:
+        self._method, self._schedule, self._device = method, schedule, device
+
+    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16):
+            return self._method.loss(inputs[0], labels, epoch)
+
+    def after_step(self) -> None:
+        self._method.after_step()
+        self._schedule.step()
+
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        return self._method.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": self._method.state_dict(), "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._method.load_state_dict(state["method"])
+        self._schedule.load_state_dict(state["schedule"])
+
+
 def train(
     options: argparse.Namespace,
     data: Data,
@@ -160,49 +204,25 @@ def train(
     steps = -(-count // options.batch_size)
     schedule = one_cycle(optimizer, steps * options.epochs)
     generator = torch.Generator().manual_seed(options.seed)
-    resume, first = options.out / "resume.pt", 0
-    if resume.is_file():
-        state = torch.load(resume, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        way.load_state_dict(state["method"])
-        set_random(state["random"], device, None)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"].cpu())
-        first = state["epoch"]
-    for epoch in range(first, options.epochs):
-        started, loss_sum = time.time(), 0.0
-        order = torch.randperm(len(images), generator=generator)[:count]
-        for batch in order.split(options.batch_size):
-            inputs = as_input(augment(images[batch], generator), device)
-            targets = labels[batch].to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = way.loss(inputs, targets, epoch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            way.after_step()
-            schedule.step()
-            loss_sum += loss.detach() * len(batch)
-        told = {"loss": float(loss_sum) / count, **way.report()}
+    loader = _Batches((images, labels), count, options.batch_size, device, generator, augment)
+    agreed = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
+    training = Training(
+        model, _RecipeTask(way, schedule, device), [optimizer],
+        checkpoint=Checkpoint(options.out / "resume.pt"), options=agreed,
+    )  # fmt: skip
+    training.resume(loader)
+    for epoch in range(training.epoch, options.epochs):
+        started = time.time()
+        training.run(loader, epoch + 1)
+        row = {name: value for name, value in training.history[-1].items() if name != "epoch"}
         print(
-            f"epoch {epoch + 1}/{options.epochs}  {'  '.join(f'{name} {value:.4f}' for name, value in told.items())}"
+            f"epoch {epoch + 1}/{options.epochs}  {'  '.join(f'{name} {value:.4f}' for name, value in row.items())}"
             f"  {time.time() - started:.0f} s",
             flush=True,
         )
-        beside = resume.with_suffix(".part")
-        torch.save(
-            {
-                "model": model.state_dict(), "method": way.state_dict(), "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
-                "random": get_random(device, None),
-            },
-            beside,
-        )  # fmt: skip
-        os.replace(beside, resume)
         if options.stop_after == epoch + 1:
             return
-    told = {
+    facts = {
         "data": data.name,
         "class_names": list(data.class_names),
         "seed": options.seed,
@@ -215,5 +235,5 @@ def train(
         **(meta or {}),
     }
     way.save(options.out)
-    save_network(model.cpu(), options.out / "network.safetensors", told)
-    print(json.dumps(told, ensure_ascii=False))
+    save_network(model.cpu(), options.out / "network.safetensors", facts)
+    print(json.dumps(facts, ensure_ascii=False))
