@@ -29,6 +29,8 @@ from captum_classfilters import (
     ALDTree,
     ClassFilters,
     DecomposedLinear,
+    GatePenalty,
+    GateSchedule,
     HeadMoments,
     InfluentialFeatures,
     LabelSensitiveGate,
@@ -52,7 +54,6 @@ from captum_classfilters import (
     metrics,
     recover,
     splitting,
-    stack_pairs,
 )
 from captum_classfilters.assets import (
     gate_file,
@@ -64,7 +65,8 @@ from captum_classfilters.assets import (
 )
 from captum_classfilters.comparison import method_overlap
 from captum_classfilters.decoupling.controller import divergence_loss, mutual_information_loss, sparsity_loss
-from captum_classfilters.gating import density_penalty, gated, project
+from captum_classfilters.detection.pairs import stack_pairs
+from captum_classfilters.gating.gate import density_penalty, gated, project
 
 T = TypeVar("T")
 SELECTORS = (
@@ -474,9 +476,9 @@ def _() -> Mapping[str, Any]:
 
 def _training(**options: Any) -> Mapping[str, Any]:
     model, fresh = network(), LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(1))
-    fit = {name: options.pop(name) for name in ("max_norm", "gate_lr") if name in options}
+    fit = {"lr": 0.01} | {name: options.pop(name) for name in ("max_norm", "lr") if name in options}
     training = LabelSensitiveTraining(model, fresh, **options)
-    history = training.fit(train()[:2], 2, lr=0.01, **fit)
+    history = training.fit(train()[:2], 2, **fit)
     return {
         "gate": fresh.weight,
         "counts": fresh.counts,
@@ -489,18 +491,21 @@ def _training(**options: Any) -> Mapping[str, Any]:
 
 @case("gating/fit", digest=False)
 def _() -> Mapping[str, Any]:
-    return _training(period=2, gate_phase=1)
+    return _training(schedule=GateSchedule(period=2, phase=1))
 
 
 @case("gating/fit joint", digest=False)
 def _() -> Mapping[str, Any]:
-    return _training(scheme="joint", penalty="hinge", density=0.3, weight=0.5, max_norm=1.0, gate_lr=0.1)
+    return _training(
+        schedule=GateSchedule(scheme="joint"), penalty=GatePenalty(0.3, kind="hinge"), weight=0.5, max_norm=1.0,
+        lr=(0.01, 0.1),
+    )  # fmt: skip
 
 
 @case("gating/own loop", digest=False)
 def _() -> Mapping[str, Any]:
     model, fresh = network(), LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(1))
-    training = LabelSensitiveTraining(model.train(), fresh, sparsity=0.01)
+    training = LabelSensitiveTraining(model.train(), fresh, penalty=GatePenalty(sparsity=0.01))
     optimizer = torch.optim.SGD([{"params": model.parameters()}, fresh.parameter_group(lr=0.1)], lr=0.01, momentum=0.9)
     losses = []
     for epoch in range(3):
@@ -528,7 +533,7 @@ def _() -> Mapping[str, Any]:
 @case("gating/filter_ambiguity", digest=False)
 def _() -> Mapping[str, Any]:
     found: dict[str, Any] = {}
-    for name, options in {"std": {}, "lsg": {"density": 0.2, "penalty": "hinge", "anneal": False}}.items():
+    for name, options in {"std": {}, "lsg": {"penalty": GatePenalty(0.2, kind="hinge"), "anneal": False}}.items():
         phi = filter_ambiguity(network(name), train(), steps=40, **options)
         found |= {
             f"{name} {each.name}": torch.tensor(getattr(phi, each.name), dtype=torch.float64)

@@ -6,9 +6,8 @@
 import copy
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
-from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, OptionError
+from captum_classfilters.core.check import integer
+from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import check_folder, replacing
-from captum_classfilters.core.stream import check_labels, unpack, value_to_model
+from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
 
 # 1: until 0.1, one format for `recover` and another for `LabelSensitiveTraining.fit`
 _VERSION = 2
@@ -52,8 +51,7 @@ class Checkpoint:
     every: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise OptionError(f"every must be an integer of at least 1, got {self.every!r}")
+        object.__setattr__(self, "every", integer(self.every, "every", 1))
 
     @classmethod
     def of(cls, value: "str | os.PathLike[str] | Checkpoint | None") -> "Checkpoint | None":
@@ -72,8 +70,8 @@ class Task:
 
     name = "training"
 
-    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
-        """A scalar to call ``backward`` on; ``epoch`` and ``index`` of the batch are counted from 0."""
+    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
+        """A scalar to call ``backward`` on; ``epoch`` and ``place``, the batch's in the loader, are counted from 0."""
         raise NotImplementedError
 
     def before_step(self) -> None:
@@ -149,8 +147,7 @@ class Training:
         self._options = dict(options or {}) | ({} if seed is None else {"seed": seed})
         self._seed, self._group = seed, group
         self._rank = 0 if group is None else dist.get_rank(group)
-        first = next(p for p in network.parameters() if p.is_floating_point())
-        self._device, self._dtype = first.device, first.dtype
+        self._placement = Placement.of(network)
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
         # of the present epoch
@@ -178,7 +175,7 @@ class Training:
             EmptyLoaderError: The loader gave no sample, or can be read only once.
         """
         if epochs - self.epoch > 1:
-            refuse_iterators(loader, "loader")
+            refuse_iterator(loader, "loader")
         modes = [module.training for module in self._network.modules()]
         if not self._network.training:
             self._network.train()
@@ -205,30 +202,26 @@ class Training:
             if self._seed is not None:
                 # the loader draws its order at its start, so a resumed epoch sees the same order
                 torch.manual_seed(self._seed + self.epoch)
-            self._start = None if self._path is None else get_random(self._device, loader)
-        done = self.step
-        hidden = not show_progress or self._rank != 0
-        description = f"epoch {self.epoch + 1}/{epochs}"
-        # iter: of a loader tqdm.auto makes two iterators, each with its workers
-        with tqdm(iter(loader), desc=description, disable=hidden, total=length_hint(loader) or None) as bar:
-            for index, raw in enumerate(bar):
-                if index < done:
-                    if index == done - 1 and self._latest is not None:
-                        # before the next batch is made: its augmentation may draw random numbers, too
-                        set_random(self._latest, self._device, loader)
-                    continue
-                inputs, labels = to_model(raw, index, self._device, self._dtype)
-                if not len(labels):
-                    continue
-                self._one_step(inputs, labels, index)
+            self._start = None if self._path is None else get_random(self._placement.device, loader)
+
+        def restore() -> None:
+            # before the next batch is made: its augmentation may draw random numbers, too
+            if self._latest is not None:
+                set_random(self._latest, self._placement.device, loader)
+
+        with samples(
+            loader,
+            placement=self._placement,
+            description=f"epoch {self.epoch + 1}/{epochs}",
+            show_progress=show_progress and self._rank == 0,
+            skip=self.step,
+            on_skipped=restore,
+        ) as stream:
+            for batch in stream:
+                self._one_step(batch)
                 self._keep_random(loader)
                 if self._every is not None and self.step % self._every == 0:
                     self.save()
-        if not self._samples:
-            raise EmptyLoaderError(
-                f"the loader gave no batch in epoch {self.epoch + 1} of {epochs}; expected at least one. An iterator "
-                "can be read only once: pass the DataLoader itself"
-            )
         row = {"epoch": self.epoch, "loss": self._loss_sum / self._samples, **self._task.after_epoch(self.epoch)}
         for schedule in self._schedules:
             schedule.step()
@@ -236,11 +229,12 @@ class Training:
         self.epoch, self.step, self._loss_sum, self._samples = self.epoch + 1, 0, 0.0, 0
         self._keep_random(loader)
 
-    def _one_step(self, inputs: tuple[Any, ...], labels: Tensor, index: int) -> None:
+    def _one_step(self, batch: Samples) -> None:
+        labels: Tensor = batch.labels  # type: ignore[assignment]
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         try:
-            loss = self._task.loss(inputs, labels, self.epoch, index)
+            loss = self._task.loss(batch.inputs, labels, self.epoch, batch.place)
             loss.backward()  # type: ignore[no-untyped-call]
         except BaseException:
             self._task.refuse_step()
@@ -250,14 +244,14 @@ class Training:
         for optimizer in self._optimizers:
             optimizer.step()
         self._task.after_step()
-        self._loss_sum += float(loss.detach() * len(labels))
-        self._samples += len(labels)
-        self.step = index + 1
+        self._loss_sum += float(loss.detach() * batch.size)
+        self._samples += batch.size
+        self.step = batch.place + 1
         self._whole = True
 
     def _keep_random(self, loader: Iterable[Any]) -> None:
         if self._path is not None:
-            self._latest = get_random(self._device, loader)
+            self._latest = get_random(self._placement.device, loader)
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
@@ -302,7 +296,7 @@ class Training:
             return
         before = copy.deepcopy(self._parts_state())
         try:
-            state = torch.load(path, map_location=self._device, weights_only=True)
+            state = torch.load(path, map_location=self._placement.device, weights_only=True)
             self._check_kind(state)
             self._load_parts(state)
             mine = state["ranks"][self._rank]
@@ -312,7 +306,7 @@ class Training:
             self._start, self._latest = mine["start"], mine["latest"]
             begin = self._start if self.step else self._latest
             if begin is not None:
-                set_random(begin, self._device, loader)
+                set_random(begin, self._placement.device, loader)
         except Exception as error:  # torch.load reports a broken file by many kinds of error
             self._load_parts(before)
             raise FileFormatError(
@@ -360,25 +354,6 @@ class Training:
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, self._group)
         return gathered
-
-
-# -- batches -------------------------------------------------------------------------------------------------------
-
-
-def to_model(raw: Any, index: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
-    """One batch of a loader as ``(inputs, labels)``: inputs where the model is and of its dtype, labels checked."""
-    inputs, labels = unpack(raw, True, index)
-    moved = tuple(value_to_model(value, device, dtype) for value in inputs)
-    return moved, check_labels(labels, len(moved[0]), index).to(device)
-
-
-def refuse_iterators(loader: Any, name: str) -> None:
-    """Refuse what can be read only once and is needed more often."""
-    if isinstance(loader, Iterator):
-        raise EmptyLoaderError(
-            f"{name} is an iterator, {type(loader).__name__}, which can be read only once, and is needed more often; "
-            "pass a DataLoader or a list"
-        )
 
 
 # -- random states -------------------------------------------------------------------------------------------------

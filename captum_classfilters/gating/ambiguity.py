@@ -6,14 +6,14 @@ N samples, C classes, K channels.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.core.errors import NonFiniteError, OptionError
+from captum_classfilters.core.check import integer, number
+from captum_classfilters.core.errors import NonFiniteError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import batches
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, density_penalty, gated, project
@@ -94,13 +94,10 @@ def filter_ambiguity(
         LabelError, ShapeError, EmptyLoaderError: The loader's batches cannot be read.
         NonFiniteError: Features are NaN or infinite, or no gate gave a finite loss.
     """
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise OptionError(f"steps must be an integer of at least 1, got {steps!r}")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
-        raise OptionError(f"lr must be a finite number of at least 0, got {lr!r}")
+    steps, lr = integer(steps, "steps", 1), number(lr, "lr", 0)
     features, labels, head = _collect(model, loader, layer, penalty, show_progress)
     density = penalty.density_for(head.num_classes)
-    weight, parts = _search(features, labels, head, density, penalty, steps=int(steps), lr=lr, anneal=anneal)
+    weight, parts = _search(features, labels, head, density, penalty, steps=steps, lr=lr, anneal=anneal)
     if not math.isfinite(sum(parts)):
         raise NonFiniteError(
             "no gate gave a finite loss; expected features and weights of the head whose products are finite: look at "

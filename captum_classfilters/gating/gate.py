@@ -3,17 +3,16 @@
 Functions are stateless, one for each formula; `LabelSensitiveGate` holds the table. N samples, C classes, K channels.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of
+from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.stream import check_labels, check_range
@@ -96,11 +95,8 @@ class GatePenalty:
     kind: str = "abs"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
-        if not number or not math.isfinite(self.sparsity) or self.sparsity < 0:
-            raise OptionError(f"sparsity must be a finite number of at least 0, got {self.sparsity!r}")
-        if self.kind not in PENALTIES:
-            raise OptionError(f"kind must be one of {list(PENALTIES)}, got {self.kind!r}")
+        object.__setattr__(self, "sparsity", number(self.sparsity, "sparsity", 0))
+        one_of(self.kind, "kind", PENALTIES)
 
     def density_for(self, num_classes: int) -> float:
         """The density that is meant for so many classes.
@@ -114,13 +110,7 @@ class GatePenalty:
         """
         if self.density is None:
             return max(0.2, 0.1 + 0.9 / num_classes)
-        number = isinstance(self.density, int | float) and not isinstance(self.density, bool)
-        if not number or not 1 / num_classes <= self.density <= 1:
-            raise OptionError(
-                f"density must lie in [1 / C, 1] = [{1 / num_classes:.4g}, 1], for every channel works for at least "
-                f"one class; got {self.density!r}"
-            )
-        return float(self.density)
+        return number(self.density, "density", 1 / num_classes, 1, meaning="for every channel works for some class")
 
 
 class LabelSensitiveGate(nn.Module):
@@ -160,10 +150,8 @@ class LabelSensitiveGate(nn.Module):
 
     def __init__(self, num_classes: int, num_channels: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("num_channels", num_channels)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
-        noise = torch.rand(int(num_classes), int(num_channels), generator=generator)
+        num_classes, num_channels = integer(num_classes, "num_classes", 1), integer(num_channels, "num_channels", 1)
+        noise = torch.rand(num_classes, num_channels, generator=generator)
         weight = project(noise, torch.ones_like(noise))
         self.weight = nn.Parameter(weight)
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
@@ -181,14 +169,13 @@ class LabelSensitiveGate(nn.Module):
             OptionError: There are fewer than ``C * exclusive`` channels.
         """
         gate = cls(num_classes, num_channels, generator=torch.Generator())
-        if isinstance(exclusive, bool) or not isinstance(exclusive, Integral) or exclusive < 0:
-            raise OptionError(f"exclusive must be an integer of at least 0, got {exclusive!r}")
+        exclusive = integer(exclusive, "exclusive")
         if num_classes * exclusive > num_channels:
             raise OptionError(
                 f"{num_classes} classes with {exclusive} channels of their own need {num_classes * exclusive}, but "
                 f"there are {num_channels}; lower exclusive to at most {num_channels // num_classes}"
             )
-        private = torch.eye(num_classes).repeat_interleave(int(exclusive), dim=1)
+        private = torch.eye(num_classes).repeat_interleave(exclusive, dim=1)
         return gate._set(torch.cat([private, torch.ones(num_classes, num_channels - private.shape[1])], dim=1))
 
     def _set(self, weight: Tensor) -> "LabelSensitiveGate":

@@ -3,11 +3,9 @@
 `core/training.py` holds the loop. N samples, C classes, K channels.
 """
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,9 +15,11 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from captum_classfilters.core.borrow import borrowed, process_group, unwrap, without_compile
+from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
 
@@ -52,13 +52,10 @@ class GateSchedule:
     scheme: str = "alternating"
 
     def __post_init__(self) -> None:
-        for name, value, low in (("period", self.period, 1), ("phase", self.phase, 0), ("warmup", self.warmup, 0)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-                raise OptionError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if self.phase >= self.period:
-            raise OptionError(f"phase must lie in [0, {self.period}), got {self.phase!r}; it counts from 0")
-        if self.scheme not in SCHEMES:
-            raise OptionError(f"scheme must be one of {list(SCHEMES)}, got {self.scheme!r}")
+        object.__setattr__(self, "period", integer(self.period, "period", 1))
+        object.__setattr__(self, "phase", integer(self.phase, "phase", 0, self.period - 1, meaning="below the period"))
+        object.__setattr__(self, "warmup", integer(self.warmup, "warmup"))
+        one_of(self.scheme, "scheme", SCHEMES)
 
     def gates(self, epoch: int) -> bool:
         """Is this epoch, counted from 0, gated?
@@ -66,8 +63,7 @@ class GateSchedule:
         Raises:
             OptionError: ``epoch`` is not an integer of at least 0.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
-            raise OptionError(f"epoch must be an integer of at least 0, got {epoch!r}")
+        epoch = integer(epoch, "epoch")
         if epoch < self.warmup:
             return False
         return self.scheme == "joint" or epoch % self.period == self.phase
@@ -120,19 +116,13 @@ class LabelSensitiveTraining:
     ) -> None:
         if not isinstance(gate, LabelSensitiveGate):
             raise OptionError(f"gate must be a LabelSensitiveGate, got {type(gate).__name__}")
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not (math.isfinite(weight) and weight >= 0)
-        ):
-            raise OptionError(f"weight must be a finite number of at least 0, got {weight!r}")
         if isinstance(without_compile(model), nn.DataParallel):
             raise OptionError("DataParallel copies the head in every step; wrap the model in DistributedDataParallel")
         if not isinstance(model, nn.Module):
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
         self.model, self.gate = model, gate
         self.schedule, self.penalty, self.density = schedule, penalty, penalty.density_for(gate.num_classes)
-        self.weight, self._layer = weight, layer
+        self.weight, self._layer = number(weight, "weight", 0), layer
         self._network: nn.Module = unwrap(model)
         self._parameters = [*self._network.parameters(), gate.weight]
         device = self._parameters[0].device
@@ -249,13 +239,10 @@ class LabelSensitiveTraining:
             OptionError: An option is out of range, or an optimiser or scheduler would not train the gate.
             EmptyLoaderError: The loader gave no batch.
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
-            raise OptionError(f"epochs must be an integer of at least 1, got {epochs!r}")
+        epochs = integer(epochs, "epochs", 1)
         rates = lr if isinstance(lr, tuple | list) and len(lr) == 2 else (lr, lr)
-        for name, value in (("lr", rates[0]), ("lr", rates[1]), ("max_norm", max_norm)):
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-            if not fits and (value is not None or name == "lr"):
-                raise OptionError(f"{name} must be a finite number above 0, got {value!r}")
+        rates = (number(rates[0], "lr", 0, open_ends=True), number(rates[1], "lr", 0, open_ends=True))
+        max_norm = None if max_norm is None else number(max_norm, "max_norm", 0, open_ends=True)
         options = {**asdict(self.schedule), **asdict(self.penalty), "density": self.density, "weight": self.weight}
         if optimizer is None:
             if scheduler is not None:
@@ -263,9 +250,9 @@ class LabelSensitiveTraining:
                     "a scheduler steps the optimiser that it was made for, and none was given; pass optimizer= as well"
                 )
             # the cosine falls over so many epochs
-            options |= {"epochs": int(epochs), "lr": tuple(map(float, rates))}
+            options |= {"epochs": epochs, "lr": rates}
             optimizers = [self._paper_optimizer(*rates)]
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], int(epochs))
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], epochs)
         else:
             optimizers = _as_list(optimizer, Optimizer, "optimizer")
         schedules = [] if scheduler is None else _as_list(scheduler, torch.optim.lr_scheduler.LRScheduler, "scheduler")
@@ -278,7 +265,7 @@ class LabelSensitiveTraining:
             checkpoint=Checkpoint.of(checkpoint), options=options, group=self._group,
         )  # fmt: skip
         training.resume(loader)
-        training.run(loader, int(epochs), show_progress)
+        training.run(loader, epochs, show_progress)
         return training.history
 
     def _paper_optimizer(self, lr: float, gate_lr: float) -> Optimizer:
@@ -392,12 +379,10 @@ class _Before:
             value.copy_(before)
 
 
-def _cross_entropy(logits: Any, labels: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.flatten(1).shape[1] != logits.shape[1]:
-        raise HeadError(
-            f"expected a model that returns logits (N, C) in train mode, got {type(logits).__name__}; switch auxiliary "
-            "outputs off, or wrap the model"
-        )
+def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    logits = logits_of(output)
+    if logits.dim() < 2 or logits.flatten(1).shape[1] != logits.shape[1]:
+        raise HeadError(f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model")
     return F.cross_entropy(logits.flatten(1).float(), labels)
 
 
@@ -410,7 +395,7 @@ class _GatedTask(Task):
         self._training, self._gate = training, training.gate
         self._trained, self._max_norm = trained, max_norm
 
-    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
+    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The loss of this epoch."""
         return self._training.loss(inputs, labels, epoch)
 

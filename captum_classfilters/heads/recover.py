@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
-from captum_classfilters.core.stream import check_range
-from captum_classfilters.core.training import Checkpoint, Task, Training, refuse_iterators, to_model
+from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.stream import Placement, check_range, refuse_iterator, samples
+from captum_classfilters.core.training import Checkpoint, Task, Training
 
 
 def recover(
@@ -59,19 +61,17 @@ def recover(
     Raises:
         OptionError: ``epochs`` or ``lr`` is out of range, nothing can be trained, or the network has half precision.
         NonFiniteError: The loss is NaN or infinite; names epoch and step. The step is not taken.
-        EmptyLoaderError: A loader gave no batch.
+        HeadError: The model returns no logits, or other than ``(N, C)``.
+        EmptyLoaderError: A loader gave no sample, or can be read only once.
         FileFormatError: The checkpoint is broken, or of another network or version.
 
     Whatever ends the training early, KeyboardInterrupt included, carries the best network so far as
     ``error.partial_result``.
     """
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-        raise OptionError(f"epochs must be an integer of at least 1, got {epochs!r}")
-    if not isinstance(lr, int | float) or not lr > 0:
-        raise OptionError(f"lr must be above 0, got {lr!r}")
+    epochs, lr = integer(epochs, "epochs", 1), number(lr, "lr", 0, open_ends=True)
     if epochs > 1:
-        refuse_iterators(loader, "loader")
-    refuse_iterators(validation, "validation")
+        refuse_iterator(loader, "loader")
+    refuse_iterator(validation, "validation")
     original = unwrap(model)
     network = _trainable_copy(original, model)
     task = _Recovery(network, validation)
@@ -106,20 +106,19 @@ class _Recovery(Task):
         self._best: dict[str, Tensor] | None = None
         self._most_right, self._judged = -1, -1
 
-    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
+    def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The cross-entropy of the batch."""
         self._buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        logits = self._network(*inputs)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
+        logits = logits_of(self._network(*inputs))
+        if logits.dim() != 2:
             raise HeadError(
-                f"expected a model that returns logits (N, C) in train mode, got {type(logits).__name__}; switch "
-                "auxiliary outputs off, or wrap the model"
+                f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model"
             )
-        check_range(labels, logits.shape[1], index)
+        check_range(labels, logits.shape[1], place)
         loss = F.cross_entropy(logits.float(), labels)
         if not bool(torch.isfinite(loss.detach())):
             raise NonFiniteError(
-                f"the loss is {float(loss.detach())} in epoch {epoch + 1}, step {index + 1}; this step was not taken: "
+                f"the loss is {float(loss.detach())} in epoch {epoch + 1}, step {place + 1}; this step was not taken: "
                 "lower lr, or look at that batch"
             )
         return loss
@@ -146,21 +145,18 @@ class _Recovery(Task):
         if self._validation is None or self._judged >= epoch:
             return False
         modes = [module.training for module in self._network.modules()]
-        first = next(self._network.parameters())
         self._network.eval()
-        right, empty = 0, True
+        right = 0
         try:
-            for index, raw in enumerate(self._validation):
-                inputs, labels = to_model(raw, index, first.device, first.dtype)
-                right += int((self._network(*inputs).argmax(1) == labels).sum())
-                empty = False
+            with samples(self._validation, placement=Placement.of(self._network)) as stream:
+                for batch in stream:
+                    labels: Tensor = batch.labels  # type: ignore[assignment]
+                    right += int((logits_of(self._network(*batch.inputs)).argmax(1) == labels).sum())
+        except EmptyLoaderError as error:
+            raise EmptyLoaderError(f"validation: {error}") from error
         finally:
             for module, mode in zip(self._network.modules(), modes, strict=True):
                 module.training = mode
-        if empty:
-            raise EmptyLoaderError(
-                "the validation loader gave no batch; expected at least one: pass the DataLoader itself"
-            )
         if right > self._most_right:
             self._most_right = right
             self._best = {name: value.clone() for name, value in self._network.state_dict().items()}

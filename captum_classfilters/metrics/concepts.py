@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
-from captum_classfilters.core.training import refuse_iterators
+from captum_classfilters.core.stream import refuse_iterator
 from captum_classfilters.metrics.accuracy import check_draws
 from captum_classfilters.metrics.fields import (
     CELLS,
@@ -166,7 +166,7 @@ class Tally(NamedTuple):
 
 def surveyed(loader: Iterable[Any], draws: int) -> Survey:
     """Count images and concepts, and refuse what is not as expected."""
-    refuse_iterators(loader, "the loader")
+    refuse_iterator(loader, "the loader")
     check_draws(draws)
     samples, size, counts = 0, None, Counter[str]()
     for index, raw in enumerate(passed(loader, False, "")):

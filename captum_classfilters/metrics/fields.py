@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import unpack, value_to_model
-from captum_classfilters.core.training import refuse_iterators
+from captum_classfilters.core.stream import refuse_iterator, unpack, value_to_model
 from captum_classfilters.decoupling import PathDecoupler
 
 # Numbers of enlarged maps that are held at once
@@ -122,7 +121,7 @@ def activation_thresholds(
     """
     if not 0 < quantile < 1:
         raise OptionError(f"quantile is a share of responses in (0, 1), got {quantile!r}")
-    refuse_iterators(loader, "the loader")
+    refuse_iterator(loader, "the loader")
     total = sum(len(images) for images in _images(loader))
     if not total:
         raise EmptyLoaderError("the loader gave no image; expected at least one batch")

@@ -1,4 +1,4 @@
-"""Random states that are kept and put back, batches that come to the model, loaders that can be read once."""
+"""Random states that are kept and put back."""
 
 import random
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, ShapeError
-from captum_classfilters.core.training import get_random, refuse_iterators, samplers, set_random, to_model
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.training import get_random, samplers, set_random
 
 CPU = torch.device("cpu")
 DATA = list(range(12))
@@ -94,56 +94,3 @@ def test_samplers_are_those_of_a_loader_each_once():
     nested = of_the_batch_sampler()
     assert samplers(nested)[-1] is nested.batch_sampler.sampler
     assert samplers([1, 2]) == []
-
-
-# -- batches -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_comes_to_the_model_s_device_and_dtype(device, assert_close):
-    with device.mode:
-        inputs = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
-        tokens = torch.tensor([[1, 2], [3, 4]])
-        raw = ((inputs, tokens, "as it is"), torch.tensor([1, 0], dtype=torch.int32))
-        (first, second, third), labels = to_model(raw, 0, torch.device(device.name), torch.bfloat16)
-        assert_close(first, inputs.to(device.name, torch.bfloat16))
-        assert_close(second, tokens.to(device.name))
-        assert third == "as it is"
-        assert_close(labels, torch.tensor([1, 0], device=device.name))
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [(torch.ones(2, 3), [1, 0]), [torch.ones(2, 3), torch.tensor([1, 0]), "more"],
-     {"image": torch.ones(2, 3), "target": torch.tensor([1, 0])}],
-    ids=["tuple", "list", "dict"],
-)  # fmt: skip
-def test_forms_of_batches(raw):
-    inputs, labels = to_model(raw, 0, CPU, torch.float32)
-    assert torch.equal(inputs[0], torch.ones(2, 3))
-    assert len(inputs) == 1
-    assert labels.tolist() == [1, 0]
-    assert labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    ("raw", "error", "message"),
-    [
-        (torch.ones(2, 3), LabelError, "batch 7 has no labels"),
-        ((torch.ones(2, 3), torch.tensor([1])), LabelError, r"must have shape \(2,\), got \(1,\) in batch 7"),
-        ((torch.ones(2, 3), torch.ones(2)), LabelError, "must be integers, got torch.float32 in batch 7"),
-        ({"pictures": torch.ones(2, 3)}, ShapeError, "batch 7 is a mapping with keys"),
-        (3, ShapeError, "batch 7 is int; expected"),
-    ],
-    ids=str,
-)
-def test_bad_batches_are_refused_with_their_number(raw, error, message):
-    with pytest.raises(error, match=message):
-        to_model(raw, 7, CPU, torch.float32)
-
-
-def test_what_can_be_read_once_is_refused():
-    for loader in (iter([1]), (batch for batch in [1]), iter(DataLoader(DATA)), zip([1], [2], strict=True)):
-        with pytest.raises(EmptyLoaderError, match=f"train is an iterator, {type(loader).__name__}, which can be read"):
-            refuse_iterators(loader, "train")
-    for loader in ([1], (1,), DataLoader(DATA), range(3)):
-        refuse_iterators(loader, "train")

@@ -222,15 +222,18 @@ def test_the_search_stays_on_the_model_s_device(device, assert_close, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (lambda: {"steps": 0}, "steps must be an integer of at least 1, got 0"),
-        (lambda: {"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
-        (lambda: {"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
+        (lambda: {"steps": 0}, "steps must be an integer of at least 1; got 0"),
+        (lambda: {"steps": 1.5}, "steps must be an integer of at least 1; got 1.5"),
+        (lambda: {"lr": -1.0}, "lr must be a finite number of at least 0; got -1.0"),
         (
             lambda: {"penalty": GatePenalty(sparsity=math.nan)},
             "sparsity must be a finite number of at least 0",
         ),
         (lambda: {"penalty": GatePenalty(kind="l2")}, r"kind must be one of \['abs', 'hinge'\], got 'l2'"),
-        (lambda: {"penalty": GatePenalty(density=0.2)}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\].*got 0.2"),
+        (
+            lambda: {"penalty": GatePenalty(density=0.2)},
+            r"density must be a number in \[0.25, 1\], .*got 0.2",
+        ),
     ],
     ids=str,
 )

@@ -228,13 +228,13 @@ def test_a_loader_of_another_make_is_refused(model, gate, batches, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-        ({"epochs": 1.0}, "epochs must be an integer of at least 1, got 1.0"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1; got 0"),
+        ({"epochs": 1.0}, "epochs must be an integer of at least 1; got 1.0"),
         ({"epochs": True}, "got True"),
-        ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0"),
-        ({"lr": (0.1, math.nan)}, "lr must be a finite number above 0, got nan"),
-        ({"max_norm": -1}, "max_norm must be a finite number above 0, got -1"),
-        ({"lr": "0.1"}, "lr must be a finite number above 0, got '0.1'"),
+        ({"lr": 0.0}, "lr must be a finite number above 0; got 0.0"),
+        ({"lr": (0.1, math.nan)}, "lr must be a finite number above 0; got nan"),
+        ({"max_norm": -1}, "max_norm must be a finite number above 0; got -1"),
+        ({"lr": "0.1"}, "lr must be a finite number above 0; got '0.1'"),
         ({"optimizer": "sgd"}, "optimizer must be of type Optimizer, or a list of several, got str"),
     ],
     ids=str,
@@ -283,7 +283,7 @@ def test_what_can_be_read_once_is_refused_for_more_than_one_epoch(model, gate, b
 
 
 def test_a_loader_without_a_batch_is_refused(model, gate, tmp_path):
-    with pytest.raises(EmptyLoaderError, match="the loader gave no batch in epoch 1 of 1; expected at least one"):
+    with pytest.raises(EmptyLoaderError, match="the loader gave no sample; expected at least one batch"):
         LabelSensitiveTraining(model, gate).fit([], 1, checkpoint=tmp_path / "checkpoint.pt")
     assert list(tmp_path.iterdir()) == []
 

@@ -63,13 +63,19 @@ def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (lambda: {"schedule": GateSchedule(period=0)}, "period must be an integer of at least 1, got 0"),
-        (lambda: {"schedule": GateSchedule(phase=3)}, r"phase must lie in \[0, 3\), got 3"),
-        (lambda: {"schedule": GateSchedule(phase=-1)}, "phase must be an integer of at least 0, got -1"),
+        (lambda: {"schedule": GateSchedule(period=0)}, "period must be an integer of at least 1; got 0"),
+        (lambda: {"schedule": GateSchedule(phase=3)}, r"phase must be an integer in \[0, 2\], below the period; got 3"),
+        (
+            lambda: {"schedule": GateSchedule(phase=-1)},
+            r"phase must be an integer in \[0, 2\], .*; got -1",
+        ),
         (lambda: {"schedule": GateSchedule(warmup=-1)}, "warmup must be an integer of at least 0"),
         (lambda: {"schedule": GateSchedule(scheme="both")}, r"scheme must be one of \['alternating', 'joint'\]"),
         (lambda: {"weight": math.nan}, "weight must be a finite number"),
-        (lambda: {"penalty": GatePenalty(density=0.24)}, r"density must lie in \[1 / C, 1\] = \[0.25, 1\]"),
+        (
+            lambda: {"penalty": GatePenalty(density=0.24)},
+            r"density must be a number in \[0.25, 1\], for every channel",
+        ),
         (lambda: {"penalty": GatePenalty(sparsity=-1.0)}, "sparsity must be a finite number of at least 0"),
         (lambda: {"penalty": GatePenalty(kind="l2")}, r"kind must be one of \['abs', 'hinge'\]"),
     ],
@@ -123,7 +129,7 @@ def test_wrappers_are_seen_through_compilation(model, gate, tmp_path):
 
 
 def test_epochs_are_counted_from_0(model, gate, images):
-    with pytest.raises(OptionError, match=r"epoch must be an integer of at least 0, got 1.0"):
+    with pytest.raises(OptionError, match=r"epoch must be an integer of at least 0; got 1.0"):
         LabelSensitiveTraining(model, gate).loss(images(), LABELS, 1.0)
 
 
@@ -134,9 +140,17 @@ class Auxiliary(nn.Module):
 
     def forward(self, features):
         logits = self.fc(features)
-        return (logits, logits) if self.training else logits
+        return (logits, -logits) if self.training else logits
 
 
-def test_auxiliary_outputs_are_refused(gate):
-    with pytest.raises(HeadError, match=r"logits \(N, C\) in train mode, got tuple; switch auxiliary outputs off"):
-        LabelSensitiveTraining(Auxiliary(), gate).loss(torch.ones(6, 6), LABELS, 1)
+def test_of_auxiliary_outputs_the_first_is_trained(gate):
+    model = Auxiliary()
+    expected = LabelSensitiveTraining(nn.Sequential(model.fc), gate).loss(torch.ones(6, 6), LABELS, 1)
+    assert torch.equal(LabelSensitiveTraining(model, gate).loss(torch.ones(6, 6), LABELS, 1), expected)
+
+
+def test_a_model_without_logits_is_refused(gate):
+    model = Auxiliary()
+    model.forward = lambda features: {"scores": model.fc(features)} if model.training else model.fc(features)
+    with pytest.raises(HeadError, match=r"expected a model that returns logits"):
+        LabelSensitiveTraining(model, gate).loss(torch.ones(6, 6), LABELS, 1)

@@ -91,17 +91,33 @@ def test_a_validation_iterator_is_refused_before_any_training(small_cnn):
         recover(small_cnn(), batches(), validation=iter(still()))
 
 
-def test_auxiliary_outputs_are_refused_in_words(small_cnn):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = small_cnn()
+class TwoOutputs(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, x):
-            return self.inner(x), self.inner(x)
+    def forward(self, x):
+        logits = self.inner(x)
+        return (logits, -logits) if self.training else logits
 
-    with pytest.raises(HeadError, match=r"returns logits \(N, C\) in train mode, got tuple; switch auxiliary"):
-        recover(Two(), batches())
+
+def test_of_auxiliary_outputs_the_first_is_trained(small_cnn):
+    trained = recover(TwoOutputs(small_cnn()), batches(), validation=still())
+    assert_same(trained.inner, recover(small_cnn(), batches(), validation=still()))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda logits: {"scores": logits}, "returns logits: a tensor .*got dict with the keys"),
+        (lambda logits: logits[..., None], r"returns logits \(N, C\), got shape \(8, 4, 1\); wrap the model"),
+    ],
+)
+def test_a_model_without_logits_is_refused(output, message, small_cnn):
+    model = small_cnn()
+    model.fc.register_forward_hook(lambda module, args, logits: output(logits))
+    with pytest.raises(HeadError, match=message):
+        recover(model, batches())
 
 
 def test_frozen_parameters_stay(small_cnn):
@@ -211,12 +227,12 @@ def test_a_loss_that_is_no_number_ends_before_the_step(small_cnn, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-        ({"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1; got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 1; got 1.5"),
         ({"epochs": True}, "got True"),
-        ({"lr": 0}, "lr must be above 0, got 0"),
-        ({"lr": -1e-4}, "lr must be above 0, got -0.0001"),
-        ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"lr": -1e-4}, "lr must be a finite number above 0; got -0.0001"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0; got nan"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message, small_cnn):
@@ -226,7 +242,7 @@ def test_options_out_of_range_are_refused(options, message, small_cnn):
 
 def test_a_checkpoint_is_written_after_a_positive_number_of_steps():
     for every in (0, 1.5, True):
-        with pytest.raises(OptionError, match=f"every must be an integer of at least 1, got {every}"):
+        with pytest.raises(OptionError, match=f"every must be an integer of at least 1; got {every}"):
             Checkpoint("state.pt", every)
 
 
@@ -242,7 +258,7 @@ def test_networks_that_cannot_be_trained_are_refused(small_cnn):
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        ([], EmptyLoaderError, "gave no batch in epoch 1 of 2"),
+        ([], EmptyLoaderError, "the loader gave no sample"),
         (iter(still()), EmptyLoaderError, r"loader is an iterator, list_iterator, which can be read only once"),
         ([(still()[0][0], torch.full((8,), 4))], LabelError, r"labels must lie in \[0, 4\), got 4 in batch 0"),
         ([still()[0][0]], LabelError, "batch 0 has no labels"),
@@ -258,7 +274,7 @@ def test_loaders_that_cannot_be_trained_on_are_refused(loader, error, message, s
 
 
 def test_an_empty_validation_is_refused(small_cnn):
-    with pytest.raises(EmptyLoaderError, match="the validation loader gave no batch"):
+    with pytest.raises(EmptyLoaderError, match="validation: the loader gave no sample"):
         recover(small_cnn(), batches(), validation=[])
 
 
