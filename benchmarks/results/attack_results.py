@@ -12,10 +12,13 @@ from itertools import islice
 
 import pandas as pd
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.report import interval, markdown, stamp
 from captum_classfilters import metrics
-from captum_classfilters.assets import METHODS, load_demo_network, load_images
+from captum_classfilters.assets import load_images
 from captum_classfilters.attacks import LocalSearch, OnePixel
+
+TRAININGS = {"std": (0, 1, 2), "lsg": (0, 1, 2), "fixed-gate": (0,)}
 
 
 def main() -> None:
@@ -24,9 +27,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10, help="of one pixel; ART's population is 399")
     parser.add_argument("--rounds", type=int, default=30, help="of local search")
     parser.add_argument("--candidates", type=int, default=78, help="pixels that local search tries first: a tenth")
+    add_networks_argument(parser)
     options = parser.parse_args()
     print(stamp("results.attack_results", "cpu"))
-    models = {f"{method} {seed}": load_demo_network(seed, method)[0] for method in METHODS for seed in METHODS[method]}
+    networks = Networks(options.networks)
+    models = {f"{method} {seed}": networks.plain(seed, method) for method, seeds in TRAININGS.items() for seed in seeds}
     attacks = {
         "one pixel": lambda model: OnePixel(model, max_iter=options.iterations),
         "local search": lambda model: LocalSearch(model, rounds=options.rounds, candidates=options.candidates),

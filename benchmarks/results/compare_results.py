@@ -1,6 +1,9 @@
-"""Which method finds the filters that matter, at what cost? `python -m benchmarks.results.compare_results > tables.md`.
+"""Which method finds the filters that matter, and at what cost?
 
-`compare` on the networks that ship: plain, trained with a gate, decoupled, and (``--kanji FILE``) of 1,000 classes.
+    python -m benchmarks.results.compare_results > tables.md
+
+`compare` on networks that are plain, trained with a gate, decoupled, and (``--kanji FILE``) of 1,000 classes.
+``--networks`` has those that do not ship.
 Filters from the first 5,000 training images (kanji: ten of each class), judged by all test images. Prints Markdown.
 """
 
@@ -14,10 +17,10 @@ import pandas as pd
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from torch import nn
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Data, Loader, Split, calibration, first, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
 from captum_classfilters import LabelSensitiveGate, PathDecoupler, compare
-from captum_classfilters.assets import gate_file, load_demo_network, load_kanji_network, paths_file
 
 KS = [1, 3, 5, 10]
 IMAGES, STEPS = 5_000, 5
@@ -28,29 +31,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kanji", type=Path, help="data.safetensors that recipes/kanji.py drew")
     parser.add_argument("--only", nargs="*", help="only the networks whose names begin so")
+    add_networks_argument(parser)
     options = parser.parse_args()
+    networks = Networks(options.networks)
     print(stamp("results.compare_results", "cpu"), flush=True)
     fashion = load("fashion_mnist")
     some = first(fashion.train, IMAGES)
     cases: dict[str, Any] = {}
     for seed in range(3):
-        cases[f"plain ResNet-20, s{seed}"] = lambda seed=seed: (load_demo_network(seed)[0], some, fashion, None)
+        cases[f"plain ResNet-20, s{seed}"] = lambda seed=seed: (networks.plain(seed), some, fashion, None)
         cases[f"trained with a gate (LSG), s{seed}"] = lambda seed=seed: (
-            load_demo_network(seed, "lsg")[0],
+            networks.plain(seed, "lsg"),
             some,
             fashion,
-            LabelSensitiveGate.load(gate_file(seed, "lsg")),
+            networks.gate(seed, "lsg"),
         )
-    cases["decoupled ResNet-20, s0"] = lambda: (
-        PathDecoupler(load_demo_network(0, "decoupled")[0]).load(paths_file()).eval(),
-        some,
-        fashion,
-        None,
-    )
+    cases["decoupled ResNet-20, s0"] = lambda: (networks.decoupled(), some, fashion, None)
     if options.kanji:
         drawn = load_kanji(options.kanji)
         # degraded as the test images are
-        cases["1,000 kanji, ResNet-14"] = lambda: (load_kanji_network()[0], calibration(drawn, MANY, 0), drawn, None)
+        cases["1,000 kanji, ResNet-14"] = lambda: (networks.kanji(), calibration(drawn, MANY, 0), drawn, None)
     for name, make in cases.items():
         if not options.only or any(name.startswith(start) for start in options.only):
             started = time.time()

@@ -3,13 +3,15 @@
     python -m benchmarks.results.detection_pairs FOLDER
 
 Three disjoint sets of images: those to learn from (of the training set), those for calibration (the first half of the
-test set) and those to judge by (its second half). Finished files are not made again.
+test set) and those to judge by (its second half). Finished files are not made again. The attack
+that is transferred needs a second network: ``--networks``.
 """
 
 import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,10 @@ import torch
 from captum.robust import FGSM, PGD
 from torch import Tensor, nn
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, Split, load
 from benchmarks.lib.report import stamp
 from captum_classfilters import PathDecoupler
-from captum_classfilters.assets import load_demo_network, paths_file
 from captum_classfilters.attacks import Attack, FoolboxAttack, LocalSearch, OnePixel
 from captum_classfilters.detection import PathPairs, adversarial_paths
 
@@ -38,14 +40,14 @@ class Job(NamedTuple):
     test: tuple[int, int]
 
 
-def jobs() -> list[Job]:
+def jobs(networks: Networks) -> list[Job]:
     found = []
     for epsilon in EPSILONS:
         # 6,000 pairs for the sizes of table 4
         wanted = 6000 if epsilon == 2 else 1000
         found.append(Job(f"pgd {epsilon}", pgd, epsilon / 255, (wanted, 40_000), (1000, 5000)))
         found.append(Job(f"fgsm {epsilon}", fgsm, epsilon / 255, (1000, 20_000), (1000, 5000)))
-    found.append(Job("transfer 2", transferred, 2 / 255, (0, 0), (1000, 5000)))
+    found.append(Job("transfer 2", partial(transferred, networks), 2 / 255, (0, 0), (1000, 5000)))
     found.append(Job("cw", carlini, None, (500, 700), (500, 700)))
     found.append(Job("local search", local_search, None, (0, 0), (100, 120)))
     found.append(Job("one pixel", one_pixel, None, (0, 0), (100, 100)))
@@ -63,9 +65,9 @@ def fgsm(model: nn.Module) -> FGSM:
     return FGSM(model, LOSS, 0.0, 1.0)
 
 
-def transferred(_: nn.Module) -> PGD:
+def transferred(networks: Networks, _: nn.Module) -> PGD:
     """Made on another seed's network."""
-    return pgd(network(1))
+    return pgd(networks.decoupled(1))
 
 
 def carlini(model: nn.Module) -> FoolboxAttack:
@@ -83,8 +85,8 @@ def one_pixel(model: nn.Module) -> OnePixel:
     return OnePixel(model, max_iter=10)
 
 
-def network(seed: int = 0) -> PathDecoupler:
-    return PathDecoupler(load_demo_network(seed, "decoupled")[0]).load(paths_file(seed)).eval()
+def network() -> PathDecoupler:
+    return Networks().decoupled()
 
 
 def images() -> dict[str, Split]:
@@ -119,12 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", help="of these attacks")
+    add_networks_argument(parser)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")  # of Foolbox and ART
     print(stamp("results.detection_pairs", "cpu"))
     decoupler, data = network(), images()
-    for job in jobs():
+    for job in jobs(Networks(options.networks)):
         if not options.only or job.name in options.only:
             for split in ("train", "test"):
                 make(job, split, decoupler, data[split], options.folder)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.results.gate_results --parts table gates > tables.md
 
-STD: the three plain networks that ship; LSG: the three trained with a gate; fixed: the one with a gate set by hand.
+STD: three plain networks; LSG: three trained with a gate, of which two are in ``--networks``; fixed: one with a gate
+that was set by hand.
 ``--network NAME=FOLDER`` adds others that a recipe trained. Judged by test images; filters and clusters come from
 training images. Prints Markdown: means over seeds, with the lowest and highest end of the seeds' 95 % intervals where a
 figure has one, else with the seeds' range.
@@ -20,6 +21,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, Split, calibration, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
 from captum_classfilters import (
@@ -30,7 +32,7 @@ from captum_classfilters import (
     filter_ambiguity,
     metrics,
 )
-from captum_classfilters.assets import METHODS, gate_file, load_demo_network, load_kanji_network, load_network
+from captum_classfilters.assets import load_network
 
 KS = [1, 3, 5]
 PARTS = ["table", "gates", "leakage", "heads", "masking"]
@@ -58,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--kanji", type=Path, help="data.safetensors of tutorials/recipes/kanji.py: its task instead")
     parser.add_argument("--only", action="store_true", help="only those of --network")
+    add_networks_argument(parser)
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     options = parser.parse_args()
     print(stamp("results.gate_results", "cpu"))
@@ -65,9 +68,7 @@ def main() -> None:
     seen = calibration(data, CALIBRATION, seed=0) if options.kanji else data.train
     train, test = (Loader(Split(*(part[: options.limit] for part in split))) for split in (seen, data.test))
     some = Loader(Split(*(part[:CALIBRATED] for part in seen)))
-    networks = (
-        [] if options.only else [Network("STD", 0, load_kanji_network()[0], None)] if options.kanji else shipped()
-    )
+    networks = [] if options.only else published(Networks(options.networks), of_kanji=options.kanji is not None)
     networks += [trained(*given.split("=", 1)) for given in options.network]
     parts: dict[str, Callable[[], None]] = {
         "table": lambda: table(networks, test),
@@ -82,14 +83,15 @@ def main() -> None:
         print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
 
 
-def shipped() -> list[Network]:
-    kinds = {"std": "STD", "lsg": "LSG", "fixed-gate": "fixed"}
-    found = []
-    for method, seeds in METHODS.items():
-        for seed in seeds:
-            gate = None if method == "std" else LabelSensitiveGate.load(gate_file(seed, method))
-            found.append(Network(kinds[method], seed, load_demo_network(seed, method)[0], gate))
-    return found
+def published(networks: Networks, of_kanji: bool = False) -> list[Network]:
+    """The networks of the published tables."""
+    if of_kanji:
+        return [Network("STD", 0, networks.kanji(), None)]
+    return [
+        Network(kind, seed, networks.plain(seed, method), None if method == "std" else networks.gate(seed, method))
+        for kind, method, seeds in (("STD", "std", (0, 1, 2)), ("LSG", "lsg", (0, 1, 2)), ("fixed", "fixed-gate", (0,)))
+        for seed in seeds
+    ]
 
 
 def trained(kind: str, folder: str) -> Network:

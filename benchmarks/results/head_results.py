@@ -17,12 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, Split, augment, calibration, degrade, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
 from benchmarks.results.selector_results import NAMED
 from benchmarks.speed.head_speed import faster, random_head
 from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, decompose, metrics, recover
-from captum_classfilters.assets import SEEDS, load_demo_network, load_kanji_network
+from captum_classfilters.assets import SEEDS
 from captum_classfilters.metrics.intervals import wilson
 
 KS = [1, 2, 3, 5, 10, 20]
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add_networks_argument(parser)
     options = parser.parse_args()
     if options.kanji is None and any("kanji" in part for part in options.parts):
         parser.error("the kanji parts need --kanji data.safetensors, which tutorials/recipes/kanji.py draws")
@@ -89,13 +91,13 @@ def fashion(options: argparse.Namespace, device: str) -> Iterator[Task]:
     data = load("fashion_mnist")
     train, test = (Split(*(part[: options.limit] for part in split)) for split in (data.train, data.test))
     for seed in options.seeds:
-        model = load_demo_network(seed)[0].to(device).to(memory_format=torch.channels_last)
+        model = Networks(options.networks).plain(seed).to(device).to(memory_format=torch.channels_last)
         yield Task(seed, model, train, Shuffled(train, augment), test, data.class_names)
 
 
 def kanji(options: argparse.Namespace, device: str) -> Iterator[Task]:
     data = load_kanji(options.kanji)
-    model = load_kanji_network()[0].to(device).to(memory_format=torch.channels_last)
+    model = Networks(options.networks).kanji().to(device).to(memory_format=torch.channels_last)
     # degraded as the test images are, but of training foundries
     chosen_from = calibration(data, min(CALIBRATION, options.limit or CALIBRATION), seed=0)
     train, test = (Split(*(part[: options.limit] for part in split)) for split in (data.train, data.test))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.results.path_results --parts table states > tables.md
 
-Takes the decoupled networks that ship, and with ``--network NAME=FOLDER`` others that a recipe trained; before: the
-network that each began as. ``--static NAME=FOLDER``: pruned for good and trained on, by the recipe's ``--method l1``.
-Judged by test images. Prints Markdown.
+Takes four decoupled networks, of which ``--networks`` has those that do not ship. ``--network NAME=FOLDER`` adds others
+that a recipe trained, ``--static NAME=FOLDER`` networks that were pruned for good and trained on, by the recipe's
+``--method l1``. "Before" is the network that each began as. Judged by test images. Prints Markdown.
 """
 
 import argparse
@@ -20,15 +20,20 @@ import torch
 from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, Split, load
 from benchmarks.lib.report import markdown, stamp
 from captum_classfilters import PathDecoupler, metrics
-from captum_classfilters.assets import SHIPPED, load_demo_network, load_network, paths_file
+from captum_classfilters.assets import load_network
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.decoupling import Paths
 from captum_classfilters.metrics.intervals import wilson
 
 PARTS = ["table", "controls", "states", "information", "embedding", "scores"]
+PUBLISHED = (
+    ("resnet20", "decoupled", 0), ("resnet20", "decoupled-r0", 0),
+    ("vgg", "decoupled", 0), ("inception", "decoupled", 0),
+)  # fmt: skip
 EMBEDDED = 2_000  # test images: t-SNE takes long
 SCORED = 1_000
 
@@ -46,12 +51,13 @@ def main() -> None:
     parser.add_argument("--network", nargs="*", default=[], metavar="NAME=FOLDER[=START]", help="decoupled by a recipe")
     parser.add_argument("--static", nargs="*", default=[], metavar="NAME=FOLDER", help="pruned by a recipe")
     parser.add_argument("--only", action="store_true", help="only those of --network and --static")
+    add_networks_argument(parser)
     parser.add_argument("--limit", type=int, default=None, help="only so many images (for a trial)")
     options = parser.parse_args()
     print(stamp("results.path_results", "cpu"))
     data = load("fashion_mnist")
     test = Split(*(part[: options.limit] for part in data.test))
-    networks = [] if options.only else shipped()
+    networks = [] if options.only else published(Networks(options.networks))
     networks += [decoupled(*given.split("=")) for given in options.network]
     static = [pruned(*given.split("=")) for given in options.static]
     paths = {network.name: network.decoupler.paths(Loader(test)) for network in networks}
@@ -69,15 +75,16 @@ def main() -> None:
         print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
 
 
-def shipped() -> list[Network]:
-    found = []
-    for (name, method), seeds in SHIPPED.items():
-        for seed in seeds if method.startswith("decoupled") else ():
-            start = load_demo_network(seed)[0] if name == "resnet20" else None
-            decoupler = PathDecoupler(load_demo_network(seed, method, name)[0]).load(paths_file(seed, method, name))
-            rate = "R = 0" if method.endswith("r0") else "R = .5"
-            found.append(Network(f"{name} {rate} s{seed}", decoupler, start))
-    return found
+def published(networks: Networks) -> list[Network]:
+    """The decoupled networks of the published tables."""
+    return [
+        Network(
+            f"{name} {'R = 0' if method.endswith('r0') else 'R = .5'} s{seed}",
+            networks.decoupled(seed, method, name),
+            networks.plain(seed) if name == "resnet20" else None,
+        )
+        for name, method, seed in PUBLISHED
+    ]
 
 
 def decoupled(name: str, folder: str, start: str = "") -> Network:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.results.split_results --parts evidence > tables.md
 
-Heads: the networks that ship, the ImageNet EfficientNet-Lite0 of a PyPI package, and two that were never trained.
+Heads: plain and gated networks and one of 1,000 classes (``--networks`` has those that do not ship), the ImageNet
+EfficientNet-Lite0 of a PyPI package, and two that were never trained.
 Judged by test images; ImageNet's, of which none are at hand, by crops of photographs and agreement with the whole head.
 Prints Markdown; pictures go to ``benchmarks/figures``.
 """
@@ -26,10 +27,10 @@ from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, calibration, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
 from captum_classfilters import ALDSplitter, ClassFilters, InfluentialFeatures, metrics
-from captum_classfilters.assets import load_demo_network, load_kanji_network
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.metrics.ald import CRITERIA
 
@@ -55,33 +56,35 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", help="of part terminal: only networks whose names begin so")
     parser.add_argument("--kanji", type=Path, required=True, help="data.safetensors that recipes/kanji.py drew")
+    add_networks_argument(parser)
     options = parser.parse_args()
+    networks = Networks(options.networks)
     print(stamp("results.split_results", "cpu"))
     for name in options.parts:
         started = time.time()
         parts: dict[str, Callable[[], None]] = {
-            "evidence": evidence,
+            "evidence": lambda: evidence(networks),
             "power": power,
-            "pruning": lambda: pruning(options.kanji),
-            "balance": balance,
-            "terminal": lambda: terminal(options.kanji, options.only or ""),
+            "pruning": lambda: pruning(networks, options.kanji),
+            "balance": lambda: balance(networks),
+            "terminal": lambda: terminal(networks, options.kanji, options.only or ""),
         }
         parts[name]()
         print(f"\n<!-- {name}: {time.time() - started:.0f} s -->", flush=True)
 
 
-def trained(kanji: Path | None) -> list[Case]:
+def trained(networks: Networks, kanji: Path | None) -> list[Case]:
     fashion = load("fashion_mnist")
     train, test = Loader(fashion.train), Loader(fashion.test)
-    cases = [Case(f"Fashion-MNIST, ResNet-20, s{seed}", load_demo_network(seed)[0], train, test) for seed in range(3)]
+    cases = [Case(f"Fashion-MNIST, ResNet-20, s{seed}", networks.plain(seed), train, test) for seed in range(3)]
     cases += [
-        Case(f"Fashion-MNIST, ResNet-20 with gate (LSG), s{seed}", load_demo_network(seed, "lsg")[0], train, test)
+        Case(f"Fashion-MNIST, ResNet-20 with gate (LSG), s{seed}", networks.plain(seed, "lsg"), train, test)
         for seed in range(3)
     ]
     drawn = load_kanji(kanji) if kanji is not None else None
     # training images degraded as the test's are, or contributions would be those of another task
     loaders = (None, None) if drawn is None else (Loader(calibration(drawn, MANY, 0)), Loader(drawn.test))
-    cases.append(Case("1,000 kanji, ResNet-14", load_kanji_network()[0], *loaders))
+    cases.append(Case("1,000 kanji, ResNet-14", networks.kanji(), *loaders))
     return cases
 
 
@@ -114,11 +117,11 @@ def untrained() -> list[Case]:
     return [Case("never trained, ResNet-20 (10 x 64)", small), Case("never trained, ResNet-50 (1000 x 2048)", large)]
 
 
-def evidence() -> None:
+def evidence(networks: Networks) -> None:
     """Whose distribution are the weights of?"""
     print("\n## Do the weights follow an asymmetric Laplace distribution?\n")
     found = []
-    for case in [*trained(None), imagenet(), *untrained()]:
+    for case in [*trained(networks, None), imagenet(), *untrained()]:
         frame = metrics.ald_evidence(case.model, bootstrap=BOOTSTRAP)
         found.append(_summary(case.name, frame))
         print(f"<!-- {case.name}: {len(frame)} classes -->", file=sys.stderr, flush=True)
@@ -175,10 +178,10 @@ def _summary(name: str, frame: pd.DataFrame) -> pd.Series:
     return pd.Series(cells, name=name)
 
 
-def pruning(kanji: Path) -> None:
+def pruning(networks: Networks, kanji: Path) -> None:
     """Section VI: may weights be dropped that deviate from the distribution?"""
     print("\n## Pruning the final layer without retraining\n")
-    for case in [trained(kanji)[0], trained(kanji)[-1], imagenet()]:
+    for case in [trained(networks, kanji)[0], trained(networks, kanji)[-1], imagenet()]:
         frame = metrics.pruning_curve(case.model, case.test, SHARES, draws=5)  # type: ignore[arg-type]
         value = (
             ("accuracy", "low", "high")
@@ -190,11 +193,11 @@ def pruning(kanji: Path) -> None:
         markdown(table, f"{case.name}: {value[0]} by share pruned, {frame.samples[0]} images [95 % intervals]")
 
 
-def balance() -> None:
+def balance(networks: Networks) -> None:
     """What goes first by deviation? Small weights, but more of one side than of the other: classes shift."""
     print("\n## What the first quarter is\n")
     rows = {}
-    for case in (*trained(None)[::6], imagenet()):
+    for case in (*trained(networks, None)[::6], imagenet()):
         weights = ALDSplitter(case.model).splits(min_size=2).weights
         size, generator = weights.abs(), torch.Generator().manual_seed(0)
         smaller = size <= size.median(1, keepdim=True).values
@@ -217,10 +220,10 @@ def balance() -> None:
     markdown(pd.DataFrame(rows).T, "Of the quarter of each class's weights that goes first; means over classes")
 
 
-def terminal(kanji: Path, only: str) -> None:
+def terminal(networks: Networks, kanji: Path, only: str) -> None:
     """Do the terminal neurons matter more than as many others?"""
     print("\n## Do terminal neurons matter?\n")
-    for case in (case for case in trained(kanji) if case.name.startswith(only)):
+    for case in (case for case in trained(networks, kanji) if case.name.startswith(only)):
         splitter = ALDSplitter(case.model)
         tables = {
             f"terminal {sign}": splitter.class_filters(branch)

@@ -1,9 +1,12 @@
-"""Networks and images small enough to ship, and their loading. Real ones: ``NOTICE.md`` beside this file says whose.
+"""Networks and images that ship: small and real; ``NOTICE.md`` beside this file says whose they are.
 
-`networks.py` holds the architecture. The recipes in ``tutorials/recipes`` made the files.
+What ships is what the demo, the tutorials and the tests use. `networks.py` holds the architectures. The recipes in
+``tutorials/recipes`` made the files, and make others: ``make_networks.py`` trains any network that a published figure
+needs, and `load_network` reads it.
 """
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -15,30 +18,20 @@ from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.files import read, write
 
 _HERE = Path(__file__).parent
-# the kind was named when there was one architecture
+# The kind was named when there was one architecture.
 _NETWORK, _NETWORK_VERSION = "SmallResNet", 1
 _ARCHITECTURES = {kind.__name__: kind for kind in (SmallResNet, SmallAlexNet, SmallVGG, SmallInception)}
 Network: TypeAlias = SmallResNet | SmallAlexNet | SmallVGG | SmallInception
-_IMAGES, _IMAGES_VERSION = "ImageSample", 1
+_IMAGES, _IMAGES_VERSION = "ImageSample", 2
 SEEDS = (0, 1, 2)
-# Which trainings of which network and method ship
-SHIPPED = {
-    ("resnet20", "std"): SEEDS,
-    ("resnet20", "lsg"): SEEDS,
-    ("resnet20", "fixed-gate"): (0,),
-    ("resnet20", "decoupled"): (0, 1),
-    ("resnet20", "decoupled-r0"): (0,),
-    ("vgg", "decoupled"): (0,),
-    ("inception", "decoupled"): (0,),
-}
-# Those of ResNet-20 with nothing or a gate before the head
-METHODS = {method: SHIPPED["resnet20", method] for method in ("std", "lsg", "fixed-gate")}
+# Which trainings of ResNet-20 ship, by method.
+SHIPPED = {"std": SEEDS, "lsg": (0,), "fixed-gate": (0,), "decoupled": (0,)}
 
 
 class ImageSample(NamedTuple):
     """Images as bytes and their labels."""
 
-    images: Tensor  # (N, 1, H, W) uint8: 28x28 for Fashion-MNIST, 32x32 for kanji
+    images: Tensor  # (N, 1, 28, 28) uint8
     labels: Tensor  # (N,) int64
     class_names: tuple[str, ...]
 
@@ -50,22 +43,26 @@ class ImageSample(NamedTuple):
         ]
 
 
-def load_demo_network(seed: int = 0, method: str = "std", network: str = "resnet20") -> tuple[Network, dict[str, Any]]:
-    """A network trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
+def load_demo_network(seed: int = 0, method: str = "std") -> tuple[SmallResNet, dict[str, Any]]:
+    """A ResNet-20 trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
 
     Args:
-        seed: Which of the trainings: 0, 1 or 2 for ``"std"`` and ``"lsg"``, 0 for the others; see ``SHIPPED``.
-        method: ``"std"``, or ``"lsg"``: trained with a gate, which `gate_file` has; or ``"fixed-gate"``: with one that
-            was set by hand; ``"decoupled"``: with gates for each image, whose controllers `paths_file` has, and with
-            half of the channels to be open; ``"decoupled-r0"``: with as few as there may be.
-        network: ``"resnet20"``; or, decoupled only, ``"vgg"`` and ``"inception"``.
+        seed: Which of the trainings: 0, 1 or 2 for ``"std"``, 0 for the others; see ``SHIPPED``.
+        method: ``"std"``: trained as usual; ``"lsg"``: trained with a gate, which `gate_file` has; ``"fixed-gate"``:
+            trained with a gate that was set by hand; ``"decoupled"``: with gates for each image, whose controllers
+            `paths_file` has, and half of the channels open on average.
+
+    Raises:
+        OptionError: This training does not ship. The message has the command that makes it.
 
     Example:
         >>> model, meta = load_demo_network()
         >>> meta["test_accuracy"] > 0.93
         True
     """
-    return load_network(_HERE / f"{_run(seed, method, network, of_network=True)}.safetensors")
+    name = network_name(seed, method)
+    _check_shipped(seed, method, name)
+    return cast("tuple[SmallResNet, dict[str, Any]]", load_network(_HERE / f"{name}.safetensors"))
 
 
 def gate_file(seed: int = 0, method: str = "lsg") -> Path:
@@ -77,32 +74,42 @@ def gate_file(seed: int = 0, method: str = "lsg") -> Path:
     """
     if method not in ("lsg", "fixed-gate"):
         raise OptionError(f'networks of method "{method}" were trained without a gate; ask for "lsg" or "fixed-gate"')
-    return _HERE / f"gate_{_run(seed, method)}.safetensors"
+    name = network_name(seed, method)
+    _check_shipped(seed, method, name)
+    return _HERE / f"{name.replace('resnet20', 'gate')}.safetensors"
 
 
-def paths_file(seed: int = 0, method: str = "decoupled", network: str = "resnet20") -> Path:
-    """The controllers that a network of `load_demo_network` was trained with: ``PathDecoupler(model).load(file)``.
+def paths_file(seed: int = 0) -> Path:
+    """The controllers of the decoupled network of `load_demo_network`: ``PathDecoupler(model).load(file)``.
 
     Example:
         >>> paths_file().name
         'paths_resnet20_decoupled_s0.safetensors'
     """
-    if not method.startswith("decoupled"):
-        raise OptionError(f'networks of method "{method}" have no calculation paths; ask for "decoupled"')
-    return _HERE / f"paths_{_run(seed, method, network, of_network=True)}.safetensors"
+    name = network_name(seed, "decoupled")
+    _check_shipped(seed, "decoupled", name)
+    return _HERE / f"paths_{name}.safetensors"
 
 
-def _run(seed: int, method: str, network: str = "resnet20", of_network: bool = False) -> str:
-    """How a training is called in file names."""
-    if network not in (names := sorted({name for name, _ in SHIPPED})):
-        raise OptionError(f"network must be one of {names}, got {network!r}")
-    if method not in (methods := [way for name, way in SHIPPED if name == network]):
-        raise OptionError(f"method must be one of {methods}, got {method!r}")
-    seeds = SHIPPED[network, method]
-    if seed not in seeds:
-        raise OptionError(f"seed must be one of {list(seeds)}, got {seed!r}; these are the networks that ship")
-    run = f"s{seed}" if method == "std" else f"{method.replace('-', '_')}_s{seed}"
-    return f"{network}_{run}" if of_network else run
+def network_name(seed: int, method: str = "std", network: str = "resnet20") -> str:
+    """How a training is called in file names, here and by ``tutorials/recipes/make_networks.py``.
+
+    Example:
+        >>> network_name(1, "fixed-gate")
+        'resnet20_fixed_gate_s1'
+    """
+    return "_".join([network, *([] if method == "std" else [method.replace("-", "_")]), f"s{seed}"])
+
+
+def _check_shipped(seed: int, method: str, name: str) -> None:
+    if method not in SHIPPED:
+        raise OptionError(f"method must be one of {list(SHIPPED)}, got {method!r}")
+    if seed not in SHIPPED[method]:
+        raise OptionError(
+            f"seed must be one of {list(SHIPPED[method])} for method {method!r}, got {seed!r}; no other network ships. "
+            f"Train it by python tutorials/recipes/make_networks.py {name} --to networks, "
+            f'and read it by assets.load_network("networks/{name}.safetensors")'
+        )
 
 
 def load_images(split: str = "test") -> ImageSample:
@@ -116,49 +123,23 @@ def load_images(split: str = "test") -> ImageSample:
         >>> load_images("test").images.shape
         torch.Size([1000, 1, 28, 28])
     """
-    return _read_images("fashion_mnist_sample.safetensors", split)
-
-
-def load_kanji_network() -> tuple[SmallResNet, dict[str, Any]]:
-    """A ResNet-14 that reads 1,000 kanji in typefaces it never saw, K = 192: ``(model, meta)``; eval mode, on the CPU.
-
-    Example:
-        >>> model, meta = load_kanji_network()
-        >>> model.fc
-        Linear(in_features=192, out_features=1000, bias=True)
-    """
-    return cast("tuple[SmallResNet, dict[str, Any]]", load_network(_HERE / "kanji_resnet14.safetensors"))
-
-
-def load_kanji_images(split: str = "test") -> ImageSample:
-    """250 degraded images of printed kanji: five of each of 50 of the network's 1,000 classes.
-
-    Args:
-        split: ``"train"``: of typefaces that the network was trained on; ``"test"``: of foundries that it never saw.
-            Both hold the same classes.
-
-    Example:
-        >>> load_kanji_images("test").images.shape
-        torch.Size([250, 1, 32, 32])
-    """
-    return _read_images("kanji_sample.safetensors", split)
-
-
-def _read_images(name: str, split: str) -> ImageSample:
     if split not in ("train", "test"):
         raise OptionError(f'split must be "train" or "test", got {split!r}')
-    tensors, meta = read(_HERE / name, kind=_IMAGES, version=_IMAGES_VERSION)
-    return ImageSample(tensors[f"{split}_images"], tensors[f"{split}_labels"], tuple(meta["class_names"]))
+    tensors, meta = read(_HERE / "fashion_mnist_sample.safetensors", kind=_IMAGES, version=_IMAGES_VERSION)
+    pixels = zlib.decompress(tensors[f"{split}_images"].numpy().tobytes())
+    images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, *meta["image_shape"])
+    return ImageSample(images, tensors[f"{split}_labels"], tuple(meta["class_names"]))
 
 
 def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSample) -> None:
-    """Save what `load_images` and `load_kanji_images` read."""
-    tensors = {
-        f"{split}_{what}": getattr(sample, what)
-        for split, sample in (("train", train), ("test", test))
-        for what in ("images", "labels")
-    }
-    write(path, tensors, kind=_IMAGES, version=_IMAGES_VERSION, meta={"class_names": list(train.class_names)})
+    """Save what `load_images` reads; pixels are compressed without loss."""
+    tensors = {}
+    for split, sample in (("train", train), ("test", test)):
+        packed = zlib.compress(sample.images.contiguous().numpy().tobytes(), 9)
+        tensors[f"{split}_images"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        tensors[f"{split}_labels"] = sample.labels
+    meta = {"class_names": list(train.class_names), "image_shape": list(train.images.shape[1:])}
+    write(path, tensors, kind=_IMAGES, version=_IMAGES_VERSION, meta=meta)
 
 
 def save_network(model: Network, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
@@ -175,7 +156,7 @@ def save_network(model: Network, path: str | os.PathLike[str], meta: dict[str, A
 
 
 def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """Load what `save_network` saved: ``(model, meta)``, in eval mode, on the CPU."""
+    """Load what `save_network` and the recipes saved: ``(model, meta)``, in eval mode, on the CPU."""
     tensors, meta = read(path, kind=_NETWORK, version=_NETWORK_VERSION)
     config = dict(meta["config"])
     model = _ARCHITECTURES[config.pop("architecture", "SmallResNet")](**config)

