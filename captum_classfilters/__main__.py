@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             words = _words(error)
             if words is None:
-                raise  # a bug: its traceback is what helps
+                raise  # a bug: its traceback helps most
             return _ended(error, f"error: {words}", options.debug, 1)
     return 0
 
@@ -38,7 +38,7 @@ def _run(options: Any) -> None:
 
 
 def _words(error: Exception) -> str | None:
-    """What a user is told of an error that is theirs to mend; None of one that is ours."""
+    """What to print for an error that the user can mend; None for an error of this package."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

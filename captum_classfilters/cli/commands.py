@@ -9,8 +9,7 @@ from torch import nn
 
 from captum_classfilters.class_filters import ClassFilters, check_table
 from captum_classfilters.cli.prepare import Job, working
-from captum_classfilters.cli.report import as_json
-from captum_classfilters.cli.writing import top_csv, top_lines
+from captum_classfilters.cli.writing import as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import replacing
 from captum_classfilters.heads import DecomposedLinear, HeadMoments
@@ -19,7 +18,7 @@ from captum_classfilters.heads.decompose import Pointwise
 from captum_classfilters.influential import InfluentialFeatures
 
 _JUDGED_BY = (1, 2, 3, 5, 10, 20, 50)
-_LEGIBLE = 200  # classes: of more, what two share is less than a pixel
+_LEGIBLE = 200  # classes: with more, a pair of classes is less than a pixel of the picture
 
 
 def demo(options: Any) -> None:
@@ -60,18 +59,18 @@ def decompose(options: Any) -> None:
     refit = None if options.refit == "none" else options.refit
     if refit == "omp" and options.filters is not None:
         raise OptionError("--refit omp chooses the features itself; leave --filters out, or pass --refit least_squares")
-    given = None if options.filters is None else ClassFilters.load(options.filters)
-    made = ["filters.safetensors"] if given is None and refit != "omp" else []
+    saved = None if options.filters is None else ClassFilters.load(options.filters)
+    made = ["filters.safetensors"] if saved is None and refit != "omp" else []
     made += ["moments.safetensors"] if refit else []
     curve = ["accuracy.csv"] if options.judge else []
     if refit != "omp":
-        _check_judged(options, [given.method if given else options.selector])
+        _check_judged(options, [saved.method if saved else options.selector])
     with working(options, [*made, "small.safetensors", "decompose.json", *curve]) as job:
-        if given is not None:
-            check_table(given, job.head)
-            _check_names_of(given, job, options.filters)
+        if saved is not None:
+            check_table(saved, job.head)
+            _check_names_of(saved, job, options.filters)
 
-        filters = given
+        filters = saved
         if filters is None and refit != "omp":
             (filters,) = _tables(job, options, [options.selector]).values()
             with job.output.into("filters.safetensors") as path:
@@ -87,14 +86,14 @@ def decompose(options: Any) -> None:
         if job.judge is not None:
             tables = None if filters is None else {filters.method: filters}
             _judge(job, options, tables, [options.k], refit=refit, moments=moments)
-        job.output.text("decompose.json", as_json(job.report.facts) + "\n")
+        job.output.text("decompose.json", as_json(job.console.facts) + "\n")
 
 
 # -- passes over the images --------------------------------------------------------------------------------------------
 
 
 def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilters]:
-    """One pass; what was counted before it was ended early is kept."""
+    """One pass over the images; if it ends early, what was counted until then is kept."""
     try:
         tables: dict[str, ClassFilters] = InfluentialFeatures(job.model, options.layer).attribute(
             job.loader,
@@ -123,9 +122,9 @@ def _moments(job: Job, options: Any) -> HeadMoments:
     return moments
 
 
-def _keep_partial(job: Job, stem: str, found: Any, images: int) -> None:
-    path = job.output.keep_partial(stem, found)
-    job.report.note(f"ended early; what the first {images} images gave is kept in {path}")
+def _keep_partial(job: Job, stem: str, partial: Any, images: int) -> None:
+    path = job.output.keep_partial(stem, partial)
+    job.console.note(f"ended early; what the first {images} images gave is kept in {path}")
 
 
 def _judge(
@@ -150,19 +149,19 @@ def _judge(
     if draw:
         job.output.picture(f"{stem}.png", lambda: visualize.accuracy_curve(curve))
     overall = curve[curve.class_name == "all"].drop(columns="class_name")
-    job.report.facts["judged"] = overall.to_dict("records")
-    job.report.say(
+    job.console.facts["judged"] = overall.to_dict("records")
+    job.console.say(
         f"\nAccuracy on {int(overall.samples.iloc[0])} other images (dense: all channels; random: a control)"
     )
     for row in overall.itertuples():
-        job.report.say(f"  {row.filters:<24}k = {row.k:<6}{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
+        job.console.say(f"  {row.filters:<24}k = {row.k:<6}{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
 def _tell_tables(job: Job, tables: Mapping[str, ClassFilters], k: int) -> None:
-    job.report.facts["filters"] = {
+    job.console.facts["filters"] = {
         name: {
             "samples": int(table.counts.sum()),
             "k": k,
@@ -171,9 +170,9 @@ def _tell_tables(job: Job, tables: Mapping[str, ClassFilters], k: int) -> None:
         for name, table in tables.items()
     }
     for name, table in tables.items():
-        job.report.say(f"\nTop {k} of {table.num_channels} channels for each class, by {name}")
+        job.console.say(f"\nTop {k} of {table.num_channels} channels for each class, by {name}")
         for line in top_lines(table, k):
-            job.report.say(line)
+            job.console.say(line)
 
 
 def _draw(job: Job, table: ClassFilters, k: int, suffix: str) -> None:
@@ -184,8 +183,8 @@ def _draw(job: Job, table: ClassFilters, k: int, suffix: str) -> None:
     channels = min(256, scored) or table.num_channels
     job.output.picture(f"class_filters{suffix}.png", lambda: visualize.class_filters(table, k=k, max_channels=channels))
     if table.num_classes > _LEGIBLE:
-        job.report.note(
-            f"no picture of what {table.num_classes} classes share: of more than {_LEGIBLE} none can be read"
+        job.console.note(
+            f"no picture of what {table.num_classes} classes share: it cannot be read with more than {_LEGIBLE}"
         )
         return
     job.output.picture(f"overlap{suffix}.png", lambda: visualize.overlap(table, k))
@@ -207,7 +206,7 @@ def _tell_small(job: Job, options: Any, small: nn.Module, refit: str | None) -> 
     # with a plain linear head it is still the same kind of network
     fits = small.state_dict().keys() == job.model.state_dict().keys() and form == "dense"
     lines = _recipe(job, options, refit, form, fits)
-    job.report.facts |= {
+    job.console.facts |= {
         "k": options.k,
         "refit": options.refit,
         "backend": form,
@@ -216,10 +215,10 @@ def _tell_small(job: Job, options: Any, small: nn.Module, refit: str | None) -> 
         "total_weights": total,
         "load": lines,
     }
-    job.report.say(f"\nThe head keeps {kept} of {total} weights ({options.k} for each class; form: {form})")
-    job.report.say("To load it again:")
+    job.console.say(f"\nThe head keeps {kept} of {total} weights ({options.k} for each class; form: {form})")
+    job.console.say("To load it again:")
     for line in lines:
-        job.report.say(f"  {line}")
+        job.console.say(f"  {line}")
 
 
 def _kept(layer: nn.Module) -> tuple[int, str]:
@@ -237,7 +236,7 @@ def _recipe(job: Job, options: Any, refit: str | None, form: str, fits: bool) ->
     load = ["from safetensors.torch import load_file"]
     weights = f"load_state_dict(load_file({str(folder / 'small.safetensors')!r}))"
     if fits:
-        return [*job.found.recipe, *load, f"model.{weights}", "model.eval()"]
+        return [*job.network.recipe, *load, f"model.{weights}", "model.eval()"]
     filters = "None"
     if refit != "omp":
         file = Path(options.filters).resolve() if options.filters else folder / "filters.safetensors"
@@ -246,7 +245,7 @@ def _recipe(job: Job, options: Any, refit: str | None, form: str, fits: bool) ->
     extra = f', refit="{refit}", moments={moments}' if refit else ""
     unseen = ', unseen="dense"' if options.unseen == "dense" else ""
     return [
-        *job.found.recipe,
+        *job.network.recipe,
         *load,
         "from captum_classfilters import ClassFilters, HeadMoments, decompose",
         f'small = decompose(model, {filters}, {options.k}{extra}, backend="{form}"{unseen})',
@@ -265,7 +264,7 @@ def _check_seen(filters: ClassFilters | None, unseen: str) -> None:
         return
     missing = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
     raise OptionError(
-        f"no image of class {quoted(missing)}: nothing is known of its features; add some, or keep all weights of such "
+        f"no image of class {quoted(missing)}, so its features cannot be chosen; add some, or keep all weights of such "
         "classes with --unseen dense"
     )
 

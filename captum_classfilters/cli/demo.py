@@ -79,12 +79,12 @@ def run_demo(out: Path) -> None:
     inputs, labels = next(iter(test.batches()))
     with torch.no_grad():
         wrong = (model(inputs.to(device)).argmax(1).cpu() != labels).nonzero().flatten()[:1]
-    found = explain_confusion(model, inputs[wrong], labels[wrong])
-    won, lost = (filters.class_names[int(label)] for label in (found.predicted, found.true))
-    first = found.table[found.table.channel >= 0].head(5)
+    confusion = explain_confusion(model, inputs[wrong], labels[wrong])
+    won, lost = (filters.class_names[int(label)] for label in (confusion.predicted, confusion.true))
+    first = confusion.table[confusion.table.channel >= 0].head(5)
     print(
-        f"\nWhy image {int(wrong)}, {lost}, is seen as {won}: logits {float(found.difference):.2f} apart, by channels "
-        + ", ".join(f"{row.channel} ({row.contribution:+.2f})" for row in first.itertuples())
+        f"\nWhy image {int(wrong)}, {lost}, is classified as {won}: logits {float(confusion.difference):.2f} apart, by "
+        "channels " + ", ".join(f"{row.channel} ({row.contribution:+.2f})" for row in first.itertuples())
     )
 
     gated, _ = load_demo_network(0, "lsg")

@@ -1,21 +1,240 @@
-"""From images to the batches a network takes: preprocessing, and what becomes of images that cannot be read."""
+"""Images: where they come from, and the batches that a network takes of them.
 
+First come folders of classes and data sets with a name; a wrong path or layout is refused with what was expected, what
+there is, and what to do. Then come preprocessing, and a loader that skips, counts and names unreadable images.
+"""
+
+import gzip
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from captum_classfilters.cli.sources import Source
-from captum_classfilters.core.errors import FileFormatError, OptionError
+from captum_classfilters.core.errors import FileFormatError, OptionError, quoted
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FASHION_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+# Mean and standard deviation that networks for ImageNet usually take
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Source(NamedTuple):
+    """Images, not decoded yet, and their classes."""
+
+    about: str
+    class_names: tuple[str, ...]
+    images: Sequence[Any]  # paths, or uint8 arrays (H, W) or (H, W, 3)
+    labels: Sequence[int]
+    channels: int  # 1 where all are grey
+    size: int  # the side that networks for such images usually take
+    whole: bool = False  # images of that size already: nothing is cut off
+
+
+def open_source(text: str, split: str | None, *, judging: bool = False) -> Source:
+    """Find the images that DATA names.
+
+    Args:
+        text: A folder, or ``name:ROOT``.
+        split: Which part of it. None: a folder as it is; the training images of a named data set, or its test images
+            where ``judging``.
+        judging: Whether these are images to judge by.
+    """
+    name, colon, root = text.partition(":")
+    if name in _NAMED and not (name == text and Path(text).is_dir()):
+        if not colon or not root:
+            raise OptionError(f"{name} needs the folder it is in, {name}:ROOT; got {text!r}")
+        splits, read = _NAMED[name]
+        split = split or splits[judging]
+        if split not in splits:
+            raise OptionError(f"{name} has the splits {' and '.join(splits)}, got {split!r}")
+        return read(Path(root).expanduser(), split)
+    return _folder(Path(text).expanduser(), split)
+
+
+def first_of_each(source: Source, most: int | None) -> Source:
+    """At most the first images of each class, in their order."""
+    if most is None:
+        return source
+    kept, counts = [], [0] * len(source.class_names)
+    for index, label in enumerate(source.labels):
+        counts[label] += 1
+        if counts[label] <= most:
+            kept.append(index)
+    return source._replace(images=[source.images[i] for i in kept], labels=[source.labels[i] for i in kept])
+
+
+def in_order_of(source: Source, path: Path | None) -> Source:
+    """The source with the classes that a file lists, one a line, in the network's order; some may have no images."""
+    if path is None:
+        return source
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    names = tuple(name for name in names if name)
+    unknown = [name for name in source.class_names if name not in names]
+    if unknown:
+        raise OptionError(
+            f"{path} lists {len(names)} classes, but not {quoted(unknown, 5)} of {source.about}; name the folders as "
+            "the list does, one name a line"
+        )
+    place = [names.index(name) for name in source.class_names]
+    return source._replace(class_names=names, labels=[place[label] for label in source.labels])
+
+
+# -- a folder of classes -----------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, split: str | None) -> Source:
+    _check_root(root)
+    if split is not None:
+        if not (root / split).is_dir():
+            raise OptionError(f"{root} has no folder {split!r} for that split; there are: {_listed(_folders(root))}")
+        root = root / split
+    folders = _folders(root)
+    if not folders:
+        if _images(root, deep=False):
+            raise OptionError(
+                f"images lie directly in {root}; expected one folder per class, such as {root}/cat/{_example(root)}"
+            )
+        raise OptionError(f"{root} is empty; expected one folder of images for each class, such as {root}/cat/1.jpg")
+    images: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = _images(folder, deep=True)
+        images += files
+        labels += [label] * len(files)
+    if not images:
+        raise OptionError(
+            f"no image in the class folders of {root} ({_listed(folders)}); expected files ending in "
+            f"{', '.join(EXTENSIONS)}"
+        )
+    _refuse_splits(root, folders)
+    # resolved: a folder has one name, however the path is written
+    return Source(f"folder {root.resolve()}", tuple(folder.name for folder in folders), images, labels, 3, 224)
+
+
+def _refuse_splits(root: Path, folders: list[Path]) -> None:
+    """``pets/train/cat/1.jpg`` given as ``pets``: the classes would be train and val."""
+    if {folder.name for folder in folders} <= {"train", "val", "valid", "validation", "test"} and not any(
+        _images(folder, deep=False) for folder in folders
+    ):
+        name = folders[0].name
+        raise OptionError(
+            f"the folders in {root} are splits ({_listed(folders)}), not classes; expected one folder per class: "
+            f"pass {root / name}, or --split {name}"
+        )
+
+
+def _check_root(root: Path) -> None:
+    if root.is_file():
+        raise OptionError(f"{root} is a file; expected a folder with one folder of images for each class")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {root}; expected one with a folder of images for each class, or "
+            f"{', '.join(f'{name}:ROOT' for name in _NAMED)}"
+        )
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images(folder: Path, deep: bool) -> list[Path]:
+    paths = folder.rglob("*") if deep else folder.iterdir()
+    # "._cat.jpg" and the like, which macOS leaves behind, are not images
+    return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+
+
+def _example(root: Path) -> str:
+    return _images(root, deep=False)[0].name
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    return quoted([folder.name for folder in folders], most=5) or "none"
+
+
+# -- data sets with a name ---------------------------------------------------------------------------------------------
+
+
+def _fashion_mnist(root: Path, split: str) -> Source:
+    """Torchvision's folder, or one of the plain files, as the Debian package dataset-fashion-mnist installs it."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images = _idx(root, f"{prefix}-images-idx3-ubyte", header=16)
+    labels = _idx(root, f"{prefix}-labels-idx1-ubyte", header=8)
+    if not len(labels) or len(images) != 784 * len(labels):
+        raise FileFormatError(f"{root} has unequal numbers of images and labels for {split}; copy the files anew")
+    return Source(
+        f"Fashion-MNIST, {split}", FASHION_CLASSES, images.reshape(-1, 28, 28), labels.tolist(), 1, 28, whole=True
+    )
+
+
+def _idx(root: Path, name: str, header: int) -> Any:
+    for folder in (root, root / "FashionMNIST" / "raw"):
+        for path in (folder / name, folder / f"{name}.gz"):
+            if not path.is_file():
+                continue
+            try:
+                content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise FileFormatError(f"{path} is not a whole gzip file ({error}); copy it anew") from error
+            return np.frombuffer(content, np.uint8, offset=min(header, len(content)))
+    raise FileNotFoundError(
+        f"no {name} or {name}.gz in {root} or {root}/FashionMNIST/raw; put the four files of "
+        "https://github.com/zalandoresearch/fashion-mnist there (Debian: apt install dataset-fashion-mnist, then "
+        "fashion_mnist:/usr/share/datasets/fashion-mnist)"
+    )
+
+
+def _cifar10(root: Path, split: str) -> Source:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(root, train=split == "train", download=False)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no whole CIFAR-10 in {root}; expected {root}/cifar-10-batches-py: unpack cifar-10-python.tar.gz of "
+            "https://www.cs.toronto.edu/~kriz/cifar.html there"
+        ) from error
+    return Source(f"CIFAR-10, {split}", tuple(data.classes), data.data, data.targets, 3, 32, whole=True)
+
+
+def _imagenet(root: Path, split: str) -> Source:
+    from torchvision.datasets import ImageNet
+
+    # asked first: torchvision would start to unpack archives
+    if not (root / split).is_dir() or not (root / "meta.bin").is_file():
+        raise FileNotFoundError(
+            f"no ImageNet in {root}; expected {root}/{split} and {root}/meta.bin, as torchvision.datasets.ImageNet "
+            f"unpacks them. Without meta.bin pass the folder {root / split} itself: its folders are the classes"
+        )
+    data = ImageNet(root, split)
+    paths, labels = [Path(path) for path, _ in data.samples], [label for _, label in data.samples]
+    return Source(f"ImageNet, {split}", _synonyms(data.classes), paths, labels, 3, 224)
+
+
+def _synonyms(classes: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Unique names: ImageNet has two classes called crane."""
+    plain = [", ".join(names) for names in classes]
+    return tuple(f"{name} ({index})" if plain.count(name) > 1 else name for index, name in enumerate(plain))
+
+
+_NAMED = {
+    "fashion_mnist": (("train", "test"), _fashion_mnist),
+    "cifar10": (("train", "test"), _cifar10),
+    "imagenet": (("train", "val"), _imagenet),
+}
+
+
+# -- preprocessing and batches -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,11 +274,11 @@ class Preprocessing:
 def choose_preprocessing(
     source: Source, published: Preprocessing | None, model: torch.nn.Module, options: Any
 ) -> Preprocessing:
-    """The weights' own where they were published, what is usual otherwise; options go first."""
+    """The preprocessing of published weights, else the usual one; options of the command line come first."""
     channels = published.channels if published else _channels(model, source)
     mean, std = _IMAGENET if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
     size = options.image_size or (published.crop if published else source.size)
-    # 256 for 224, as is usual; small images are taken whole
+    # 256 for 224, as usual; small images are taken whole
     larger = size if source.whole and not published else math.floor(size * 8 / 7)
     if published:
         mean, std = published.mean, published.std
@@ -78,7 +297,7 @@ def choose_preprocessing(
 
 
 def _channels(model: torch.nn.Module, source: Source) -> int:
-    """Those that the first convolution takes; without one, those of the images."""
+    """The channels that the first convolution takes; without a convolution, those of the images."""
     first = next((module for module in model.modules() if isinstance(module, torch.nn.Conv2d)), None)
     channels = source.channels if first is None else first.in_channels
     if channels not in (1, 3):
@@ -86,12 +305,12 @@ def _channels(model: torch.nn.Module, source: Source) -> int:
     return channels
 
 
-def _numbers(name: str, given: Sequence[float] | None, usual: tuple[float, ...]) -> tuple[float, ...]:
-    if given is None:
+def _numbers(name: str, numbers: Sequence[float] | None, usual: tuple[float, ...]) -> tuple[float, ...]:
+    if numbers is None:
         return usual
-    if len(given) not in (1, len(usual)):
-        raise OptionError(f"{name} must be 1 or {len(usual)} numbers, one for each channel; got {len(given)}")
-    return tuple(given) * (len(usual) if len(given) == 1 else 1)
+    if len(numbers) not in (1, len(usual)):
+        raise OptionError(f"{name} must be 1 or {len(usual)} numbers, one for each channel; got {len(numbers)}")
+    return tuple(numbers) * (len(usual) if len(numbers) == 1 else 1)
 
 
 class Loader:
@@ -144,7 +363,7 @@ class Loader:
 
 
 class _Images(Dataset[Any]):
-    """One image and its label; or, of an image that cannot be read, its name and what is wrong with it."""
+    """One image and its label; for an image that cannot be read, its name and the reason."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
         self._source, self._transform = source, preprocessing.transform()
@@ -154,23 +373,24 @@ class _Images(Dataset[Any]):
         return len(self._source.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[str, str]:
-        found = self._source.images[index]
+        image_or_path = self._source.images[index]
         try:
-            image = self._decoded(found)
+            image = self._decoded(image_or_path)
         except Exception as error:  # a broken file can raise anything
-            name = found if isinstance(found, Path) else f"image {index} of {self._source.about}"
+            is_path = isinstance(image_or_path, Path)
+            name = image_or_path if is_path else f"image {index} of {self._source.about}"
             return str(name), str(error) or type(error).__name__
         return self._transform(image), self._source.labels[index]
 
-    def _decoded(self, found: Any) -> Image.Image:
-        if not isinstance(found, Path):
-            return Image.fromarray(found).convert(self._mode)
-        with Image.open(found) as file:
+    def _decoded(self, image_or_path: Any) -> Image.Image:
+        if not isinstance(image_or_path, Path):
+            return Image.fromarray(image_or_path).convert(self._mode)
+        with Image.open(image_or_path) as file:
             return file.convert(self._mode)
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Readable images as a batch, and the others beside it: worker processes share nothing else with the main one."""
+    """Readable images as a batch, and the others beside it: worker processes pass on nothing else."""
     readable = [item for item in items if isinstance(item[0], Tensor)]
     images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
     labels = torch.tensor([label for _, label in readable], dtype=torch.int64)

@@ -1,44 +1,54 @@
-"""The network that MODEL names: torchvision's, timm's, or what a function of the user's returns."""
+"""The network that MODEL names: torchvision's, timm's, or what a function of the user's returns; and its weights.
+
+Weights are read without running anything in their file, and put into the network whole or not at all.
+"""
 
 import difflib
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from captum_classfilters.cli.checkpoints import classes_in, fill, read_weights
 from captum_classfilters.cli.images import Preprocessing
-from captum_classfilters.core.errors import ClassFiltersError, OptionError
+from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError, ShapeError, quoted
+
+# Under which key training scripts keep the network, and what DataParallel and torch.compile put before its names
+_INSIDE = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+# A number of outputs that no other dimension of a network has
+_PROBE = 1013
 
 
-class Found(NamedTuple):
+class Network(NamedTuple):
     """A network with its weights."""
 
     model: nn.Module  # on the CPU
     about: str
-    recipe: list[str]  # lines of Python that make it, without its weights
+    recipe: list[str]  # lines of Python that make it, without weights
     preprocessing: Preprocessing | None  # of published weights
 
 
-def find_model(options: Any, data_classes: int) -> Found:
+def find_model(options: Any, data_classes: int) -> Network:
     """Make the network and load its weights.
 
     Args:
         options: ``model``, ``weights``, ``pretrained``, ``random_weights`` and ``num_classes`` of the command line.
         data_classes: Classes of the images, for a network whose number stands nowhere else.
     """
-    # a wrong path is said before anything slow
+    # a wrong path is refused before anything slow
     state = None if options.weights is None else read_weights(options.weights)
     package, _, rest = options.model.partition(":")
     if rest and package not in _ZOOS:
-        found = _from_callable(options)
+        network = _from_callable(options)
         if state is not None:
-            fill(found.model, state, options.weights, options.model)
+            fill(network.model, state, options.weights, options.model)
     else:
         zoo, name = _zoo_of(options.model)
         if options.pretrained:
@@ -49,15 +59,15 @@ def find_model(options: Any, data_classes: int) -> Found:
                 "--pretrained for the published ones (--random-weights to try this out)"
             )
         classes = _classes(zoo, name, state, options, data_classes)
-        found = Found(zoo.make(name, classes), f"{zoo.package}:{name}", zoo.recipe(name, classes), None)
+        network = Network(zoo.make(name, classes), f"{zoo.package}:{name}", zoo.recipe(name, classes), None)
         if state is not None:
-            fill(found.model, state, options.weights, found.about)
+            fill(network.model, state, options.weights, network.about)
     weights = f", weights {options.weights}" if state is not None else ", random weights" * options.random_weights
-    return found._replace(about=found.about + weights)
+    return network._replace(about=network.about + weights)
 
 
 def _classes(zoo: "Zoo", name: str, state: Any, options: Any, data_classes: int) -> int:
-    """Outputs of the network to make: as asked for, as in the file, or as in the data."""
+    """Outputs of the network to make: as requested, as in the file, or as in the data."""
     in_file = None if state is None else classes_in(state, lambda classes: zoo.make(name, classes))
     if in_file is not None and options.num_classes not in (None, in_file):
         raise OptionError(
@@ -123,7 +133,7 @@ class _Torchvision:
 
     @staticmethod
     def _extra(name: str) -> dict[str, Any]:
-        # these two ask, with a warning, how slowly to draw weights that a file will overwrite
+        # these two warn unless told whether to draw weights, which takes seconds and a file will overwrite
         return {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
 
 
@@ -172,18 +182,18 @@ def _zoo_of(text: str) -> tuple[Zoo, str]:
     if colon and not name:
         raise OptionError(f"{text!r} names no network; expected {package}:NAME, such as {package}:resnet50")
     asked = {package: _ZOOS[package]} if colon else _ZOOS
-    known: list[str] = []
+    all_names: list[str] = []
     looked: list[str] = []
     for zoo in asked.values():
         try:
             if zoo.has(name or text):
                 return zoo, name or text
-            known += zoo.names()
+            all_names += zoo.names()
             looked.append(zoo.package)
         except ImportError:
             if colon:
                 raise
-    close = list(dict.fromkeys(difflib.get_close_matches(name or text, known, n=5)))
+    close = list(dict.fromkeys(difflib.get_close_matches(name or text, all_names, n=5)))
     hint = f"did you mean {', '.join(close)}?" if close else "expected such as resnet50"
     absent = "" if colon or len(looked) == len(asked) else "; timm is not installed: pip install timm"
     raise OptionError(
@@ -192,7 +202,7 @@ def _zoo_of(text: str) -> tuple[Zoo, str]:
     )
 
 
-def _published(zoo: Zoo, name: str, classes: int | None) -> Found:
+def _published(zoo: Zoo, name: str, classes: int | None) -> Network:
     try:
         model, outputs, preprocessing = zoo.published(name)
     except ImportError:
@@ -208,13 +218,13 @@ def _published(zoo: Zoo, name: str, classes: int | None) -> Found:
             f"the published {name} has {outputs} classes, --num-classes says {classes}; leave it out, or pass "
             "--weights of a network trained for those"
         )
-    return Found(model, f"{zoo.package}:{name}, published weights", zoo.recipe(name, outputs), preprocessing)
+    return Network(model, f"{zoo.package}:{name}, published weights", zoo.recipe(name, outputs), preprocessing)
 
 
 # -- a function of the user's ------------------------------------------------------------------------------------------
 
 
-def _from_callable(options: Any) -> Found:
+def _from_callable(options: Any) -> Network:
     module_name, _, path = options.model.partition(":")
     if options.pretrained or options.random_weights or options.num_classes is not None:
         raise OptionError(
@@ -226,8 +236,8 @@ def _from_callable(options: Any) -> Found:
         model = make()
     except Exception as error:  # whatever the user's code raises
         raise ClassFiltersError(
-            f"{options.model} was called without arguments and failed: {type(error).__name__}: {error}; --debug shows "
-            "where"
+            f"{options.model} was called without arguments and failed: {type(error).__name__}: {error}; pass --debug "
+            "to see where"
         ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -235,7 +245,7 @@ def _from_callable(options: Any) -> Found:
         )
     first, *rest = path.split(".")
     recipe = [f"from {module_name} import {first}", f"model = {'.'.join([first, *rest])}()"]
-    return Found(model.cpu(), options.model, recipe, None)
+    return Network(model.cpu(), options.model, recipe, None)
 
 
 def _callable(module_name: str, path: str) -> Callable[[], Any]:
@@ -243,25 +253,111 @@ def _callable(module_name: str, path: str) -> Callable[[], Any]:
     if here not in sys.path:
         sys.path.insert(0, here)  # as python -m has it
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # of a module that the user's own module wants, say that one's name
+        # the user's module was there, and imports another that is not: name that one
         if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise OptionError(
             f"there is no module {module_name!r} to import; MODEL is package.module:callable, seen from {here}"
         ) from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        if not hasattr(target, name):
+            public = [key for key, value in vars(target).items() if callable(value) and not key.startswith("_")]
             close = difflib.get_close_matches(name, public, n=3) or public[:5]
             raise OptionError(f"{module_name} has no {path!r}; it has {', '.join(close) or 'nothing to call'}")
-        found = getattr(found, name)
-    if not callable(found):
+        target = getattr(target, name)
+    if not callable(target):
         raise OptionError(
-            f"{module_name}:{path} is {type(found).__name__}, nothing to call; name what makes the network"
+            f"{module_name}:{path} is {type(target).__name__}, nothing to call; name what makes the network"
         )
-    return found  # type: ignore[no-any-return]
+    return target  # type: ignore[no-any-return]
+
+
+# -- weights from a file -----------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of a checkpoint that holds a state dict."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected .safetensors, or a checkpoint of tensors")
+    content = _content(path)
+    for key in _INSIDE:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+        what = f"a dict of {quoted(content)}" if isinstance(content, Mapping) else type(content).__name__
+        raise FileFormatError(
+            f"{path} holds {what}; expected a state dict, plain or under {quoted(_INSIDE)}: save model.state_dict()"
+        )
+    return _without_prefixes({str(name): tensor for name, tensor in content.items()})
+
+
+def _content(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except SafetensorError as error:
+        raise FileFormatError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+    except Exception as error:  # torch.load raises what the content makes it
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(
+            f"{path} could not be read as a checkpoint of tensors alone ({first}); save model.state_dict(), or convert "
+            "it to .safetensors: whole models run code when they are loaded, which is not done here"
+        ) from error
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES * 2:  # both may be there, in either order
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def classes_in(state: Mapping[str, Tensor], make: Callable[[int], nn.Module]) -> int | None:
+    """How many classes the head in a file has; None where the file does not have it.
+
+    Args:
+        state: The file's tensors.
+        make: Makes the network for a number of classes.
+    """
+    try:
+        # on the meta device: shapes without memory
+        with torch.device("meta"):
+            skeleton = make(_PROBE).state_dict()
+    except Exception:  # some networks read numbers while they are made, and there are none on meta
+        skeleton = make(_PROBE).state_dict()
+    heads = [name for name, tensor in skeleton.items() if tensor.dim() >= 2 and len(tensor) == _PROBE]
+    sizes = {len(state[name]) for name in heads if name in state and state[name].dim() >= 2}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Load a state dict, all of it.
+
+    Raises:
+        ShapeError: Names or shapes do not fit; says which.
+    """
+    wanted = model.state_dict()
+    odd = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    loaded = None if odd else model.load_state_dict(dict(state), strict=False)
+    missing = loaded.missing_keys if loaded else [key for key in wanted if key not in state]
+    unexpected = loaded.unexpected_keys if loaded else [key for key in state if key not in wanted]
+    if not (odd or missing or unexpected):
+        return
+    shapes = [f"{key}: file {tuple(state[key].shape)}, network {tuple(wanted[key].shape)}" for key in odd]
+    parts = [
+        f"{len(keys)} {what} ({'; '.join(keys[:3])}{'; ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    raise ShapeError(
+        f"{path} does not fit {name}: {', '.join(parts)}; name the network that these weights were trained in"
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -274,7 +370,6 @@ def find_device(name: str) -> torch.device:
         raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
-            f"--device {name}, but this machine shows {torch.cuda.device_count()} CUDA devices to torch; pass --device "
-            "cpu"
+            f"--device {name}, but torch sees {torch.cuda.device_count()} CUDA devices here; pass --device cpu"
         )
     return device

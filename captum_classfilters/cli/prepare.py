@@ -1,4 +1,4 @@
-"""All that can be known, and refused, before a pass over the images starts."""
+"""Find everything that a command line names, and refuse what is wrong before a pass over the images starts."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,11 +7,17 @@ from typing import Any, NamedTuple
 import torch
 
 from captum_classfilters.class_filters import check_k, check_names
-from captum_classfilters.cli.images import Loader, Preprocessing, choose_preprocessing
-from captum_classfilters.cli.models import Found, find_device, find_model
-from captum_classfilters.cli.report import Report
-from captum_classfilters.cli.sources import Source, first_of_each, in_order_of, open_source
-from captum_classfilters.cli.writing import Output
+from captum_classfilters.cli.images import (
+    Loader,
+    Preprocessing,
+    Source,
+    choose_preprocessing,
+    first_of_each,
+    in_order_of,
+    open_source,
+)
+from captum_classfilters.cli.models import Network, find_device, find_model
+from captum_classfilters.cli.writing import Console, Output
 from captum_classfilters.core.errors import ClassFiltersError, OptionError, quoted
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import batches
@@ -20,9 +26,9 @@ from captum_classfilters.core.head_pass import batches
 class Job(NamedTuple):
     """What a command works on."""
 
-    report: Report
+    console: Console
     output: Output
-    found: Found
+    network: Network
     head: Head
     class_names: tuple[str, ...]
     loader: Loader
@@ -31,7 +37,7 @@ class Job(NamedTuple):
     @property
     def model(self) -> torch.nn.Module:
         """The network, on its device."""
-        return self.found.model
+        return self.network.model
 
 
 @contextmanager
@@ -47,36 +53,36 @@ def working(options: Any, files: Iterable[str]) -> Iterator[Job]:
         yield job
     except BaseException:
         if job.output.written:
-            job.report.note(f"written before that: {', '.join(map(str, job.output.written))}")
+            job.console.note(f"written before that: {', '.join(map(str, job.output.written))}")
         raise
     skipped = [part for part in (job.loader, job.judge) if part is not None and part.skipped]
     for part in skipped:
-        job.report.note(part.skipped_words())
+        job.console.note(part.skipped_words())
     names = ", ".join(path.name for path in job.output.written)
-    job.report.say(f"\nIn {job.output.folder.resolve()}: {names}")
-    job.report.facts["skipped"] = [name for part in skipped for name in part.skipped]
-    job.report.facts["files"] = job.output.written
-    job.report.finish()
+    job.console.say(f"\nIn {job.output.folder.resolve()}: {names}")
+    job.console.facts["skipped"] = [name for part in skipped for name in part.skipped]
+    job.console.facts["files"] = job.output.written
+    job.console.finish()
 
 
 def _prepare(options: Any, files: Iterable[str]) -> Job:
-    report = Report(options.json, options.quiet)
+    console = Console(options.json, options.quiet)
     output = Output(options.out, files)
     device = find_device(options.device)
     source, judge = _sources(options)
-    found = find_model(options, len(source.class_names))
-    preprocessing = choose_preprocessing(source, found.preprocessing, found.model, options)
-    found.model.to(device)
-    head = _head(found, preprocessing, options.layer)
-    _check_classes(head, source, found)
+    network = find_model(options, len(source.class_names))
+    preprocessing = choose_preprocessing(source, network.preprocessing, network.model, options)
+    network.model.to(device)
+    head = _head(network, preprocessing, options.layer)
+    _check_classes(head, source, network)
     check_k(options.k, head.num_features, "--k")
     loader, judging = (
         None if part is None else Loader(part, preprocessing, options.batch_size, options.workers, options.strict)
         for part in (source, judge)
     )
-    report.facts = {
+    console.facts = {
         "command": options.command,
-        "model": found.about,
+        "model": network.about,
         "layer": head.name,
         "channels": head.num_features,
         "data": source.about,
@@ -86,11 +92,11 @@ def _prepare(options: Any, files: Iterable[str]) -> Job:
         "device": str(device),
     }
     if options.random_weights:
-        report.note("random weights: what follows shows the command, and says nothing about a network")
-    report.say(f"Network: {found.about}; head {head.name}, {head.num_features} channels, on {device}")
-    report.say(f"Images:  {source.about}: {len(source.labels)} of {len(source.class_names)} classes")
-    report.say(f"         {preprocessing}")
-    return Job(report, output, found, head, source.class_names, loader, judging)  # type: ignore[arg-type]
+        console.note("random weights: the result shows how the command works, and says nothing about a network")
+    console.say(f"Network: {network.about}; head {head.name}, {head.num_features} channels, on {device}")
+    console.say(f"Images:  {source.about}: {len(source.labels)} of {len(source.class_names)} classes")
+    console.say(f"         {preprocessing}")
+    return Job(console, output, network, head, source.class_names, loader, judging)  # type: ignore[arg-type]
 
 
 def _sources(options: Any) -> tuple[Source, Source | None]:
@@ -115,32 +121,32 @@ def _sources(options: Any) -> tuple[Source, Source | None]:
 
 
 def _source(options: Any, text: str, split: str | None, judging: bool = False) -> Source:
-    found = in_order_of(open_source(text, split, judging=judging), options.classes)
-    return first_of_each(found, options.limit)
+    source = in_order_of(open_source(text, split, judging=judging), options.classes)
+    return first_of_each(source, options.limit)
 
 
-def _head(found: Found, preprocessing: Preprocessing, layer: str | None) -> Head:
+def _head(network: Network, preprocessing: Preprocessing, layer: str | None) -> Head:
     """The head, found by a pass of one image of noise."""
     size = (1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
     try:
-        with batches(found.model, [noise], layer=layer, need_labels=False) as stream:
+        with batches(network.model, [noise], layer=layer, need_labels=False) as stream:
             return next(stream).head
     except (ClassFiltersError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()), "")
         raise OptionError(
-            f"{found.about} does not take an image of shape {size[1:]} ({first}); pass the --image-size it was "
+            f"{network.about} does not take an image of shape {size[1:]} ({first}); pass the --image-size it was "
             "trained with"
         ) from error
 
 
-def _check_classes(head: Head, source: Source, found: Found) -> None:
+def _check_classes(head: Head, source: Source, network: Network) -> None:
     if head.num_classes == len(source.class_names):
         return
     raise OptionError(
-        f"{found.about} tells {head.num_classes} classes apart, {source.about} has {len(source.class_names)} "
+        f"{network.about} tells {head.num_classes} classes apart, {source.about} has {len(source.class_names)} "
         f"({quoted(source.class_names, 5)}); they must be the same, in the same order: pass the weights of a network "
         "for these classes, or the images it was trained on; where folders are missing, list all its classes in a "
         "file: --classes FILE"

@@ -1,7 +1,10 @@
-"""Files that come out: each whole or not at all, an older one stays until then."""
+"""What a command gives: files, each whole or not at all; and prose or one JSON document on stdout, notes on stderr."""
 
+import json
+import math
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,54 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.core.files import check_folder, replacing
 
 
+class Console:
+    """Prose as it comes, facts for ``--json`` at the end.
+
+    Args:
+        as_json: Print no prose; `finish` prints the facts.
+        quiet: Print no prose.
+    """
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self._as_json, self._silent = as_json, as_json or quiet
+        self.facts: dict[str, Any] = {}
+
+    def say(self, text: str = "") -> None:
+        """A line of prose."""
+        if not self._silent:
+            print(text)
+
+    def note(self, text: str) -> None:
+        """A note on stderr, whatever the output."""
+        print(f"note: {text}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Print the facts, if JSON was asked for."""
+        if self._as_json:
+            print(as_json(self.facts))
+
+
+def as_json(value: Any) -> str:
+    """Strict JSON, indented: NaN and infinity become null, paths become text."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
 class Output:
     """The folder a command writes into; made, and tried, before work starts.
 
     Args:
         folder: Where to write.
-        names: The files that are to come: none may be a folder.
+        names: The files that will be written: none may be a folder.
 
     Raises:
         OSError: Nothing can be written there.
@@ -30,7 +75,7 @@ class Output:
             folder.mkdir(parents=True, exist_ok=True)
             for name in names:
                 check_folder(folder / name)
-            # what permissions say is not the whole truth: only writing is
+            # only writing shows whether one can write; permissions do not tell it all
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"\0")
         except OSError as error:
@@ -38,7 +83,7 @@ class Output:
 
     @contextmanager
     def into(self, name: str) -> Iterator[Path]:
-        """The path to save a file under; errors say which file, and that an older one is still there."""
+        """The path to save a file under; an error names the file, and says that an older one is still there."""
         path = self.folder / name
         try:
             yield path
@@ -69,11 +114,11 @@ class Output:
         finally:
             plt.close("all")
 
-    def keep_partial(self, stem: str, found: Any) -> Path:
+    def keep_partial(self, stem: str, partial: Any) -> Path:
         """Save what a pass had counted before it ended early: a table, or moments."""
         with self.into(f"{stem}.partial.safetensors") as path:
-            found.save(path)
-        self.written.remove(path)  # said by itself: it is not what was asked for
+            partial.save(path)
+        self.written.remove(path)  # it has a note of its own: it is not what was asked for
         return path
 
 

@@ -1,5 +1,7 @@
 """What the tests of the command line are made of: images, a network, a user's module."""
 
+from copy import deepcopy
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,11 @@ def draw_images(folder, seed, count=6, classes=CLASSES):
 
 def small_resnet(classes=3, seed=0):
     """A ResNet-18 whose statistics have seen some images: all of its channels live."""
+    return deepcopy(_trained_resnet(classes, seed))
+
+
+@cache
+def _trained_resnet(classes, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = resnet18(num_classes=classes)

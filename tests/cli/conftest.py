@@ -7,6 +7,7 @@ import torch
 from cli_examples import NETWORK, Ran, draw_images, small_resnet
 
 from captum_classfilters.__main__ import main
+from captum_classfilters.cli import commands
 
 
 @pytest.fixture
@@ -20,6 +21,12 @@ def run(capsys, monkeypatch):
         return Ran(status, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests that do not look at them: a run takes a second less."""
+    monkeypatch.setattr(commands, "_draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from captum_classfilters import ClassFilters, InfluentialFeatures, visualize
+from captum_classfilters.cli.images import open_source
 from captum_classfilters.cli.parser import SELECTORS
-from captum_classfilters.cli.report import as_json
-from captum_classfilters.cli.sources import open_source
+from captum_classfilters.cli.writing import as_json
 from captum_classfilters.influential import selectors
 
 SMALL = ("--image-size", "32")
@@ -115,6 +115,7 @@ def test_quiet_says_nothing(run, shared_images, checkpoint, tmp_path):
     assert found == (0, "", "")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_options_of_the_images_and_of_the_pass_arrive(run, shared_images, checkpoint, tmp_path):
     found = run(
         "attribute", "resnet18", shared_images / "train", "--weights", checkpoint, "--out", tmp_path, "--json",
@@ -131,6 +132,7 @@ def test_options_of_the_images_and_of_the_pass_arrive(run, shared_images, checkp
     assert table.meta["k1"] == 7
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_folders_of_some_classes_find_their_places(run, shared_images, module, tmp_path):
     append(tmp_path / f"{module}.py", "\ndef five():\n    return Net(3, 5)\n")
     (tmp_path / "classes.txt").write_text("dog\nbird\n\nfish\ncat\nsnake\n")
@@ -195,6 +197,7 @@ def write_fashion(folder, packed):
     return train
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("packed", [True, False], ids=["plain gz files", "torchvision's folder"])
 def test_fashion_mnist_is_grey_and_not_normalised(run, module, tmp_path, packed):
     root = tmp_path / "data"
@@ -230,6 +233,7 @@ def test_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.images[3].transpose(2, 0, 1).ravel(), pixels[3])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_imagenet_as_torchvision_keeps_it(run, module, tmp_path):
     root = tmp_path / "imagenet"
     draw_images(root / "val", 0, count=2, classes=("n01", "n02", "n03"))

@@ -10,8 +10,9 @@ from cli_examples import draw_images
 from PIL import Image
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.cli.images import Loader, Preprocessing, choose_preprocessing
-from captum_classfilters.cli.sources import open_source
+from captum_classfilters.cli.images import Loader, Preprocessing, choose_preprocessing, open_source
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 SMALL = ("--image-size", "32")
 
@@ -146,7 +147,7 @@ def test_broken_files_of_fashion_mnist(refused, tmp_path):
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 2)))
     assert "is not a whole gzip file" in refused(f"fashion_mnist:{tmp_path}")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(packed)
-    assert "are not equally many" in refused(f"fashion_mnist:{tmp_path}")
+    assert "has unequal numbers of images and labels for train" in refused(f"fashion_mnist:{tmp_path}")
 
 
 def test_a_folder_that_is_called_like_a_data_set(tmp_path, monkeypatch):

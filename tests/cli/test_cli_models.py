@@ -14,8 +14,9 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, _api, resnet18
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.cli.checkpoints import classes_in, fill, read_weights
-from captum_classfilters.cli.models import _ZOOS
+from captum_classfilters.cli.models import _ZOOS, classes_in, fill, read_weights
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 SMALL = ("--image-size", "32")
 

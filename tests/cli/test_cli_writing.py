@@ -15,8 +15,7 @@ from cli_examples import append
 
 from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures
 from captum_classfilters.cli import commands, demo, prepare
-from captum_classfilters.cli.images import Loader, Preprocessing
-from captum_classfilters.cli.sources import open_source
+from captum_classfilters.cli.images import Loader, Preprocessing, open_source
 
 COMMANDS = ("attribute", "decompose")
 FIRST = {"attribute": "filters.safetensors", "decompose": "filters.safetensors"}
@@ -258,11 +257,11 @@ def test_a_real_signal_in_a_real_process(words, module, tmp_path):
         # a shell that runs the tests in the background has its children ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    calls, ends = tmp_path / "calls", time.monotonic() + 120
-    while (not calls.exists() or calls.stat().st_size < 4) and time.monotonic() < ends and process.poll() is None:
+    calls = tmp_path / "calls"
+    while (not calls.exists() or calls.stat().st_size < 4) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     kept = ClassFilters.load(tmp_path / "out" / "filters.partial.safetensors")
