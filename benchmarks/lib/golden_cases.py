@@ -65,6 +65,7 @@ from captum_classfilters.assets import (
 )
 from captum_classfilters.comparison import method_overlap
 from captum_classfilters.decoupling.controller import divergence_loss, mutual_information_loss, sparsity_loss
+from captum_classfilters.detection import conformal
 from captum_classfilters.detection.pairs import stack_pairs
 from captum_classfilters.gating.gate import density_penalty, gated, project
 
@@ -179,12 +180,20 @@ def train_paths() -> Paths:
     return decoupler().paths(train(), logits=True)
 
 
+def attacked(watched: Any, loader: Any, attack: Any, budget: dict[str, Any], **options: Any) -> PathPairs:
+    """`adversarial_paths` with the attack's budget in an object, or before there was one as keywords."""
+    if hasattr(attacks, "Attack"):
+        attack, budget = attacks.Attack(attack, **budget), {}
+    pairs: PathPairs = adversarial_paths(watched, loader, attack, **budget, **options)
+    return pairs
+
+
 @fixture
 def pairs() -> PathPairs:
     """Attacked test images."""
     watched = decoupler()
     attack = FGSM(watched, loss_func=_LOSS, lower_bound=0.0, upper_bound=1.0)
-    found: PathPairs = adversarial_paths(watched, test()[:2], attack, epsilon=0.03, logits=True, keep_images=True)
+    found: PathPairs = attacked(watched, test()[:2], attack, {"epsilon": 0.03}, logits=True, keep_images=True)
     return found
 
 
@@ -741,9 +750,8 @@ def _() -> Mapping[str, Any]:
 def _() -> Mapping[str, Any]:
     watched = decoupler()
     attack = PGD(watched, loss_func=_LOSS, lower_bound=0.0, upper_bound=1.0)
-    found = call(
-        adversarial_paths, watched, [test()[0]], attack, epsilon=0.02, step_num=3, step_size=0.01, max_pairs=8, seed=2
-    )
+    budget = {"epsilon": 0.02, "step_num": 3, "step_size": 0.01}
+    found = attacked(watched, [test()[0]], attack, budget, max_pairs=8, seed=2)
     return {
         "clean": found.clean.codes,
         "adversarial": found.adversarial.codes,
@@ -811,8 +819,8 @@ def _() -> Mapping[str, Any]:
 @case("detection/conformal")
 def _() -> Mapping[str, Any]:
     return {
-        "p": detection.p_values(np.linspace(0, 1, 11), np.linspace(-1, 1, 40) ** 2),
-        "interval": np.array(detection.false_positive_interval(0.05, 200, 100)),
+        "p": conformal.p_values(np.linspace(0, 1, 11), np.linspace(-1, 1, 40) ** 2),
+        "interval": np.array(conformal.false_positive_interval(0.05, 200, 100)),
     }
 
 

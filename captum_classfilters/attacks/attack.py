@@ -6,7 +6,6 @@ Captum's attacks take a radius or an epsilon and a target, others ``(images, lab
 import inspect
 import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from captum.robust import FGSM, Perturbation
 from torch import Tensor, nn
 
 from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_images
+from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import DeviceError, NonFiniteError, OptionError, ShapeError
 
 # Names under which attacks take the size of their change, and the labels
@@ -65,8 +65,8 @@ class Attack(Perturbation):
             )
         if isinstance(perturbation, type | nn.Module):
             raise OptionError(f"expected an attack that was made, as PGD(model), got {perturbation!r:.60}")
-        if epsilon is not None and (not isinstance(epsilon, Real) or not epsilon > 0):
-            raise OptionError(f"epsilon must be above 0, got {epsilon!r}; None leaves it to the attack")
+        if epsilon is not None:
+            epsilon = number(epsilon, "epsilon", 0, open_ends=True, meaning="or None, which leaves it to the attack")
         fgsm = getattr(perturbation, "fgsm", perturbation)  # PGD has one inside
         self._logarithm_of = fgsm.forward_func if isinstance(fgsm, FGSM) and fgsm.loss_func is None else None
         self.name = type(perturbation).__name__ if isinstance(perturbation, Perturbation) else "the attack"

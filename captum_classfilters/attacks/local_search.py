@@ -3,7 +3,6 @@
 N images, b colours, n pixels of an image. `attacks/oracle.py` says what is asked of the network.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from captum.robust import Perturbation
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_images, in_top
+from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 
@@ -54,13 +54,11 @@ class SearchSettings:
     rest: int = 30
 
     def __post_init__(self) -> None:
-        check_count(self.pixels, "pixels")
-        check_count(self.radius, "radius", 0)
-        check_count(self.rest, "rest", 0)
-        if not 0 <= self.cyclic <= 2:
-            raise OptionError(f"cyclic must lie in [0, 2], got {self.cyclic}; outside, wrapping once leaves the range")
-        if not (math.isfinite(self.pert) and self.pert > 0):
-            raise OptionError(f"pert must be a positive number, got {self.pert}")
+        integer(self.pixels, "pixels", 1)
+        integer(self.radius, "radius")
+        integer(self.rest, "rest")
+        number(self.cyclic, "cyclic", 0, 2, meaning="outside of which wrapping once leaves the range")
+        number(self.pert, "pert", 0, open_ends=True)
 
 
 class LocalSearch(Perturbation):
@@ -120,15 +118,12 @@ class LocalSearch(Perturbation):
         batch_size: int = 512,
         generator: torch.Generator | None = None,
     ) -> None:
-        for name, value in (("rounds", rounds), ("k", k), ("batch_size", batch_size)):
-            check_count(value, name)
-        if candidates is not None:
-            check_count(candidates, "candidates")
         if not isinstance(settings, SearchSettings):
             raise OptionError(f"settings must be SearchSettings(...), got {type(settings).__name__}")
         self.forward_func, self.bounds, self.settings = forward_func, check_bounds(bounds), settings
-        self.rounds, self.candidates, self.k = rounds, candidates, k
-        self.batch_size, self.generator = batch_size, generator
+        self.candidates = None if candidates is None else integer(candidates, "candidates", 1)
+        self.rounds, self.k = integer(rounds, "rounds", 1), integer(k, "k", 1)
+        self.batch_size, self.generator = integer(batch_size, "batch_size", 1), generator
 
     def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attack each image.

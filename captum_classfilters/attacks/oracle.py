@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.outputs import describe, find_logits
 
 # The smallest and the largest value of a pixel
 Bounds = tuple[float, float]
@@ -47,17 +48,19 @@ class Oracle:
         Raises:
             ShapeError: The network gave something else.
         """
-        parts = [self._logits_of_batch(part) for part in torch.split(images, self._batch_size)]
+        parts = [self.forward(part).detach().double() for part in torch.split(images, self._batch_size)]
         return torch.cat(parts).to(images.device)
 
-    def _logits_of_batch(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
+        """One forward pass: ``(N, C)`` where the network is and of its dtype, with gradients where they are on."""
         output = self._forward(self.place(images))
-        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        logits = find_logits(output)
+        if logits is None or logits.dim() != 2 or len(logits) != len(images):
+            got = describe(output) if logits is None else tuple(logits.shape)
             raise ShapeError(
                 f"the model must give logits of shape ({len(images)}, C), got {got}; wrap it in a module that does"
             )
-        return output.detach().double()
+        return logits
 
 
 class Normalized(nn.Module):
@@ -150,7 +153,8 @@ def check_images(images: Any, bounds: Bounds, what: str = "images", remedy: str 
         )
 
 
-def check_count(value: Any, name: str, least: int = 1) -> None:
-    """Refuse what is not a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def one_input(inputs: tuple[Any, ...], place: int) -> Any:
+    """The only input of a batch of a loader; refuse several."""
+    if len(inputs) > 1:
+        raise ShapeError(f"batch {place} has {len(inputs)} inputs, expected 1, as an attack changes one tensor")
+    return inputs[0]

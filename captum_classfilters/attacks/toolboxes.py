@@ -13,7 +13,8 @@ from captum.robust import Perturbation
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_images, in_top
+from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 
@@ -49,16 +50,14 @@ class ARTAttack(Perturbation):
         **options: Any,
     ) -> None:
         self.bounds = check_bounds(bounds)
-        check_count(num_classes, "num_classes", 2)
-        check_count(seed, "seed", 0)
+        self.num_classes, self.seed = integer(num_classes, "num_classes", 2), integer(seed, "seed")
         evasion, _ = _art()
         kind: Any = getattr(evasion, attack, None) if isinstance(attack, str) else attack
         if not hasattr(kind, "attack_params"):
             raise OptionError(f'attack must be of art.attacks.evasion, as "CarliniL2Method", got {attack!r}')
         if unknown := [name for name in options if name not in kind.attack_params]:
             raise OptionError(f"{kind.__name__} has no option {unknown[0]!r}; it has {kind.attack_params}")
-        self.forward_func, self.attack = forward_func, kind
-        self.num_classes, self.seed, self.options = num_classes, seed, options
+        self.forward_func, self.attack, self.options = forward_func, kind, options
 
     def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attack each image.
@@ -84,7 +83,7 @@ class ARTAttack(Perturbation):
             check_range(labels, classes := oracle.logits(inputs[:1]).shape[1])
             if classes != self.num_classes:
                 raise OptionError(f"the model gives {classes} classes, got num_classes={self.num_classes}")
-            classifier = _classifier(_Hidden.around(self.forward_func, oracle), inputs, classes, self.bounds)
+            classifier = _classifier(_Hidden.around(oracle), inputs, classes, self.bounds)
             quiet = {"verbose": False} if "verbose" in self.attack.attack_params else {}
             attack = self.attack(classifier, **quiet | self.options)
             one_hot = nn.functional.one_hot(labels.cpu(), self.num_classes).numpy()
@@ -129,11 +128,13 @@ class OnePixel(Perturbation):
         seed: int = 0,
     ) -> None:
         self.bounds = check_bounds(bounds)
-        check_count(th, "th")
-        check_count(max_iter, "max_iter")
-        check_count(seed, "seed", 0)
+        self.th, self.max_iter, self.seed = (
+            integer(th, "th", 1),
+            integer(max_iter, "max_iter", 1),
+            integer(seed, "seed"),
+        )
         _art()
-        self.forward_func, self.th, self.max_iter, self.seed = forward_func, th, max_iter, seed
+        self.forward_func = forward_func
 
     def perturb(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attack each image.
@@ -240,7 +241,7 @@ class FoolboxAttack(Perturbation):
         oracle = Oracle(self.forward_func)
         with oracle.open(grad=True):
             check_range(labels, oracle.logits(inputs[:1]).shape[1])
-            hidden = _Hidden.around(self.forward_func, oracle).eval()
+            hidden = _Hidden.around(oracle).eval()
             model = _foolbox().PyTorchModel(hidden, self.bounds, device=inputs.device)
             # Foolbox has no tolerance for what rounding left outside
             within = inputs.detach().clamp(*self.bounds)
@@ -258,9 +259,9 @@ class _Hidden(nn.Module):
         self._function = function
 
     @classmethod
-    def around(cls, forward_func: Callable[..., Any], oracle: Oracle) -> "_Hidden":
+    def around(cls, oracle: Oracle) -> "_Hidden":
         """The network's logits, with gradients, where the images are."""
-        return cls(lambda images: forward_func(oracle.place(images)).to(images))
+        return cls(lambda images: oracle.forward(images).to(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, C)``."""

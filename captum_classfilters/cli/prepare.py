@@ -20,7 +20,7 @@ from captum_classfilters.cli.models import Network, find_device, find_model
 from captum_classfilters.cli.writing import Console, Output
 from captum_classfilters.core.errors import ClassFiltersError, OptionError, quoted
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import single_batch
 
 
 class Job(NamedTuple):
@@ -130,8 +130,7 @@ def _head(network: Network, preprocessing: Preprocessing, layer: str | None) -> 
     size = (1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
     try:
-        with batches(network.model, [noise], layer=layer, need_labels=False) as stream:
-            return next(stream).head
+        return single_batch(network.model, noise, layer=layer).head
     except (ClassFiltersError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.attacks import Normalized
-from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_count, check_images
+from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_images
 from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
 
 # ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, which the attack lowers
 Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# What a surrogate of a detector may read
+_READS = ("bits", "logits")
 
 
 class _GatePGD(Perturbation):
@@ -31,9 +35,7 @@ class _GatePGD(Perturbation):
         inner = decoupler.model if isinstance(decoupler, Normalized) else decoupler
         if not isinstance(inner, PathDecoupler):
             raise OptionError(f"expected a PathDecoupler, or Normalized around one, got {type(inner).__name__}")
-        if not weight >= 0:
-            raise OptionError(f"weight must be at least 0, got {weight!r}")
-        self.network, self.weight = decoupler, weight
+        self.network, self.weight = decoupler, number(weight, "weight", 0)
         self._inner: PathDecoupler = inner
 
     def _descend(
@@ -41,10 +43,10 @@ class _GatePGD(Perturbation):
     ) -> Tensor:
         """For each image the step of the smallest loss among those that fool the network, or of all if none does."""
         check_images(images, self.bounds)
-        check_count(step_num, "step_num")
-        for name, size in (("radius", radius), ("step_size", step_size)):
-            if not size > 0:
-                raise OptionError(f"{name} must be above 0, got {size!r}")
+        step_num = integer(step_num, "step_num", 1)
+        radius, step_size = (
+            number(size, name, 0, open_ends=True) for name, size in (("radius", radius), ("step_size", step_size))
+        )
         original = images.detach()
         best, best_loss = original.clone(), torch.full((len(images),), torch.inf, device=images.device)
         best_fools = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -73,11 +75,6 @@ class _GatePGD(Perturbation):
         inputs = self.network.normalize(images) if isinstance(self.network, Normalized) else images
         logits, gates, gate_logits = self._inner.gates_and_logits(inputs)
         return logits, torch.cat(gates, 1), torch.cat(gate_logits, 1)
-
-
-def _check_reads(reads: str) -> None:
-    if reads not in ("bits", "logits"):
-        raise OptionError(f'reads must be "bits" or "logits", got {reads!r}')
 
 
 class AdaptivePGD(_GatePGD):
@@ -115,12 +112,11 @@ class AdaptivePGD(_GatePGD):
         bounds: Bounds = (0.0, 1.0),
     ) -> None:
         super().__init__(decoupler, 0.0 if weight is None else weight, bounds)
-        _check_reads(reads)
         self.selective = weight is None
         # a copy where the network is: it may have been trained on another device
         if isinstance(surrogate, nn.Module):
             surrogate = deepcopy(surrogate).to(next(self._inner.parameters()).device)
-        self.surrogate, self.reads = surrogate, reads
+        self.surrogate, self.reads = surrogate, one_of(reads, "reads", _READS)
 
     def perturb(self, inputs: Tensor, labels: Tensor, radius: float, step_size: float, step_num: int) -> Tensor:
         """Attack each image.
@@ -236,8 +232,8 @@ def distil(
         OptionError: There are fewer than two paths; ``reads`` is unknown, or logits were not collected; the surrogate
             has not learnt.
     """
-    _check_reads(reads)
-    check_count(epochs, "epochs")
+    one_of(reads, "reads", _READS)
+    hidden, epochs, seed = integer(hidden, "hidden", 1), integer(epochs, "epochs", 1), integer(seed, "seed")
     if len(paths) < 2 or (reads == "logits" and paths.logits is None):
         raise OptionError(f"distil needs at least two paths, for reads={reads!r} with logits; collect more of them")
     generator = torch.Generator().manual_seed(seed)

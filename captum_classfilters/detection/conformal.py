@@ -5,13 +5,13 @@ n clean paths for calibration, m paths judged.
 
 import math
 from abc import ABC, abstractmethod
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from captum_classfilters.core.errors import CalibrationError, NotCalibratedError, OptionError
+from captum_classfilters.core.check import number
+from captum_classfilters.core.errors import CalibrationError, NotCalibratedError
 from captum_classfilters.detection.features import Array
 
 
@@ -63,8 +63,7 @@ def false_positive_interval(alpha: float, calibration: int, judged: int, level: 
 
 def check_enough(count: int, alpha: float) -> None:
     """Refuse a calibration set that cannot give p-values as small as alpha."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < 1:
-        raise OptionError(f"alpha is the rate of false positives, between 0 and 1, got {alpha!r}")
+    number(alpha, "alpha", 0, 1, open_ends=True, meaning="the rate of false positives")
     # 1e-9: rounding may make 1 / 0.05 a little more than 20
     if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):
         raise CalibrationError(

@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from captum_classfilters._version import __version__
+from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import replacing
 from captum_classfilters.decoupling import Paths
@@ -245,8 +246,7 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
         """
         self._forget_calibration()
         share = self._share()
-        if not isinstance(self.smoothing, Real) or not self.smoothing > 0:
-            raise OptionError(f"smoothing must be above 0, got {self.smoothing!r}")
+        number(self.smoothing, "smoothing", 0, open_ends=True)
         self.profiles_ = None
         if isinstance(X, Paths):
             self.profiles_ = ClassProfiles(X, self.smoothing)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from captum_classfilters.core.check import number, some_of
 from captum_classfilters.core.errors import MergeError, OptionError
 from captum_classfilters.decoupling import Paths
 
@@ -38,8 +39,7 @@ class ClassProfiles:
         if not isinstance(paths, Paths) or not len(paths):
             got = "none" if isinstance(paths, Paths) else type(paths).__name__
             raise OptionError(f"expected Paths of clean images, got {got}; collect them with decoupler.paths(loader)")
-        if not smoothing > 0:
-            raise OptionError(f"smoothing must be above 0, got {smoothing!r}")
+        smoothing = number(smoothing, "smoothing", 0, open_ends=True)
         bits, classes = _numbers(paths)
         members = np.eye(paths.num_classes)[classes]
         self.sums, self.counts = members.T @ bits, members.sum(0)
@@ -147,10 +147,7 @@ class PathTable:
 
 def check_features(features: str | Sequence[str]) -> tuple[str, ...]:
     """Names as a tuple, all of them known."""
-    names = (features,) if isinstance(features, str) else tuple(features)
-    if not names or any(name not in FEATURES for name in names):
-        raise OptionError(f"features must be one of {list(FEATURES)}, or several of them, got {features!r}")
-    return names
+    return tuple(some_of(features, "features", FEATURES))
 
 
 def as_array(X: Any) -> Any:  # noqa: N803

@@ -13,14 +13,14 @@ from warnings import warn
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from captum_classfilters.attacks import Attack, Normalized
-from captum_classfilters.attacks.oracle import check_images
+from captum_classfilters.attacks.oracle import check_images, one_input
 from captum_classfilters.core.borrow import borrowed, unwrap
-from captum_classfilters.core.errors import AttackFailedWarning, EmptyLoaderError, OptionError
+from captum_classfilters.core.check import integer
+from captum_classfilters.core.errors import AttackFailedWarning, OptionError
 from captum_classfilters.core.files import read, write
-from captum_classfilters.core.stream import check_labels, unpack
+from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.decoupling.decoupler import PathReader
 
@@ -216,33 +216,27 @@ def adversarial_paths(
     inner = network.model if isinstance(network, Normalized) else network
     if not isinstance(inner, PathDecoupler):
         raise OptionError(f"expected a PathDecoupler, or Normalized(a PathDecoupler, ...), got {type(inner).__name__}")
-    if max_pairs is not None and (isinstance(max_pairs, bool) or not isinstance(max_pairs, Integral) or max_pairs < 1):
-        raise OptionError(f"max_pairs must be a whole number of at least 1 or None, got {max_pairs!r}")
-    if not isinstance(loader, Iterable):
-        raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+    max_pairs = None if max_pairs is None else integer(max_pairs, "max_pairs", 1, meaning="or None, for all")
     attack = attack if isinstance(attack, Attack) else Attack(attack)
     attacked = unwrap(getattr(attack.perturbation, "forward_func", None))
     if isinstance(network, Normalized) and (attacked is inner or attacked is inner.model):
         raise OptionError(
             "the attack was made on the network without Normalized, which takes other images; make it on Normalized"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer(seed, "seed"))
     finished: list[_Batch] = []
-    with borrowed(network, grad=True), tqdm(iter(loader), disable=not show_progress, desc="attack") as bar:
+    batches = samples(loader, placement=Placement.of(inner), description="attack", show_progress=show_progress)
+    with borrowed(network, grad=True), batches as stream:
         reader = _PixelReader(network, PathReader(inner, logits))
         try:
-            for batch in _attacked_batches(reader, bar, attack, generator, keep_images):
+            for batch in _attacked_batches(reader, stream, attack, generator, keep_images):
                 finished.append(batch)
-                count = sum(len(part.clean) for part in finished)
-                bar.set_postfix(pairs=count, refresh=False)
-                if max_pairs is not None and count >= max_pairs:
+                if max_pairs is not None and sum(len(part.clean) for part in finished) >= max_pairs:
                     break
         except BaseException as error:
             if finished:
                 error.partial_result = _together(finished)  # type: ignore[attr-defined]
             raise
-    if not finished:
-        raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
     pairs = _together(finished)
     if not len(pairs):
         warn(_in_vain(pairs, attack), AttackFailedWarning, stacklevel=2)
@@ -271,19 +265,17 @@ class _Batch(NamedTuple):
 
 
 def _attacked_batches(
-    reader: _PixelReader, loader: Iterable[Any], attack: Attack, generator: torch.Generator, keep_images: bool
+    reader: _PixelReader, stream: Iterator[Samples], attack: Attack, generator: torch.Generator, keep_images: bool
 ) -> Iterator[_Batch]:
     first = 0
-    for number, raw in enumerate(loader):
-        inputs, labels = unpack(raw, True, number)
-        images = reader.reader.place(inputs)[0]
+    for number, inputs, targets, *_ in stream:
+        images: Tensor = one_input(inputs, number)
+        labels: Tensor = targets  # type: ignore[assignment]  # `samples` refuses batches without labels
         check_images(images, attack.bounds, what=f"images of batch {number}")
-        if not len(images):
-            continue
-        labels = check_labels(labels, len(images), number)
+        images = images.detach()
         before = reader.paths(images, labels, number)
         right = torch.eq(before.predictions, labels.cpu())
-        images, classes, clean = images[right], labels[right].to(images.device), before[right]
+        images, classes, clean = images[right], labels[right.to(labels.device)], before[right]
         changed = attack(images, classes) if len(images) else images
         after = reader.paths(changed, classes, number) if len(images) else clean
         fooled = torch.ne(after.predictions, classes.cpu())

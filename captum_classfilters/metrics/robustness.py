@@ -10,11 +10,12 @@ from captum.robust import Perturbation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_count, check_images, in_top
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
-from captum_classfilters.core.stream import check_labels, check_range, unpack
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_images, in_top, one_input
+from captum_classfilters.core.check import integer
+from captum_classfilters.core.control import Control
+from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.intervals import mean_interval, wilson
+from captum_classfilters.core.stream import check_range, samples
 
 _COLUMNS = ["model", "attack", "control", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
 
@@ -27,8 +28,7 @@ def attack_success(
     bounds: Bounds = (0.0, 1.0),
     max_images: int | None = None,
     batch_size: int = 64,
-    draws: int = 5,
-    seed: int = 0,
+    control: Control = Control(),
     show_progress: bool = False,
 ) -> pd.DataFrame:
     """Share of images on which each attack changes the predicted class of each network, against as many random pixels.
@@ -47,8 +47,7 @@ def attack_success(
         bounds: Smallest and largest value of a pixel.
         max_images: Attack this many; the loader is read no further. None: all.
         batch_size: Images given to an attack at once.
-        draws: Random sets of pixels for the control, at least 5.
-        seed: Seed of these draws.
+        control: The random sets of pixels.
         show_progress: A tqdm bar.
 
     Returns:
@@ -66,14 +65,12 @@ def attack_success(
         LabelError, EmptyLoaderError: The labels do not fit; the loader is empty.
     """
     bounds = check_bounds(bounds)
-    check_draws(draws)
-    check_count(batch_size, "batch_size")
-    if max_images is not None:
-        check_count(max_images, "max_images")
+    batch_size = integer(batch_size, "batch_size", 1)
+    max_images = None if max_images is None else integer(max_images, "max_images", 1)
     _check_names(models, "models")
-    controls = {name: f"random ({name})" for name in _check_names(attacks, "attacks")}
-    for control in set(controls.values()) & set(attacks):
-        raise OptionError(f"an attack may not be named {control!r}: the result uses that name itself; rename it")
+    control_names = {name: f"random ({name})" for name in _check_names(attacks, "attacks")}
+    for name in set(control_names.values()) & set(attacks):
+        raise OptionError(f"an attack may not be named {name!r}: the result uses that name itself; rename it")
     for name, attack in attacks.items():
         if isinstance(attack, Perturbation):
             kind = type(attack).__name__
@@ -94,12 +91,12 @@ def attack_success(
                 with oracle.open():
                     parts = [
                         _measured(oracle, images, _random_pixels(images, count, bounds, generator), labels)
-                        for generator in [torch.Generator().manual_seed(seed)]
-                        for _ in range(draws)
+                        for generator in [control.generator()]
+                        for _ in range(control.draws)
                     ]
                 _, low, high = mean_interval([part.fooled.mean() for part in parts])
                 together = _Outcome(*map(np.concatenate, zip(*parts, strict=True)))
-                rows.append([name, controls[title], True, *_row(together, float(low), float(high))])
+                rows.append([name, control_names[title], True, *_row(together, float(low), float(high))])
                 bar.update()
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -125,33 +122,24 @@ def _all_right(
     """The images that every network classifies as their label, in the order of the loader."""
     images, labels, seen = [], [], 0
     hits = dict.fromkeys(oracles, 0)
-    for index, raw in enumerate(loader):
-        inputs, targets = unpack(raw, True, index)
-        some = inputs[0]
-        if len(inputs) > 1:
-            raise ShapeError(f"batch {index} has {len(inputs)} inputs, expected 1, as an attack changes one tensor")
-        check_images(some, bounds, f"images of batch {index}")
-        wanted = check_labels(targets, len(some), index).to(some.device)
-        if not len(some):
-            continue
-        everyone = torch.ones_like(wanted, dtype=torch.bool)
-        for name, oracle in oracles.items():
-            with oracle.open():
-                logits = oracle.logits(some)
-            check_range(wanted, logits.shape[1], index)
-            right = in_top(logits, wanted)
-            hits[name] += int(right.sum())
-            everyone &= right
-        seen += len(some)
-        images.append(some[everyone].detach())
-        labels.append(wanted[everyone])
-        if most is not None and sum(map(len, images)) >= most:
-            break
-    if not seen:
-        raise EmptyLoaderError(
-            "the loader gave no image; expected at least one batch. An iterator that was read before is empty: pass "
-            "the loader itself"
-        )
+    with samples(loader) as stream:
+        for index, inputs, targets, *_ in stream:
+            some: Tensor = one_input(inputs, index)
+            check_images(some, bounds, f"images of batch {index}")
+            wanted: Tensor = targets.to(some.device)  # type: ignore[union-attr]
+            everyone = torch.ones_like(wanted, dtype=torch.bool)
+            for name, oracle in oracles.items():
+                with oracle.open():
+                    logits = oracle.logits(some)
+                check_range(wanted, logits.shape[1], index)
+                right = in_top(logits, wanted)
+                hits[name] += int(right.sum())
+                everyone &= right
+            seen += len(some)
+            images.append(some[everyone].detach())
+            labels.append(wanted[everyone])
+            if most is not None and sum(map(len, images)) >= most:
+                break
     if not any(map(len, images)):
         raise OptionError(
             f"none of {seen} images is classified right by all networks ({hits} by each); only such images are "

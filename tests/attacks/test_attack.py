@@ -182,9 +182,14 @@ def test_captum_is_quiet_and_other_warnings_are_not():
         (FGSM(steep()), None, {}, "FGSM needs to know how much a pixel may change; pass epsilon="),
         (PGD(steep()), None, {"step_num": 2, "step_size": 0.1}, "PGD needs to know how much"),
         ("FGSM", 0.1, {}, "must be a captum.robust.Perturbation or a function .* got str"),
-        (FGSM(steep()), 0.0, {}, "epsilon must be above 0, got 0.0; None leaves it to the attack"),
-        (FGSM(steep()), -0.1, {}, "epsilon must be above 0, got -0.1"),
-        (FGSM(steep()), float("nan"), {}, "epsilon must be above 0, got nan"),
+        (
+            FGSM(steep()),
+            0.0,
+            {},
+            "epsilon must be a finite number above 0, or None, which leaves it to the",
+        ),
+        (FGSM(steep()), -0.1, {}, "epsilon must be a finite number above 0, or None, .* got -0.1"),
+        (FGSM(steep()), float("nan"), {}, "epsilon must be a finite number above 0, or None, .* got nan"),
     ],
 )
 def test_it_refuses_what_is_no_attack_and_options_that_it_does_not_have(call, epsilon, options, message):

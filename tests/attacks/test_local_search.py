@@ -260,7 +260,7 @@ def test_it_refuses_what_it_cannot_attack():
         ({"bounds": (0.0, float("nan"))}, "the first below the second, got"),
         ({"bounds": 1.0}, r"bounds must be the smallest and the largest value of a pixel, as \(0.0, 1.0\), got 1.0"),
         ({"bounds": (0.0, 0.5, 1.0)}, "bounds must be the smallest and the largest"),
-        ({"rounds": 2.5}, "rounds must be a whole number"),
+        ({"rounds": 2.5}, "rounds must be an integer"),
         ({"candidates": 0}, "candidates must be"),
         ({"settings": {"pert": 1.0}}, r"settings must be SearchSettings\(...\), got dict"),
     ],
@@ -273,11 +273,11 @@ def test_it_refuses_options_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pixels": 0}, "pixels must be a whole number of at least 1, got 0"),
-        ({"radius": -1}, "radius must be a whole number of at least 0"),
-        ({"rest": -1}, "rest must be a whole number of at least 0"),
-        ({"cyclic": 2.1}, r"cyclic must lie in \[0, 2\]"),
-        ({"pert": 0.0}, "pert must be a positive number"),
+        ({"pixels": 0}, "pixels must be an integer of at least 1; got 0"),
+        ({"radius": -1}, "radius must be an integer of at least 0"),
+        ({"rest": -1}, "rest must be an integer of at least 0"),
+        ({"cyclic": 2.1}, r"cyclic must be a number in \[0, 2\]"),
+        ({"pert": 0.0}, "pert must be a finite number above 0"),
     ],
 )
 def test_it_refuses_settings_out_of_range(settings, message):

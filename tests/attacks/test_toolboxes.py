@@ -257,8 +257,8 @@ def test_no_images_are_no_error_and_bad_ones_are_refused(attack):
         ("NoSuchMethod", {}, "attack must be of art.attacks.evasion, as \"CarliniL2Method\", got 'NoSuchMethod'"),
         (3, {}, "attack must be of art.attacks.evasion, .* got 3"),
         ("FastGradientMethod", {"steps": 3}, r"FastGradientMethod has no option 'steps'; it has \['norm', 'eps'"),
-        ("FastGradientMethod", {"num_classes": 1}, "num_classes must be a whole number of at least 2, got 1"),
-        ("FastGradientMethod", {"seed": -1}, "seed must be a whole number of at least 0"),
+        ("FastGradientMethod", {"num_classes": 1}, "num_classes must be an integer of at least 2; got 1"),
+        ("FastGradientMethod", {"seed": -1}, "seed must be an integer of at least 0"),
         ("FastGradientMethod", {"bounds": (0.0, 0.0)}, "the first below the second, got"),
     ],
 )

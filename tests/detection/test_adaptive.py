@@ -194,9 +194,9 @@ def test_once_fooled_stays_fooled(decoupler, labels, surrogate):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((RADIUS, STEP, 0), "step_num must be a whole number of at least 1, got 0"),
-        ((0.0, STEP, 1), "radius must be above 0, got 0.0"),
-        ((RADIUS, -1.0, 1), "step_size must be above 0, got -1.0"),
+        ((RADIUS, STEP, 0), "step_num must be an integer of at least 1; got 0"),
+        ((0.0, STEP, 1), "radius must be a finite number above 0; got 0.0"),
+        ((RADIUS, -1.0, 1), "step_size must be a finite number above 0; got -1.0"),
     ],
 )
 def test_sizes_out_of_range_are_refused(decoupler, labels, sizes, message):
@@ -215,7 +215,7 @@ def test_a_surrogate_of_logits_reads_them_through_a_sigmoid(decoupler, labels, s
     with torch.no_grad():
         _, logits = decoupler.gate_logits(pixels())
     assert torch.allclose(seen[0], torch.cat(logits, 1).sigmoid())
-    with pytest.raises(OptionError, match='reads must be "bits" or "logits", got \'both\''):
+    with pytest.raises(OptionError, match=r"reads must be one of \['bits', 'logits'\], got 'both'"):
         AdaptivePGD(decoupler, surrogate, reads="both")
 
 
@@ -331,9 +331,9 @@ def test_bad_arguments_are_refused(decoupler):
         with pytest.raises(OptionError, match=r"expected a PathDecoupler, or Normalized around one, got (Sm|Id)"):
             AdaptivePGD(network)
     for weight in (-1.0, float("nan")):
-        with pytest.raises(OptionError, match="weight must be at least 0"):
+        with pytest.raises(OptionError, match="weight must be a finite number of at least 0"):
             AdaptivePGD(decoupler, weight=weight)
-        with pytest.raises(OptionError, match="weight must be at least 0"):
+        with pytest.raises(OptionError, match="weight must be a finite number of at least 0"):
             PathMatching(decoupler, clean, weight=weight)
     with pytest.raises(OptionError, match="the first below the second, got"):
         AdaptivePGD(decoupler, bounds=(2.0, 1.0))

@@ -126,10 +126,10 @@ def test_a_rate_that_is_computed_gives_alarms_too():
 def test_rates_are_between_0_and_1(alpha):
     detector = Given().calibrate(np.arange(100))
     for call in (lambda: detector.calibrate(np.arange(100), alpha), lambda: false_positive_interval(alpha, 100, 100)):
-        with pytest.raises(errors.OptionError, match="alpha is the rate of false positives, between 0 and 1, got"):
+        with pytest.raises(errors.OptionError, match="alpha must be a number between 0 and 1, the rate of"):
             call()
     if alpha is not None:  # there it stands for that of calibrate
-        with pytest.raises(errors.OptionError, match="alpha is the rate of false positives"):
+        with pytest.raises(errors.OptionError, match="between 0 and 1, the rate of false positives"):
             detector.is_adversarial([1.0], alpha)
     assert detector.alpha_ == 0.05
 

@@ -285,7 +285,7 @@ def test_what_scikit_learn_refuses(pairs, X, y, error, message):  # noqa: N803
 def test_unknown_features_are_refused(pairs, features):
     X, y, _ = pairs
     for given in (X, X.bits()):
-        with pytest.raises(errors.OptionError, match=r"features must be one of \['bits', 'logits', 'profiles'\]"):
+        with pytest.raises(errors.OptionError, match=r"features must be some of \['bits', 'logits', 'profiles'\]"):
             PathDetector(features=features).fit(given, y)
 
 

@@ -161,7 +161,7 @@ def test_bad_contamination_is_refused(contamination):
 @pytest.mark.parametrize("kind", ["paths", "array"])
 def test_bad_smoothing_is_refused(smoothing, kind):
     clean, _ = planted(9)
-    with pytest.raises(errors.OptionError, match="smoothing must be above 0, got"):
+    with pytest.raises(errors.OptionError, match="smoothing must be a finite number above 0; got"):
         PathOutlierDetector(smoothing=smoothing).fit(clean if kind == "paths" else clean.bits())
 
 

@@ -22,11 +22,11 @@ from captum_classfilters.detection.pairs import stack_pairs
     (inverted, {"epsilon": 0.1}, errors.OptionError, r"changed a pixel by 0\.\d+, more than epsilon=0\.1"),
     (inverted, {"steps": 3}, errors.OptionError, r"the attack has no argument 'steps'; it has \['images', 'labels'\]"),
     ("FGSM", {}, errors.OptionError, "a function .* got str"),
-    (inverted, {"epsilon": 0.0}, errors.OptionError, "epsilon must be above 0, got 0.0"),
+    (inverted, {"epsilon": 0.0}, errors.OptionError, "epsilon must be a finite number above 0, or None, .* got 0.0"),
     (inverted, {"bounds": (1.0, 0.0)}, errors.OptionError, r"the first below the second, got \(1.0, 0.0\)"),
     (FGSM, {"epsilon": 0.1}, errors.OptionError, "expected an attack that was made, as PGD"),
     (nn.Identity(), {}, errors.OptionError, "expected an attack that was made, as PGD"),
-    (inverted, {"epsilon": "2/255"}, errors.OptionError, "epsilon must be above 0, got '2/255'"),
+    (inverted, {"epsilon": "2/255"}, errors.OptionError, "epsilon must be a finite number .* got '2/255'"),
     (inverted, {"labels": None}, errors.OptionError, "labels cannot be passed: the attack is away from the labels"),
 ])  # fmt: skip
 def test_bad_attacks_are_refused(decoupler, data, attack, options, error, message):
@@ -36,7 +36,7 @@ def test_bad_attacks_are_refused(decoupler, data, attack, options, error, messag
 
 @pytest.mark.parametrize("max_pairs", [0, True, 2.5])
 def test_a_number_of_pairs_is_a_whole_number(decoupler, data, max_pairs):
-    with pytest.raises(errors.OptionError, match=f"max_pairs must be .*at least 1 or None, got {max_pairs}"):
+    with pytest.raises(errors.OptionError, match=f"max_pairs must be .*at least 1, or None, for all; got {max_pairs}"):
         adversarial_paths(decoupler, [data], inverted, max_pairs=max_pairs)
 
 

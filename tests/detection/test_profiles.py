@@ -120,8 +120,8 @@ def test_no_paths_have_no_distances():
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda p: ClassProfiles(p[:0]), errors.OptionError, "expected Paths of clean images, got none"),
     (lambda p: ClassProfiles(p.bits()[:1, :2]), errors.OptionError, "expected Paths of clean images, got Tensor"),
-    (lambda p: ClassProfiles(p, 0), errors.OptionError, "smoothing must be above 0, got 0"),
-    (lambda p: ClassProfiles(p, math.nan), errors.OptionError, "smoothing must be above 0, got nan"),
+    (lambda p: ClassProfiles(p, 0), errors.OptionError, "smoothing must be a finite number above 0; got 0"),
+    (lambda p: ClassProfiles(p, math.nan), errors.OptionError, "smoothing must be a finite number above 0; got nan"),
 ])  # fmt: skip
 def test_bad_profiles_are_refused(call, error, message):
     with pytest.raises(error, match=message):

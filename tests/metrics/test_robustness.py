@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from captum_classfilters.attacks import LocalSearch
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, ShapeError
 from captum_classfilters.metrics import attack_success, wilson
 
@@ -91,7 +92,7 @@ def test_the_control_hits_as_often_as_chance(colours):
 
         return attack
 
-    frame = attack_success({"a": Corner()}, data, {"half": half}, draws=1000)
+    frame = attack_success({"a": Corner()}, data, {"half": half}, control=Control(1000))
     found = row(frame, attack="random (half)")
     # two of four places are drawn, and half of the corners that are get bright
     assert found.tried == 4000
@@ -103,13 +104,13 @@ def test_the_control_hits_as_often_as_chance(colours):
     if colours == 1:
         # the corner to 1, the other place to 0 or to 1
         assert found.l2 == pytest.approx(((0.75**2 + 0.25**2) ** 0.5 + (2 * 0.75**2) ** 0.5) / 2, abs=0.01)
-    again = attack_success({"a": Corner()}, data, {"half": half}, draws=1000)
+    again = attack_success({"a": Corner()}, data, {"half": half}, control=Control(1000))
     assert again.equals(frame)
-    assert not attack_success({"a": Corner()}, data, {"half": half}, draws=1000, seed=1).equals(frame)
+    assert not attack_success({"a": Corner()}, data, {"half": half}, control=Control(1000, 1)).equals(frame)
 
 
 def test_without_a_success_the_control_changes_one_pixel():
-    frame = attack_success({"a": Corner()}, loader(), {"none": lambda model: lambda x, y: x}, draws=40)
+    frame = attack_success({"a": Corner()}, loader(), {"none": lambda model: lambda x, y: x}, control=Control(40))
     found = row(frame, attack="none")
     assert (found.tried, found.succeeded, found.success, found.low) == (6, 0, 0, 0)
     assert np.isnan(found.pixels)
@@ -174,7 +175,7 @@ def test_it_refuses_what_it_cannot_compare():
     wrong = [(torch.zeros(2, 1, 2, 2), torch.tensor([1, 1]))]
     with pytest.raises(OptionError, match=r"none of 2 images is classified right by all networks \({'a': 0, 'b': 0}"):
         attack_success(models, wrong, attacks)
-    with pytest.raises(EmptyLoaderError, match="the loader gave no image"):
+    with pytest.raises(EmptyLoaderError, match="the loader gave no sample"):
         attack_success(models, [], attacks)
     with pytest.raises(OptionError, match="models must be at least one function by name"):
         attack_success({}, loader(), attacks)
@@ -182,8 +183,6 @@ def test_it_refuses_what_it_cannot_compare():
         attack_success(models, loader(), [brighten])
     with pytest.raises(OptionError, match=r"may not be named 'random \(none\)'"):
         attack_success(models, loader(), {**attacks, "random (none)": brighten})
-    with pytest.raises(OptionError, match="draws must be at least 5"):
-        attack_success(models, loader(), attacks, draws=4)
     with pytest.raises(OptionError, match="max_images must be"):
         attack_success(models, loader(), attacks, max_images=0)
     with pytest.raises(OptionError, match=r"images of batch 0 must lie in \[0.2, 1"):
