@@ -1,25 +1,22 @@
-"""Results in, matplotlib Axes out: tables, curves, paths, detectors, split heads and the images behind a channel.
+"""Results in, matplotlib Axes out: tables, curves, gates, paths, split heads, and maps on photographs.
 
 Every function takes ``ax``, draws there, and returns it; without ``ax`` it makes a figure of fitting size. None shows
-or saves a figure, or changes matplotlib's settings. The only room that imports matplotlib.
+or saves a figure, or changes matplotlib's settings. The only room that imports matplotlib. `kit.py` has what the
+pictures share; each other file is one family of pictures.
 """
 
-from captum_classfilters.visualize.branches import branch_maps
-from captum_classfilters.visualize.cards import filter_cards
-from captum_classfilters.visualize.costs import macs_accuracy
-from captum_classfilters.visualize.curves import accuracy_curve
-from captum_classfilters.visualize.detection import auc_matrix, integral_paths, roc
-from captum_classfilters.visualize.fields import gate_strip, occlusion, switched_off
-from captum_classfilters.visualize.gates import (
-    cluster_centres,
-    confusion,
+from captum_classfilters.visualize.curves import (
+    accuracy_curve,
+    auc_matrix,
     correlated_share,
-    correlation,
-    gate,
-    similarity,
+    k_grid,
+    macs_accuracy,
+    roc,
 )
-from captum_classfilters.visualize.grid import k_grid
-from captum_classfilters.visualize.paths import filter_states, path_embedding, path_profiles
+from captum_classfilters.visualize.gates import cluster_centres, confusion, correlation, gate, similarity
+from captum_classfilters.visualize.images import branch_maps, filter_cards, occlusion
+from captum_classfilters.visualize.images import switched_off as switched_off
+from captum_classfilters.visualize.paths import filter_states, gate_strip, integral_paths, path_embedding, path_profiles
 from captum_classfilters.visualize.splitting import ald_fit, ald_tree
 from captum_classfilters.visualize.tables import class_filters, overlap
 
@@ -47,5 +44,4 @@ __all__ = [
     "path_profiles",
     "roc",
     "similarity",
-    "switched_off",
 ]

@@ -1,29 +1,36 @@
 """Pictures of a head's split: weights against their fit, and the tree of nodes.
 
 Source: "An interpretation of the final fully connected layer", figures 1 to 4. `splitting` fits and splits; here it is
-drawn; `branches.py` draws what the nodes look at.
+drawn; `images.py` draws what the nodes look at.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 
+from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.splitting import ALDNode, ALDTree, AsymmetricLaplace
-from captum_classfilters.visualize.canvas import SMALL, Floats, axes_or_new, room, shortened
+from captum_classfilters.visualize.kit import (
+    SMALL,
+    Floats,
+    Panels,
+    axes_or_new,
+    panels_or_new,
+    room,
+    shortened,
+    spaced,
+)
 
 _FITTED, _LIKELY, _NORMAL = "black", "#E69F00", "#009E73"  # lines: seen on reds, blues and greys
 _BOX = (1.6, 0.68)  # width and height of a node, where stages are 1 apart
 _STEP = 0.16  # how much further out the next stage stands
 
-Panels = npt.NDArray[np.object_]
 Names = Sequence[str] | None
 
 
@@ -60,8 +67,8 @@ def ald_fit(trees: Any, *, kind: str = "rank", class_names: Names = None, ax: An
         share their scale, if they are new.
 
     Raises:
-        OptionError: No trees, unknown ``kind``, no name for a class, ``ax`` does not fit, or ``kind="density"`` without
-            ``fit="mle"``.
+        OptionError: There are no trees, ``kind`` is unknown, a class has no name, ``ax`` does not fit, or
+            ``kind="density"`` is asked for trees that were split without ``fit="mle"``.
 
     Example:
         >>> import matplotlib, torch; matplotlib.use("agg")
@@ -73,14 +80,19 @@ def ald_fit(trees: Any, *, kind: str = "rank", class_names: Names = None, ax: An
     """
     one = isinstance(trees, ALDTree)
     chosen = _checked_trees([trees] if one else trees)
-    if kind not in ("rank", "density"):
-        raise OptionError(f'kind must be "rank" or "density", got {kind!r}')
+    one_of(kind, "kind", ("rank", "density"))
     titles = [_title(tree, class_names) for tree in chosen]
     if kind == "density" and (bare := [tree.target for tree in chosen if tree.laplace is None]):
         raise OptionError(
             f'kind="density" draws a fitted distribution, and class {bare[0]} has none; split with fit="mle"'
         )
-    panels = [axes_or_new(ax, (5.4, 4.0))] if one else _panels(ax, chosen)
+    # panels of one head share their scale; rows of 3, as in the paper
+    alike = len({(tree.layer, len(tree.weights)) for tree in chosen}) == 1
+    panels = (
+        np.array([axes_or_new(ax, (5.4, 4.0))])
+        if one
+        else panels_or_new(ax, len(chosen), across=3, size=(3.7, 3.3), margin=0.4, sharey=alike)
+    )
     for axis, tree, title in zip(panels, chosen, titles, strict=True):
         weights = tree.weights.double().numpy()
         weights = np.sort(weights[weights != 0])
@@ -99,7 +111,7 @@ def ald_fit(trees: Any, *, kind: str = "rank", class_names: Names = None, ax: An
             axis.set_ylabel("weight" if kind == "rank" else "density (1 / weight)", fontsize="small")
         axis.tick_params(labelsize="small")
         axis.set_title(title, fontsize="medium")
-    return panels[0] if one else np.array(panels, dtype=object)
+    return panels[0] if one else panels
 
 
 def ald_tree(tree: ALDTree, *, class_names: Names = None, ax: Axes | None = None) -> Axes:
@@ -118,7 +130,7 @@ def ald_tree(tree: ALDTree, *, class_names: Names = None, ax: Axes | None = None
         edge: the most discriminative neurons, and the most confusing ones.
 
     Raises:
-        OptionError: Not a tree, or no name for its class.
+        OptionError: The argument is no tree, or its class has no name.
 
     Example:
         >>> import matplotlib, torch; matplotlib.use("agg")
@@ -173,14 +185,14 @@ def ald_tree(tree: ALDTree, *, class_names: Names = None, ax: Axes | None = None
 
 
 def _checked_trees(trees: Any) -> list[ALDTree]:
-    found = list(trees.values()) if isinstance(trees, Mapping) else trees
-    if not isinstance(found, Sequence) or isinstance(found, str):
+    chosen = list(trees.values()) if isinstance(trees, Mapping) else trees
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str):
         raise OptionError(f"trees must be an ALDTree or several, got {type(trees).__name__}; see ALDSplitter.split")
-    wrong = [type(tree).__name__ for tree in found if not isinstance(tree, ALDTree)]
-    if wrong or not found:
+    wrong = [type(tree).__name__ for tree in chosen if not isinstance(tree, ALDTree)]
+    if wrong or not chosen:
         got = wrong[0] if wrong else "none"
         raise OptionError(f"expected an ALDTree, got {got}; pass what ALDSplitter.split(target) returns")
-    return list(found)
+    return list(chosen)
 
 
 def _title(tree: ALDTree, class_names: Names) -> str:
@@ -195,26 +207,6 @@ def _title(tree: ALDTree, class_names: Names) -> str:
 
 
 # -- how it is drawn ---------------------------------------------------------------------------------------------------
-
-
-def _panels(ax: Any, trees: list[ALDTree]) -> list[Axes]:
-    """As many axes as trees: those given, or new ones in rows of at most 3, as in the paper."""
-    count = len(trees)
-    if ax is not None:
-        if not isinstance(ax, np.ndarray) or ax.size != count:
-            got = f"{ax.size} axes" if isinstance(ax, np.ndarray) else type(ax).__name__
-            raise OptionError(
-                f"ax must be an array of {count} axes, got {got}; make them with plt.subplots(1, {count})"
-            )
-        return [axes_or_new(axis, (0, 0)) for axis in ax.ravel()]
-    across = min(count, 3)
-    down = -(-count // across)
-    alike = len({(tree.layer, len(tree.weights)) for tree in trees}) == 1
-    size = (3.7 * across + 0.4, 3.3 * down)
-    axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=alike)[1].ravel()
-    for spare in axes[count:]:
-        spare.axis("off")
-    return list(axes[:count])
 
 
 def _draw_ranks(ax: Axes, tree: ALDTree, weights: Floats) -> None:
@@ -268,8 +260,8 @@ def _draw_density(ax: Axes, tree: ALDTree, weights: Floats) -> None:
         x = np.unique([*np.linspace(edges[0], edges[-1], 500), *fitted.location])
 
         def normal(at: Floats) -> Floats:
-            found: Floats = -0.5 * ((at - mean) / spread) ** 2 - np.log(spread * np.sqrt(2 * np.pi))
-            return found
+            logs: Floats = -0.5 * ((at - mean) / spread) ** 2 - np.log(spread * np.sqrt(2 * np.pi))
+            return logs
 
         for name, logs, colour, dashes in (
             ("asymmetric Laplace", lambda at: fitted.logpdf(at[None])[0], _LIKELY, "-"),
@@ -314,12 +306,13 @@ def _name_nodes(ax: Axes, names: Mapping[str, float], total: int) -> None:
     """Nodes along the top, terminal ones first, as far as they do not run into each other."""
     # points of a rank; the layout may take some of the width away later
     points = 0.75 * room(ax)[0] / (1.1 * total)
-    kept: dict[str, float] = {}
-    for name in sorted(names, key=lambda name: (name[:1] + str(int(name[1:]) + 1) in names, int(name[1:]))):
-        if all(abs(names[name] - place) * points > 2.0 * SMALL for place in kept.values()):
-            kept[name] = names[name]
+    nodes, places = list(names), list(names.values())
+    terminal_first = sorted(
+        range(len(nodes)), key=lambda i: (nodes[i][0] + str(int(nodes[i][1:]) + 1) in names, int(nodes[i][1:]))
+    )
+    kept = spaced(places, 2.0 * SMALL / points, first=terminal_first)
     above = ax.secondary_xaxis("top")
-    above.set_ticks(list(kept.values()), list(kept), fontsize=SMALL)
+    above.set_ticks([places[i] for i in kept], [nodes[i] for i in kept], fontsize=SMALL)
     above.tick_params(length=2, pad=1)
 
 

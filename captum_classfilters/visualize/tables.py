@@ -3,31 +3,28 @@
 from math import comb
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 
-from captum_classfilters.class_filters import ClassFilters, check_k
+from captum_classfilters.class_filters import ClassFilters, check_k, one_table
+from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.visualize.canvas import (
-    SMALL,
+from captum_classfilters.visualize.kit import (
+    UNSEEN,
+    Bools,
     Floats,
     Ints,
     axes_or_new,
+    centred_or_from_zero,
+    channel_map,
     colour_bar,
     hatch,
     heat_map,
     longest,
-    name_columns,
-    name_rows,
     room,
-    write_cells,
 )
 
 _MARK = "#ff8c00"
-BORDERS = 40  # blocks: beyond, the lines between them hide the cells
-UNSEEN = "hatched: no samples of the class"
-ANNOTATED = 20  # classes: beyond, the numbers are too small to read
 
 
 def class_filters(
@@ -38,16 +35,17 @@ def class_filters(
     max_channels: int = 256,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a table of scores: classes down, channels across, those of one class side by side.
+    """Draw a table of scores: classes down, channels across, the channels of one class side by side.
 
-    A channel stands in the block of the class for which it is strongest, strongest first; channels without any score
+    A channel stands in the block of the class for which it is strongest, strongest first. Channels without any score
     come last. Classes without samples are hatched.
 
     Args:
         filters: The table, ``(C, K)``.
         k: Put a dot on each class's k strongest channels, those of ``filters.top(k)``.
-        normalise: ``"class"``: scores that are sums over samples are divided by the class's samples, so that classes
-            can be compared; others stay. ``"max"``: each class's largest absolute score becomes 1. None: as they are.
+        normalise: ``"class"``: scores that are sums over samples are divided by the number of the class's samples, so
+            that classes can be compared; other scores stay. ``"max"``: each class's largest absolute score becomes 1.
+            None: scores as they are.
         max_channels: Of more channels, those are drawn that stand highest in the ranking of any class.
         ax: Where to draw.
 
@@ -55,7 +53,7 @@ def class_filters(
         The axes. Colours are centred on 0 where there are negative scores, and begin at 0 otherwise.
 
     Raises:
-        OptionError: k or ``max_channels`` is out of range, unknown ``normalise``, or no class has samples.
+        OptionError: k or ``max_channels`` is out of range, ``normalise`` is unknown, or no class has samples.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -65,31 +63,17 @@ def class_filters(
         >>> ax.images[0].get_array().tolist()
         [[0.9, 0.0], [0.2, 0.8]]
     """
-    _check_table(filters)
+    _check_samples(filters)
     if k is not None:
         check_k(k, filters.num_channels, "k")
-    if normalise not in ("class", "max", None):
-        raise OptionError(f'normalise must be "class", "max" or None, got {normalise!r}')
-    if isinstance(max_channels, bool) or not isinstance(max_channels, int) or max_channels < 1:
-        raise OptionError(f"max_channels must be an integer of at least 1, got {max_channels!r}")
+    one_of(normalise, "normalise", ("class", "max", None))
+    max_channels = integer(max_channels, "max_channels", 1)
     values, label = _values(filters, normalise)
-    kept = _best_ranked(filters, max_channels)
-    order, owners = _blocks(values, kept)
-    shown = values[:, order]
-    largest = float(np.nanmax(np.abs(shown))) or 1.0
-    signed = bool(np.nanmin(shown) < 0)
-
-    ax = axes_or_new(ax, table_size(shown.shape[0], shown.shape[1], longest(filters.class_names)))
-    image = heat_map(ax, shown, "RdBu_r" if signed else "Blues", -largest if signed else 0.0, largest)
-    _hatch_unseen(ax, filters, columns=len(order))
-    borders = np.flatnonzero(np.diff(owners)) + 0.5
-    if len(borders) < BORDERS:
-        ax.vlines(borders, -0.5, len(shown) - 0.5, color="0.6", linewidth=0.5)
+    order, blocks = _blocks(values, _best_ranked(filters, max_channels))
+    values = values[:, order]
+    ax, image = channel_map(ax, values, filters.class_names, order, blocks, centred_or_from_zero(values))
     if k is not None:
         _mark(ax, filters.mask(k).numpy()[:, order])
-    name_rows(ax, filters.class_names)
-    name_columns(ax, [str(channel) for channel in order])
-    ax.set_ylabel("class")
     ax.set_xlabel(_about(filters, len(order), k))
     colour_bar(image, ax, label)
     return ax
@@ -102,12 +86,12 @@ def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
 
     Args:
         filters: The table, ``(C, K)``.
-        k: Channels looked at in each class.
+        k: How many of each class's strongest channels are compared.
         ax: Where to draw.
 
     Returns:
-        The axes; colours run from 0 to 1, the diagonal, which is always 1, is grey; classes without samples are
-        hatched; up to 20 classes the numbers stand in the cells.
+        The axes; colours run from 0 to 1. The diagonal, which is always 1, is grey; classes without samples are
+        hatched. Up to 20 classes the numbers stand in the cells.
 
     Raises:
         OptionError: k is not in ``[1, K]``, or no class has samples.
@@ -119,20 +103,17 @@ def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
         >>> [text.get_text() for text in overlap(table, 2).texts]
         ['1.00', '1.00']
     """
-    _check_table(filters)
+    _check_samples(filters)
     values = filters.overlap(k).numpy().copy()
     np.fill_diagonal(values, np.nan)
-    side, names = float(np.clip(0.42 * len(values), 2.4, 8.0)), 0.08 * longest(filters.class_names) + 0.2
-    ax = axes_or_new(ax, (side + names + 1.2, side + names))
-    image = heat_map(ax, values, "Blues", 0.0, 1.0, aspect="equal")
-    _hatch_unseen(ax, filters, columns=len(values))
-    for row in np.flatnonzero(~filters.seen.numpy()):
-        hatch(ax, row - 0.5, -0.5, 1, len(values))
-    if len(values) <= ANNOTATED:
-        write_cells(ax, image, [["" if np.isnan(v) else f"{v:.2f}" for v in line] for line in values], SMALL)
-    name_rows(ax, filters.class_names)
-    name_columns(ax, filters.class_names)
-    if not bool(filters.seen.all()):
+    names, unseen = filters.class_names, ~filters.seen.numpy()
+    side, letters = float(np.clip(0.42 * len(values), 2.4, 8.0)), 0.08 * longest(names) + 0.2
+    ax = axes_or_new(ax, (side + letters + 1.2, side + letters))
+    colours = "Blues", (0.0, 1.0)
+    image = heat_map(ax, values, (names, names), colours, square=True, digits="{:.2f}".format, empty=unseen)
+    for column in np.flatnonzero(unseen):
+        hatch(ax, column - 0.5, -0.5, 1, len(values))
+    if bool(unseen.any()):
         ax.set_xlabel(UNSEEN)
     chance = _chance(k, filters.num_channels)
     bar = colour_bar(image, ax, f"Jaccard index of the top {k}\n(line: chance, {chance:.2f})")
@@ -140,12 +121,8 @@ def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-# -- what is drawn -----------------------------------------------------------------------------------------------------
-
-
-def _check_table(filters: ClassFilters) -> None:
-    if not isinstance(filters, ClassFilters):
-        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}; of a dict of them, pass one")
+def _check_samples(filters: ClassFilters) -> None:
+    one_table(filters)
     if not bool(filters.seen.any()):
         raise OptionError(f"no class of this table has samples, so there is nothing to draw: {filters!r}")
 
@@ -157,10 +134,8 @@ def _values(filters: ClassFilters, normalise: str | None) -> tuple[Floats, str]:
         values, label = values / filters.counts.clamp(min=1)[:, None], f"score per sample ({filters.method})"
     elif normalise == "max":
         largest = values.abs().amax(1, keepdim=True)
-        values, label = (
-            values / torch.where(largest > 0, largest, 1.0),
-            f"score / largest of the class ({filters.method})",
-        )
+        values = values / torch.where(largest > 0, largest, 1.0)
+        label = f"score / largest of the class ({filters.method})"
     return values.masked_fill(~filters.seen[:, None], torch.nan).numpy(), label
 
 
@@ -174,10 +149,10 @@ def _best_ranked(filters: ClassFilters, most: int) -> Ints:
 
 def _blocks(values: Floats, kept: Ints) -> tuple[Ints, Ints]:
     """Channels in drawing order, and the class whose block each is in; C for channels without any score."""
-    among = np.where(np.isnan(values[:, kept]), -np.inf, values[:, kept])
+    scores = np.where(np.isnan(values[:, kept]), -np.inf, values[:, kept])
     empty = np.nan_to_num(values[:, kept]).any(0) == 0
-    owner = np.where(empty, len(values), among.argmax(0))
-    order = np.lexsort((kept, -among.max(0), owner))
+    owner = np.where(empty, len(values), scores.argmax(0))
+    order = np.lexsort((kept, -scores.max(0), owner))
     return kept[order], owner[order]
 
 
@@ -189,22 +164,7 @@ def _chance(k: int, channels: int) -> float:
     return sum(s / (2 * k - s) * (count / total) for s, count in ways)
 
 
-# -- how it is drawn ---------------------------------------------------------------------------------------------------
-
-
-def table_size(classes: int, channels: int, letters: int) -> tuple[float, float]:
-    """Inches of a table of classes and channels; ``letters``: of the longest class name."""
-    return float(np.clip(0.13 * channels, 3.5, 9.5)) + 0.08 * letters + 1.4, float(
-        np.clip(0.26 * classes + 1.2, 3.0, 9.0)
-    )
-
-
-def _hatch_unseen(ax: Axes, filters: ClassFilters, columns: int) -> None:
-    for row in np.flatnonzero(~filters.seen.numpy()):
-        hatch(ax, -0.5, row - 0.5, columns, 1)
-
-
-def _mark(ax: Axes, chosen: npt.NDArray[np.bool_]) -> None:
+def _mark(ax: Axes, chosen: Bools) -> None:
     rows, columns = np.nonzero(chosen)
     width, height = room(ax)
     cell = min(width / chosen.shape[1], height / chosen.shape[0])
