@@ -27,13 +27,13 @@ FLOORS = {
     "decoupling": 3,
     "splitting": 3,
     "metrics": 4,
-    "visualize": 4,
+    "visualize": 5,
     "detection": 4,
-    "comparison": 4,
-    "cli": 5,
+    "comparison": 5,
+    "cli": 6,
     "_version": 0,
-    "__init__": 5,
-    "__main__": 5,
+    "__init__": 6,
+    "__main__": 6,
 }
 # Rooms of these floors know nothing of one another
 APART = (2, 3)
@@ -167,7 +167,7 @@ if TYPE_CHECKING:
         ("influential", "captum_classfilters.influential.tables.Tables", True),
         ("heads", "captum_classfilters.cam.Cam", False),
         ("core", "captum_classfilters.class_filters.ClassFilters", False),
-        ("metrics", "captum_classfilters.visualize.curve", True),
+        ("metrics", "captum_classfilters.visualize.curve", False),
         ("core", "captum.attr", True),
     ],
 )

@@ -126,7 +126,7 @@ def run_demo(out: Path) -> None:
         "paths": lambda: visualize.gate_strip(two),
         "overlap": lambda: visualize.overlap(filters, 5),
         "ald_tree": lambda: visualize.ald_tree(trees[filters.index("shirt")], class_names=filters.class_names),
-        "filter_cards": lambda: visualize.filter_cards(model, filters, test.batches(), "ankle boot"),
+        "filter_cards": lambda: visualize.filter_cards(model, filters, "ankle boot", test.batches()),
     }
     for name, draw in pictures.items():
         draw()

@@ -5,6 +5,7 @@ N images, K channels, C classes, F filters, H x W pixels, h x w positions of the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.image import AxesImage
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.stream import Batch, batches
+from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.metrics.fields import field_iou, receptive_fields
 from captum_classfilters.metrics.occlusion import Occlusion, occlude
 from captum_classfilters.visualize.kit import (
@@ -55,67 +56,62 @@ _SHORT = 14  # characters of a name beside which the activation has room
 def filter_cards(
     model: Any,
     filters: ClassFilters,
-    loader: Iterable[Any],
     class_name: str | int,
+    loader: Iterable[Any] | None = None,
     *,
     k: int = 3,
     images: int = 4,
     image_range: tuple[float, float] | None = None,
-    layer: nn.Module | str | None = None,
-    forward_args: Any = None,
-    show_progress: bool = False,
     ax: Panels | None = None,
 ) -> Panels:
     """For each of a class's k strongest channels, draw the images of a loader that activate it most.
 
     One row for each channel, strongest first, named by its score and its weight in the head for the class. The images
-    may be of any class: a title says the true one, bold where it is this class, and the activation, the channel's value
+    may be of any class: a title says the true class, bold where it is this one, and the activation, the channel's value
     at the head's input. Over the picture, in grey, lies the channel's activation map: orange, and blue below zero, each
     map up to its own maximum.
 
     Args:
-        model: An ``nn.Module``, or a function, then with ``layer``.
+        model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out. Its ``layer``,
+            ``additional_forward_args`` and ``show_progress`` are used. Not a cached one, which has no images.
         filters: The table of this model, ``(C, K)``.
-        loader: Any iterable of batches ``(images, labels)``, images ``(N, colours, H, W)``; read once, of which at most
-            ``k * images`` images are kept. Without labels, titles say the activation only.
         class_name: The class by name or index.
+        loader: Any iterable of batches ``(images, labels)``, images ``(N, colours, H, W)``. It is read once, and at
+            most ``k * images`` images are kept. Without labels, titles say the activation only.
         k: How many channels.
         images: How many images for each.
         image_range: The numbers that are black and white. None: 0 and 255 for integers, 0 and 1 where all pixels lie
             there, otherwise the smallest and largest pixel drawn.
-        layer: The head, if it cannot be found.
-        forward_args: Further arguments of the model's forward.
-        show_progress: A tqdm bar.
         ax: Where to draw: an array of axes, shape ``(k, images)``.
 
     Returns:
         The axes, shape ``(k, images)``; those for which the loader has no image are empty.
 
     Raises:
-        OptionError: Unknown class, a class without samples, k, images, ``image_range`` or ``ax`` not as they should be.
-        ShapeError: The table is another network's, or the inputs are no images.
-        HeadError: No head, or no feature map behind it.
-        EmptyLoaderError, LabelError, NonFiniteError: As their messages say.
+        OptionError: The class is unknown or has no samples; or k, images, ``image_range`` or ``ax`` is out of range.
+        ShapeError: The table is another network's or another layer's, or the inputs are no images.
+        HeadError: There is no head, or no feature map behind it.
+        EmptyLoaderError: The loader gave no sample.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
-        >>> import torch
+        >>> from torch import nn
         >>> conv, head = nn.Conv2d(1, 3, 3), nn.Linear(3, 2)
         >>> model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
         >>> votes = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 4.0]])
         >>> table = ClassFilters(votes, votes, torch.tensor([4, 4]), "histogram", "4", ("cat", "dog"))
         >>> loader = [(torch.rand(8, 1, 6, 6), torch.arange(8) % 2)]
-        >>> filter_cards(model, table, loader, "dog", k=2, images=3).shape
+        >>> filter_cards(model, table, "dog", loader, k=2, images=3).shape
         (2, 3)
     """
-    row = _checked_class(filters, class_name, k)
-    _check_options(images, image_range, ax, k)
+    row = _checked_class(filters, class_name)
+    k = check_k(k, filters.num_channels, "k")
+    images = integer(images, "images", 1)
+    _check_cards(image_range, ax, (k, images))
+    head_pass = HeadPass.of(model, loader)
     gallery = _Gallery(filters.top(k)[row].tolist(), images)
     weights: list[float] = []
-    with batches(
-        model, loader, layer=layer, need_labels=False, need_maps=True, forward_args=forward_args,
-        show_progress=show_progress, description="filter_cards",
-    ) as stream:  # fmt: skip
+    with head_pass.batches(need_labels=False, need_maps=True, description="filter_cards") as stream:
         for batch in stream:
             if not weights:
                 check_table(filters, batch.head)
@@ -412,9 +408,8 @@ def _images(batch: Batch) -> Tensor:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def _checked_class(filters: ClassFilters, class_name: str | int, k: int) -> int:
+def _checked_class(filters: ClassFilters, class_name: str | int) -> int:
     row = one_table(filters).index(class_name)
-    check_k(k, filters.num_channels, "k")
     if not bool(filters.seen[row]):
         raise OptionError(
             f"class {filters.class_names[row]!r} has no samples in the table, so no channels of its own; choose another"
@@ -422,19 +417,18 @@ def _checked_class(filters: ClassFilters, class_name: str | int, k: int) -> int:
     return row
 
 
-def _check_options(images: Any, image_range: Any, ax: Any, k: int) -> None:
-    integer(images, "images", 1)
+def _check_cards(image_range: Any, ax: Any, shape: tuple[int, int]) -> None:
     if image_range is not None:
         pair = isinstance(image_range, Sequence) and len(image_range) == 2
-        if not pair or not all(isinstance(v, int | float) for v in image_range) or not image_range[0] < image_range[1]:
+        if not pair or not all(isinstance(v, Real) for v in image_range) or not image_range[0] < image_range[1]:
             raise OptionError(
                 f"image_range must be two numbers, black below white, such as (0, 1); got {image_range!r}"
             )
-    if ax is not None and (getattr(ax, "shape", None) != (k, images) or not all(isinstance(a, Axes) for a in ax.flat)):
+    if ax is not None and (getattr(ax, "shape", None) != shape or not all(isinstance(a, Axes) for a in ax.flat)):
         got = getattr(ax, "shape", type(ax).__name__)
         raise OptionError(
-            f"ax must be an array of {k} x {images} axes, got {got}; "
-            f"plt.subplots({k}, {images}, squeeze=False)[1] is one"
+            f"ax must be an array of {shape[0]} x {shape[1]} axes, got {got}; "
+            f"plt.subplots({shape[0]}, {shape[1]}, squeeze=False)[1] is one"
         )
 
 
@@ -560,7 +554,7 @@ def _title(ax: Axes, card: Card, filters: ClassFilters, row: int) -> None:
 
 def _about(filters: ClassFilters, row: int, channel: int, weight: float) -> str:
     score = float(filters.scores[row, channel])
-    if filters.meta.get("merge", "sum") == "sum":
+    if filters.merge_rule == "sum":
         return f"channel {channel}\nscore {score / int(filters.counts[row]):.3g} per sample\nweight {weight:+.2f}"
     return f"channel {channel}\nscore {score:.3g}\nweight {weight:+.2f}"
 

@@ -25,12 +25,12 @@ def clean_matplotlib(monkeypatch):
 def table():
     """Builds a ClassFilters of given rows."""
 
-    def build(scores, counts=None, merge="sum", names=None, mass=None):
+    def build(scores, counts=None, merge="sum", names=None, mass=None, layer="fc"):
         scores = torch.as_tensor(scores, dtype=torch.float64)
         counts = torch.full((len(scores),), 10) if counts is None else torch.as_tensor(counts)
         names = tuple(names or (f"class {i}" for i in range(len(scores))))
         mass = torch.zeros_like(scores) if mass is None else mass
-        return ClassFilters(scores, mass, counts, "histogram", "fc", names, merge_rule=merge)
+        return ClassFilters(scores, mass, counts, "histogram", layer, names, merge_rule=merge)
 
     return build
 

@@ -60,6 +60,7 @@ def similarities(names=NAMES, seed=0):
     part = {"class_name": np.tile(np.repeat(names, size), 2), "gate_row": np.tile(names, 2 * size)}
     values = np.random.default_rng(seed).random(2 * size**2) * 30
     frame = pd.DataFrame(part).assign(outcome=np.repeat(["TP", "FN"], size**2), similarity=values, samples=0)
+    frame["control"] = False
     frame["samples"] = np.where(frame["outcome"] == "TP", 40, 3)
     frame.loc[(frame["outcome"] == "FN") & (frame["class_name"] == names[-1]), ["similarity", "samples"]] = [np.nan, 0]
     return frame
@@ -70,10 +71,11 @@ def clusters(names=NAMES, channels=6, seed=0):
     generator = np.random.default_rng(seed)
     order = ["all", *generator.permutation(np.array(names))]
     values = generator.random((len(order), channels)) * 4
-    frame = pd.DataFrame(values, columns=[f"channel {i}" for i in range(channels)])
-    return frame.assign(
-        class_name=order, cosine=[0.91, *[0.5] * len(names)], random=[0.42, *[0.3] * len(names)], ami=0.7
-    )
+    frame = pd.DataFrame(values, columns=[f"channel {i}" for i in range(channels)]).assign(class_name=order, ami=0.7)
+    judged = frame.assign(cosine=[0.91, *[0.5] * len(names)], control=False)
+    return pd.concat(
+        [judged, frame.assign(cosine=[0.42, *[0.3] * len(names)], control=True)], ignore_index=True
+    )  # fmt: skip
 
 
 def shares(*names, controls=None, thresholds=(0.0, 0.25, 0.5)):
@@ -82,9 +84,9 @@ def shares(*names, controls=None, thresholds=(0.0, 0.25, 0.5)):
     for i, name in enumerate(names):
         for t in thresholds:
             share, chance = 0.6 - t - 0.01 * i, 0.5 - t / 2 - 0.1 * (controls or [0] * len(names))[i]
-            rows.append((name, t, share, share - 0.02, share + 0.03, chance, chance - 0.01, chance + 0.015))
-    columns = ["correlation", "threshold", "share", "low", "high", "random", "random_low", "random_high"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append((name, t, share, share - 0.02, share + 0.03, False))
+            rows.append((name, t, chance, chance - 0.01, chance + 0.015, True))
+    return pd.DataFrame(rows, columns=["correlation", "threshold", "share", "low", "high", "control"])
 
 
 def matrix(size, seed=0):

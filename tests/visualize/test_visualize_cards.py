@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, OptionError, ShapeError
-from captum_classfilters.visualize import cards, filter_cards
+from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.visualize import filter_cards
+from captum_classfilters.visualize import images as drawing
 
 NAMES = ("cat", "dog", "a class with a very long name")
 SCORES = [[1, 3, 2, 0], [4, 0, 1, 2], [0, 0, 5, 1]]
@@ -66,8 +68,8 @@ def titles(axes):
 @pytest.mark.parametrize("colours", [1, 3])
 def test_each_row_shows_the_images_that_activate_its_channel_most(table, inside, size, colours):
     model, (images, labels) = network(colours), pictures(colours=colours)
-    filters = table(SCORES, names=NAMES)
-    axes = filter_cards(model, filters, cut(images, labels, size), "dog", k=2, images=3)
+    filters = table(SCORES, layer="4", names=NAMES)
+    axes = filter_cards(model, filters, "dog", cut(images, labels, size), k=2, images=3)
     assert axes.shape == (2, 3)
     for line, channel, rate in zip(axes, [0, 3], ["0.4", "0.2"], strict=True):
         best, activation, maps = reference(model, images, channel, 3)
@@ -91,23 +93,23 @@ def test_ties_go_to_the_earlier_image_whatever_the_batches(table):
     model = network()
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     images, labels = image.expand(6, 1, 8, 8), torch.tensor([2, 0, 1, 1, 0, 2])
-    filters = table(SCORES, names=NAMES)
+    filters = table(SCORES, layer="4", names=NAMES)
     for size in (1, 2, 6):
-        axes = filter_cards(model, filters, cut(images, labels, size), 0, k=1, images=2)
+        axes = filter_cards(model, filters, 0, cut(images, labels, size), k=1, images=2)
         assert [ax.get_title().split()[0] for ax in axes[0]] == ["a", "cat"]
 
 
 def test_the_pass_keeps_no_more_than_it_shows(table, monkeypatch):
     kept = []
 
-    class Spy(cards._Gallery):
+    class Spy(drawing._Gallery):
         def add(self, batch):
             super().add(batch)
             kept.append([card for line in self.cards for card in line])
 
-    monkeypatch.setattr(cards, "_Gallery", Spy)
+    monkeypatch.setattr(drawing, "_Gallery", Spy)
     images, labels = pictures(60)
-    filter_cards(network(), table(SCORES, names=NAMES), cut(images, labels, 10), "cat", k=2, images=3)
+    filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 10), k=2, images=3)
     assert [len(now) for now in kept] == [6] * 6
     for card in kept[-1]:
         for tensor in (card.image, card.map):
@@ -118,8 +120,8 @@ def test_the_pass_keeps_no_more_than_it_shows(table, monkeypatch):
 def test_a_loader_that_can_be_read_once_is_read_once(table):
     images, labels = pictures()
     stream = iter(cut(images, labels, 4))
-    once = filter_cards(network(), table(SCORES, names=NAMES), stream, "cat")
-    again = filter_cards(network(), table(SCORES, names=NAMES), cut(images, labels, 4), "cat")
+    once = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", stream)
+    again = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 4))
     assert titles(once) == titles(again)
 
 
@@ -129,7 +131,7 @@ def test_a_channel_that_never_fires_is_drawn_without_a_map(table, dead):
     with torch.no_grad():
         model[0].weight[1] = 0
         model[0].bias[1] = dead
-    axes = filter_cards(model, table(SCORES, names=NAMES), cut(images, labels, 5), "cat", k=1, images=2)
+    axes = filter_cards(model, table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 5), k=1, images=2)
     for ax, image in zip(axes[0], images, strict=False):
         assert len(ax.images) == 1
         np.testing.assert_allclose(ax.images[0].get_array(), image[0] * 255, rtol=1e-5)
@@ -142,7 +144,7 @@ def test_a_faint_map_is_drawn_like_any_other(table):
     with torch.no_grad():
         model[0].weight *= 1e-9
         model[0].bias *= 1e-9
-    axes = filter_cards(model, table(SCORES, names=NAMES), cut(images, labels, 5), "cat", k=3)
+    axes = filter_cards(model, table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 5), k=3)
     fired = [ax for ax in axes.flat if len(ax.images) == 2]
     assert fired
     assert all(ax.images[1].get_array().max() == pytest.approx(1) for ax in fired)
@@ -150,7 +152,7 @@ def test_a_faint_map_is_drawn_like_any_other(table):
 
 def test_maps_below_zero_are_drawn_with_both_signs(table):
     model, (images, labels) = network(activation=nn.SiLU()), pictures()
-    axes = filter_cards(model, table(SCORES, names=NAMES), cut(images, labels, 5), "cat", k=4)
+    axes = filter_cards(model, table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 5), k=4)
     drawn = np.stack([ax.images[1].get_array() for ax in axes.flat])
     assert axes[0, 0].images[1].get_clim() == (-1, 1)
     assert drawn.min() < 0
@@ -168,7 +170,7 @@ def test_pixels_are_scaled_by_the_range(table, scale, shift, image_range, black_
     model, (images, labels) = network(), pictures()
     images = images * scale + shift
     axes = filter_cards(
-        model, table(SCORES, names=NAMES), [(images, labels)], "dog", k=1, images=12, image_range=image_range
+        model, table(SCORES, layer="4", names=NAMES), "dog", [(images, labels)], k=1, images=12, image_range=image_range
     )
     best, _, _ = reference(model, images, 0, 12)
     low, high = black_and_white or (float(images.min()), float(images.max()))
@@ -180,20 +182,22 @@ def test_pixels_are_scaled_by_the_range(table, scale, shift, image_range, black_
 def test_bytes_run_from_0_to_255(table):
     images, labels = pictures()
     images = (images * 100).to(torch.uint8)
-    axes = filter_cards(network(first=Bytes()), table(SCORES, names=NAMES), [(images, labels)], "dog", k=1, images=1)
+    axes = filter_cards(
+        network(first=Bytes()), table(SCORES, layer="5", names=NAMES), "dog", [(images, labels)], k=1, images=1
+    )
     (ax,) = axes[0]
     assert any(np.allclose(ax.images[0].get_array(), image[0], atol=1) for image in images)
 
 
 def test_without_labels_titles_say_the_activation(table):
     images, _ = pictures()
-    axes = filter_cards(network(), table(SCORES, names=NAMES), [images], "dog", k=1, images=2)
+    axes = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "dog", [images], k=1, images=2)
     assert all(float(ax.get_title()) > 0 for ax in axes[0])
 
 
 def test_too_few_images_leave_empty_axes(table, inside):
     images, labels = pictures(2)
-    axes = filter_cards(network(), table(SCORES, names=NAMES), [(images, labels)], "dog", k=2, images=3)
+    axes = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "dog", [(images, labels)], k=2, images=3)
     assert [[ax.axison for ax in line] for line in axes] == [[True, True, False]] * 2
     inside(axes[0, 0])
 
@@ -201,23 +205,29 @@ def test_too_few_images_leave_empty_axes(table, inside):
 @pytest.mark.parametrize(("k", "images"), [(1, 1), (4, 6)])
 def test_pages_fit_with_long_class_names(table, inside, k, images):
     pixels, labels = pictures()
-    filters = table(SCORES, names=NAMES)
-    axes = filter_cards(network(), filters, [(pixels, torch.full_like(labels, 2))], NAMES[2], k=k, images=images)
+    filters = table(SCORES, layer="4", names=NAMES)
+    axes = filter_cards(network(), filters, NAMES[2], [(pixels, torch.full_like(labels, 2))], k=k, images=images)
     inside(axes[0, 0])
     boxes = [ax.title.get_window_extent() for ax in axes[0]]
     assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
+def test_a_head_pass_stands_for_model_and_loader(table):
+    filters, model = table(SCORES, layer="4", names=NAMES), network()
+    axes = filter_cards(HeadPass(model, [pictures()], layer="4"), filters, "dog", k=1, images=2)
+    assert titles(axes) == titles(filter_cards(model, filters, "dog", [pictures()], k=1, images=2))
+
+
 def test_scores_that_are_no_sums_are_not_divided(table):
-    axes = filter_cards(network(), table(SCORES, names=NAMES, merge="same"), [pictures()], "dog", k=1)
+    axes = filter_cards(network(), table(SCORES, layer="4", names=NAMES, merge="same"), "dog", [pictures()], k=1)
     assert axes[0, 0].get_ylabel().split("\n")[1] == "score 4"
 
 
 def test_given_axes_are_used_and_no_figure_made(table):
     figure, axes = plt.subplots(2, 3)
-    filters = table(SCORES, names=NAMES)
+    filters = table(SCORES, layer="4", names=NAMES)
     axes[0, 0].imshow(np.eye(3), vmin=0, vmax=7)
-    assert filter_cards(network(), filters, [pictures()], "dog", k=2, images=3, ax=axes) is axes
+    assert filter_cards(network(), filters, "dog", [pictures()], k=2, images=3, ax=axes) is axes
     assert plt.get_fignums() == [figure.number]
     assert axes[0, 0].images[0].get_clim() == (0, 7)  # what was there is left alone
     assert all(ax.images for ax in axes.flat)
@@ -226,7 +236,7 @@ def test_given_axes_are_used_and_no_figure_made(table):
 def test_the_model_is_given_back(table):
     model = network().train()
     model[1].eval()
-    filter_cards(model, table(SCORES, names=NAMES), [pictures()], "dog")
+    filter_cards(model, table(SCORES, layer="4", names=NAMES), "dog", [pictures()])
     assert model.training
     assert not model[1].training
     assert all(not module._forward_hooks for module in model.modules())
@@ -236,12 +246,12 @@ def test_the_model_is_given_back(table):
     ("class_name", "arguments", "message"),
     [
         ("horse", {}, "no class is named 'horse'; the names are: cat, dog"),
-        (7, {}, r"a class is a name or an index in \[0, 3\), got 7"),
+        (7, {}, r"a class must be an integer in \[0, 2\], its index, or a name; got 7"),
         ("cat", {}, "class 'cat' has no samples in the table"),
         ("dog", {"k": 0}, r"k must be an integer in \[1, 4\]"),
         ("dog", {"k": 5}, r"k must be an integer in \[1, 4\]"),
-        ("dog", {"images": 0}, "images must be an integer of at least 1, got 0"),
-        ("dog", {"images": True}, "images must be an integer of at least 1, got True"),
+        ("dog", {"images": 0}, "images must be an integer of at least 1; got 0"),
+        ("dog", {"images": True}, "images must be an integer of at least 1; got True"),
         ("dog", {"image_range": (1, 0)}, r"image_range must be two numbers, black below white.*got \(1, 0\)"),
         ("dog", {"image_range": 255}, "image_range must be two numbers"),
         ("dog", {"image_range": "ab"}, "image_range must be two numbers"),
@@ -255,22 +265,27 @@ def test_filter_cards_refuses_before_any_work(table, class_name, arguments, mess
         pytest.fail("the loader was read")
         yield
 
-    filters = table(SCORES, [0, 10, 10], names=NAMES)
+    filters = table(SCORES, [0, 10, 10], names=NAMES, layer="4")
     with pytest.raises(OptionError, match=message):
-        filter_cards(network(), filters, untouched(), class_name, **arguments)
+        filter_cards(network(), filters, class_name, untouched(), **arguments)
     assert plt.get_fignums() == []
 
 
 def test_what_does_not_fit_together_is_refused(table):
     with pytest.raises(OptionError, match="must be a ClassFilters, got dict"):
-        filter_cards(network(), {}, [pictures()], "dog")
-    with pytest.raises(ShapeError, match=r"the table is 3 classes x 5 channels of 'fc', the head '4' is 3 x 4"):
-        filter_cards(network(), table(torch.rand(3, 5), names=NAMES), [pictures()], "dog")
+        filter_cards(network(), {}, "dog", [pictures()])
+    with pytest.raises(ShapeError, match=r"the table is 3 classes x 5 channels of layer 'fc', the head '4' is 3 x 4"):
+        filter_cards(network(), table(torch.rand(3, 5), names=NAMES), "dog", [pictures()])
+    # a shape that fits by chance
+    with pytest.raises(ShapeError, match="3 classes x 4 channels of layer 'fc', the head '4'"):
+        filter_cards(network(), table(SCORES, names=NAMES), "dog", [pictures()])
+    with pytest.raises(OptionError, match="a HeadPass has its own loader"):
+        filter_cards(HeadPass(network(), [pictures()]), table(SCORES, layer="4", names=NAMES), "dog", [pictures()])
     with pytest.raises(EmptyLoaderError):
-        filter_cards(network(), table(SCORES, names=NAMES), [], "dog")
+        filter_cards(network(), table(SCORES, layer="4", names=NAMES), "dog", [])
     flat = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(HeadError, match="no feature map"):
-        filter_cards(flat, table(SCORES, names=NAMES), [(torch.rand(5, 6), torch.arange(5) % 3)], "dog")
+        filter_cards(flat, table(SCORES, layer="4", names=NAMES), "dog", [(torch.rand(5, 6), torch.arange(5) % 3)])
     assert plt.get_fignums() == []
 
 
@@ -279,4 +294,4 @@ def test_inputs_that_are_no_images_are_refused(table):
     with pytest.raises(
         ShapeError, match=r"expected images of shape \(N, colours, H, W\) among the inputs, got \[\(5, 64\)\]"
     ):
-        filter_cards(model, table(SCORES, names=NAMES), [(torch.rand(5, 64), torch.arange(5) % 3)], "dog")
+        filter_cards(model, table(SCORES, layer="5", names=NAMES), "dog", [(torch.rand(5, 64), torch.arange(5) % 3)])

@@ -86,15 +86,12 @@ def test_lines_bands_and_the_control_are_the_rows():
     frame = shares("weights", "activations")
     ax = correlated_share(frame.sample(frac=1, random_state=0).sort_values("correlation", ascending=False))
     assert texts(ax.get_legend().get_texts()) == ["weights", "activations", "random (control)"]
-    for line, columns in zip(
-        ax.lines, [["share", "low", "high"]] * 2 + [["random", "random_low", "random_high"]], strict=True
-    ):
-        name = line.get_label() if columns[0] == "share" else "weights"
-        rows = frame[frame["correlation"] == name]
+    for line, name, control in zip(ax.lines, ["weights", "activations", "weights"], [False, False, True], strict=True):
+        rows = frame[(frame["correlation"] == name) & (frame["control"] == control)]
         np.testing.assert_array_equal(line.get_xdata(), rows["threshold"])
-        np.testing.assert_array_equal(line.get_ydata(), rows[columns[0]])
+        np.testing.assert_array_equal(line.get_ydata(), rows["share"])
         corners = bands(ax)[tuple(np.round(to_rgb(line.get_color()), 3))]
-        for t, low, high in zip(rows["threshold"], rows[columns[1]], rows[columns[2]], strict=True):
+        for t, low, high in zip(rows["threshold"], rows["low"], rows["high"], strict=True):
             found = corners[corners[:, 0] == t, 1]
             assert (found.min(), found.max()) == (low, high)
     assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"]
@@ -107,7 +104,7 @@ def test_controls_that_differ_are_drawn_apart_and_named():
     dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert [line.get_label() for line in dashed] == ["random (control) of a, c", "random (control) of b"]
     assert len({line.get_color() for line in dashed}) == 2
-    np.testing.assert_array_equal(dashed[1].get_ydata(), frame[frame["correlation"] == "b"]["random"])
+    np.testing.assert_array_equal(dashed[1].get_ydata(), frame.query("correlation == 'b' and control")["share"])
 
 
 def test_repeated_thresholds_are_refused():
@@ -119,7 +116,7 @@ def test_repeated_thresholds_are_refused():
 
 
 def centres(frame, names):
-    return frame.set_index("class_name").loc[names].filter(like="channel").to_numpy()
+    return frame[~frame["control"]].set_index("class_name").loc[names].filter(like="channel").to_numpy()
 
 
 def test_centres_stand_in_the_rows_of_their_classes():
@@ -134,6 +131,7 @@ def test_centres_stand_in_the_rows_of_their_classes():
     np.testing.assert_allclose(drawn(alone), centres(frame, sorted(NAMES)))
     assert texts(alone.get_yticklabels()) == sorted(NAMES)
     assert not alone.lines
+    assert "shuffled" not in cluster_centres(frame[~frame["control"]]).get_title()
 
 
 def test_numbered_classes_are_in_the_order_of_numbers():

@@ -180,15 +180,15 @@ def test_the_frame_is_not_changed(draw):
     ("change", "class_name", "message"),
     [
         (lambda c: c.to_dict(), "all", "must be the DataFrame that metrics.accuracy_curve returns, got dict"),
-        (lambda c: c.drop(columns="accuracy"), "all", r"lacks the columns \['accuracy'\], got \['filters', 'k'"),
+        (lambda c: c.drop(columns="accuracy"), "all", r"lacks the columns \['accuracy'\], got 'filters', 'k'"),
         (lambda c: c.drop(columns=["k", "filters"]), "all", r"lacks the columns \['filters', 'k'\]"),
         (lambda c: c, "dog", "no rows of class 'dog'; its classes are: 'all', 'cat'"),
-        (lambda c: c.iloc[:0], "all", "no rows of class 'all'; its classes are: none"),
+        (lambda c: c.iloc[:0], "all", "curve has no rows; pass the frame that metrics.accuracy_curve returns"),
         (lambda c: c.assign(accuracy=np.nan), "cat", "class 'cat' has no accuracy: it had no samples"),
         (
             lambda c: pd.concat([c, c.assign(accuracy=0.123)]),
             "all",
-            "several rows of filters '1' at k=1; name the runs apart",
+            "several rows of filters '1', k '1'; draw one run at a time",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_accuracy_curve_refuses_k_below_one():
     ("names", "value", "message"),
     [
         (["histogram"], "accuracy", "must be named after their k1, such as \"5\"; got 'histogram'"),
-        (["dense", "random"], "accuracy", r"only rows of filters \['dense', 'random'\]"),
+        (["dense", "random"], "accuracy", "only rows of the full head and of the control; measure some tables"),
         (["1"], "precision", r"lacks the columns \['precision'\]"),
         (["1"], "filters", "value must name a column of numbers, got 'filters'"),
     ],

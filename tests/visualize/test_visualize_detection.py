@@ -10,7 +10,7 @@ from scipy.integrate import trapezoid
 
 from captum_classfilters import visualize
 from captum_classfilters.core.errors import MergeError, OptionError, ShapeError
-from captum_classfilters.visualize.curves import COLOURS
+from captum_classfilters.visualize.kit import COLOURS
 
 # -- roc ---------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ def test_runs_without_a_curve_are_refused(curves, error, message):
 
 @pytest.mark.parametrize("rate", [0, 1, 5, True, "5%", np.nan])
 def test_rates_that_are_none_are_refused(rate):
-    with pytest.raises(OptionError, match=r"must lie between 0 and 1, got .* such as 0\.05"):
+    with pytest.raises(OptionError, match=r"must be a number between 0 and 1, a share, such as 0\.05; got"):
         visualize.roc({"forest": [run_of(0)]}, false_positive_rate=rate)
 
 
@@ -278,7 +278,7 @@ def test_groups_that_cannot_be_compared_are_refused(groups):
     with pytest.raises(OptionError, match="layer must be one of 'conv1', 'conv2', 'conv3', or its index, got 3"):
         visualize.integral_paths(groups, 3)
     for count in (0, 2.0, True):
-        with pytest.raises(OptionError, match="channels must be an integer of at least 1, or None, got"):
+        with pytest.raises(OptionError, match="channels must be an integer of at least 1; got"):
             visualize.integral_paths(groups, channels=count)
     assert plt.get_fignums() == []
 

@@ -79,7 +79,7 @@ def test_classes_without_samples_are_hatched_and_own_no_channel():
 
 
 def test_an_unknown_order_and_what_is_no_gate_are_refused():
-    with pytest.raises(OptionError, match="order must be \"class\" or None, got 'row'"):
+    with pytest.raises(OptionError, match=r"order must be one of \['class', None\], got 'row'"):
         gate(of(GATE), order="row")
     with pytest.raises(OptionError, match="gate_or_filters must be a LabelSensitiveGate or a ClassFilters, got dict"):
         gate({"a": of(GATE)})
@@ -235,7 +235,7 @@ def test_what_is_not_the_metrics_frame_is_refused(draw):
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(2, 3), (10, 64), (100, 512), (1000, 192)])
+@pytest.mark.parametrize(("classes", "channels"), [(2, 3), (10, 64), (150, 120)])
 def test_nothing_is_cut_off_and_labels_stay_apart(inside, apart, classes, channels):
     names = [f"n{i:04d} a class with a rather long name" for i in range(classes)]
     weight = torch.rand(classes, channels, generator=torch.Generator().manual_seed(0)).pow(30).tolist()

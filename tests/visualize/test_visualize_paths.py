@@ -135,11 +135,11 @@ def test_what_are_no_states_is_refused(paths):
     states = paths.states()
     with pytest.raises(OptionError, match=r"states must be the DataFrame that Paths\.states returns, got Paths"):
         visualize.filter_states(paths)
-    with pytest.raises(OptionError, match=r"lacks the columns \['silent'\].*pass Paths.states"):
+    with pytest.raises(OptionError, match=r"lacks the columns \['silent'\].*Paths.states"):
         visualize.filter_states(states.drop(columns="silent"))
-    with pytest.raises(OptionError, match="at least one layer"):
+    with pytest.raises(OptionError, match="states has no rows"):
         visualize.filter_states(states[:0])
-    with pytest.raises(OptionError, match="none without filters"):
+    with pytest.raises(OptionError, match="no layer may be without filters"):
         visualize.filter_states(states * 0)
 
 
@@ -198,7 +198,7 @@ def test_profiles_that_cannot_be_drawn_are_refused(paths):
         visualize.path_profiles(torch.zeros(3))
     with pytest.raises(OptionError, match="no class has images"):
         visualize.path_profiles(torch.full((2, 3), torch.nan))
-    with pytest.raises(OptionError, match='order must be "class", "state" or None, got \'row\''):
+    with pytest.raises(OptionError, match=r"order must be one of \['class', 'state', None\], got 'row'"):
         visualize.path_profiles(nobody, 0, order="row")
     with pytest.raises(OptionError, match="class_names must be 2 names, one for each class, got 1"):
         visualize.path_profiles(nobody, 0, ["a"])
@@ -250,7 +250,7 @@ def test_methods_are_colours_and_networks_shapes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda frame: frame.to_dict(), "must be a DataFrame, got dict"),
+        (lambda frame: frame.to_dict(), "must be the DataFrame that your measurement returns, got dict"),
         (lambda frame: frame.drop(columns=["low", "macs"]), r"lacks the columns \['macs', 'low'\], got 'network'"),
         (lambda frame: frame[:0], "no rows"),
         (lambda frame: frame.assign(macs=4e7), r"shares of the dense network's, .* got 4e\+07 .* divide them"),

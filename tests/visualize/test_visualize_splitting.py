@@ -404,7 +404,7 @@ def test_maps_are_drawn_on_the_axes_that_are_given(scene):
         (lambda tree: visualize.ald_fit([]), "expected an ALDTree, got none; pass what ALDSplitter.split"),
         (lambda tree: visualize.ald_fit([tree, 7]), "expected an ALDTree, got int"),
         (lambda tree: visualize.ald_fit(torch.zeros(3)), "trees must be an ALDTree or several, got Tensor"),
-        (lambda tree: visualize.ald_fit(tree, kind="qq"), 'kind must be "rank" or "density", got \'qq\''),
+        (lambda tree: visualize.ald_fit(tree, kind="qq"), r"kind must be one of \['rank', 'density'\], got 'qq'"),
         (lambda tree: visualize.ald_fit(tree, kind="density"), 'class 0 has none; split with fit="mle"'),
         (lambda tree: visualize.ald_fit(tree, class_names=[]), "by class: got 0, and the tree is of class 0"),
         (lambda tree: visualize.ald_fit(tree, class_names="cat"), "by class: got 'cat'"),
@@ -439,7 +439,7 @@ def test_trees_that_cannot_be_drawn_are_refused(call, message):
         ({"maps": {"+1": torch.full((1, 1, 2, 2), torch.nan)}}, OptionError, "be finite, got 4 numbers that are not"),
         ({"names": ["a", "b"]}, OptionError, "names must be 1, one for each image, got 2"),
         ({"names": "a"}, OptionError, "names must be 1, .* got 'a'"),
-        ({"share": "panel"}, OptionError, 'share must be "row" or "all", got \'panel\''),
+        ({"share": "panel"}, OptionError, r"share must be one of \['row', 'all'\], got 'panel'"),
         ({"ax": np.zeros(1)}, OptionError, "ax must be one matplotlib Axes or None, got ndarray"),
     ],
 )  # fmt: skip

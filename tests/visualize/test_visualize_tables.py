@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.visualize import class_filters, overlap
-from captum_classfilters.visualize.canvas import thinned
+from captum_classfilters.visualize.kit import thinned
 
 BLOCKS = [[0, 9, 0, 2, 0], [8, 0, 0, 1, 0], [0, 4, 0, 6, 7]]  # channel 2 is dead
 
@@ -38,8 +38,7 @@ def test_channels_stand_in_the_block_of_their_class_strongest_first_and_dead_one
     ax = class_filters(table(BLOCKS))
     assert columns(ax) == [1, 0, 4, 3, 2]
     np.testing.assert_allclose(drawn(ax), np.array(BLOCKS)[:, [1, 0, 4, 3, 2]] / 10)
-    borders = ax.collections[0].get_segments()
-    assert [segment[0][0] for segment in borders] == [0.5, 1.5, 3.5]
+    assert [line.get_xdata()[0] for line in ax.lines] == [0.5, 1.5, 3.5]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["class 0", "class 1", "class 2"]
 
 
@@ -70,7 +69,7 @@ def test_dots_are_the_top_k(table, scores):
     order = columns(ax)
     expected = {(c, order.index(j)) for c in range(3) for j in filters.top(2)[c].tolist()}
     assert marked(ax) == expected
-    assert len(class_filters(filters).collections) == 1  # no k, no dots: the borders only
+    assert not class_filters(filters).collections
 
 
 def test_classes_without_samples_are_hatched_unmarked_and_named(table):
@@ -94,7 +93,7 @@ def test_of_many_channels_the_best_ranked_are_drawn(table):
     assert len(marked(ax)) == 8
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(2, 3), (10, 64), (10, 2048), (100, 512), (1000, 2048)])
+@pytest.mark.parametrize(("classes", "channels"), [(2, 3), (10, 64), (300, 500)])
 def test_nothing_is_cut_off_and_labels_stay_apart(table, inside, apart, classes, channels):
     generator = torch.Generator().manual_seed(0)
     names = [f"n{i:04d} a class with a rather long name" for i in range(classes)]
@@ -185,9 +184,9 @@ def test_a_users_style_puts_no_grid_over_the_cells(table, style):
     [
         ({"k": 0}, r"k must be an integer in \[1, 5\]"),
         ({"k": 6}, r"k must be an integer in \[1, 5\]"),
-        ({"normalise": "row"}, 'normalise must be "class", "max" or None, got \'row\''),
-        ({"max_channels": 0}, "max_channels must be an integer of at least 1, got 0"),
-        ({"max_channels": 2.5}, "max_channels must be an integer of at least 1, got 2.5"),
+        ({"normalise": "row"}, r"normalise must be one of \['class', 'max', None\], got 'row'"),
+        ({"max_channels": 0}, "max_channels must be an integer of at least 1; got 0"),
+        ({"max_channels": 2.5}, "max_channels must be an integer of at least 1; got 2.5"),
     ],
 )
 def test_class_filters_refuses(table, arguments, message):
@@ -198,7 +197,7 @@ def test_class_filters_refuses(table, arguments, message):
 
 def test_what_is_no_table_or_has_no_samples_is_refused(table):
     for draw in (class_filters, lambda filters: overlap(filters, 1)):
-        with pytest.raises(OptionError, match="must be a ClassFilters, got dict; of a dict of them, pass one"):
+        with pytest.raises(OptionError, match="must be a ClassFilters, got dict"):
             draw({"histogram": table(BLOCKS)})
         with pytest.raises(OptionError, match="no class of this table has samples"):
             draw(table(BLOCKS, [0, 0, 0]))
