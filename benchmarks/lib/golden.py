@@ -51,18 +51,32 @@ class Case(NamedTuple):
 
     run: Callable[[], Mapping[str, Any]]
     digest: bool
+    network: str | None = None
 
 
 CASES: dict[str, Case] = {}
+# Folders of networks that do not ship any more, such as the assets of the old checkout: `--networks`
+NETWORKS: list[Path] = []
 
 
-def case(key: str, *, digest: bool = True) -> Callable[[Callable[[], Mapping[str, Any]]], Callable[[], Any]]:
-    """Register a function under a key that stays. ``digest=False``: its integers hang on the last bits of floats."""
+def network_file(name: str) -> Path:
+    """A file of a network that does not ship."""
+    return next((path for folder in NETWORKS if (path := folder / name).is_file()), Path(name))
+
+
+def case(
+    key: str, *, digest: bool = True, network: str | None = None
+) -> Callable[[Callable[[], Mapping[str, Any]]], Callable[[], Any]]:
+    """Register a function under a key that stays.
+
+    ``digest=False``: its integers hang on the last bits of floats. ``network``: a file that does not ship; the case is
+    left out, in words, where ``--networks`` has no such file.
+    """
 
     def register(run: Callable[[], Mapping[str, Any]]) -> Callable[[], Any]:
         if key in CASES:
             raise ValueError(f"two cases are named {key!r}")
-        CASES[key] = Case(run, digest)
+        CASES[key] = Case(run, digest, network)
         return run
 
     return register
@@ -230,7 +244,15 @@ def chosen(pattern: str | None) -> list[str]:
     """Keys of the cases that a pattern, such as ``metrics/*`` or a part of the key, names."""
     import benchmarks.lib.golden_cases  # noqa: F401 - it registers the cases
 
-    return [key for key in CASES if pattern is None or fnmatch.fnmatch(key, pattern) or pattern in key]
+    keys = []
+    for key, case_ in CASES.items():
+        if pattern is not None and not fnmatch.fnmatch(key, pattern) and pattern not in key:
+            continue
+        if case_.network and not network_file(case_.network).is_file():
+            print(f"left out {key}: {case_.network} is not in a folder of --networks", flush=True)
+            continue
+        keys.append(key)
+    return keys
 
 
 def _attempt(key: str) -> tuple[dict[str, Any] | None, str]:
@@ -313,7 +335,7 @@ def digest(pattern: str | None = None, *, check: bool = False, source: Path | No
         return 1 if errors else 0
     known = json.loads(DIGEST.read_text())
     odd = [key for key in now if known.get(key) != now[key]]
-    odd += [key for key in known if key not in now and pattern is None]
+    odd += [key for key in known if key not in CASES and pattern is None]
     for key in odd:
         print(f"differs  {key}: was {known.get(key)}, is {now.get(key)}")
     print(f"{len(now) - len(odd)} ok, {len(odd)} differ")
@@ -327,6 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("write", "compare", "digest", "list"):
         command = commands.add_parser(name)
         command.add_argument("--only", metavar="PATTERN", help="cases whose key matches or contains this")
+        command.add_argument("--networks", type=Path, metavar="FOLDER", help="of networks that do not ship")
         if name in ("write", "compare"):
             command.add_argument("file", type=Path)
         if name == "digest":
@@ -334,6 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--source", type=Path, metavar="FILE", help="what `write` stored, to run nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    NETWORKS[:] = [options.networks] if options.networks else []
     if options.command == "list":
         print("\n".join(chosen(options.only)))
         return 0

@@ -23,7 +23,7 @@ from captum.attr import LayerActivation, LayerGradCam, LayerGradientXActivation
 from captum.robust import FGSM, PGD
 from torch import Tensor, nn
 
-from benchmarks.lib.golden import Exact, Frame, case
+from benchmarks.lib.golden import Exact, Frame, case, network_file
 from captum_classfilters import (
     ALDSplitter,
     ALDTree,
@@ -59,8 +59,7 @@ from captum_classfilters.assets import (
     gate_file,
     load_demo_network,
     load_images,
-    load_kanji_images,
-    load_kanji_network,
+    load_network,
     paths_file,
 )
 from captum_classfilters.comparison import method_overlap
@@ -296,10 +295,14 @@ def _() -> Mapping[str, Any]:
     return several(found)
 
 
-@case("influential/kanji")
+@case("influential/kanji", network="kanji_resnet14.safetensors")
 def _() -> Mapping[str, Any]:
-    model = load_kanji_network()[0]
-    found = InfluentialFeatures(model).attribute(load_kanji_images("train").batches(50)[:2])
+    from safetensors.torch import load_file
+
+    model = load_network(network_file("kanji_resnet14.safetensors"))[0]
+    sample = load_file(network_file("kanji_sample.safetensors"))
+    images, labels = sample["train_images"][:100].float() / 255, sample["train_labels"][:100]
+    found = InfluentialFeatures(model).attribute(list(zip(images.split(50), labels.split(50), strict=True)))
     return {**table(found), "top": found.top(5)}
 
 
@@ -707,14 +710,14 @@ def _() -> Mapping[str, Any]:
 for _name in ("vgg", "inception"):
 
     def _other(name: str = _name) -> Mapping[str, Any]:
-        watched = PathDecoupler(load_demo_network(0, "decoupled", name)[0])
-        watched.load(paths_file(0, "decoupled", name))
+        watched = PathDecoupler(load_network(network_file(f"{name}_decoupled_s0.safetensors"))[0])
+        watched.load(network_file(f"paths_{name}_decoupled_s0.safetensors"))
         found = watched.paths(test()[0][0][:20])
         small = watched.skipping(test()[0][0][:10], measured=False)
         with torch.no_grad():
             return {**path_table(found), "macs": found.macs(), "skipping": small(test()[0][0][:10])}
 
-    case(f"decoupling/{_name}")(_other)
+    case(f"decoupling/{_name}", network=f"{_name}_decoupled_s0.safetensors")(_other)
 
 
 @case("metrics/path_information")
