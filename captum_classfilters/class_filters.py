@@ -6,12 +6,14 @@ method's own room. C classes, K channels.
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import class_correlation
@@ -330,13 +332,46 @@ def check_names(names: Sequence[str]) -> None:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
 
-def names_of(given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    """The class names that were given, checked, or numbers in their place."""
-    names = tuple(map(str, range(classes))) if given is None else tuple(given)
+def names_of(requested: Sequence[str] | None, classes: int, loader: Any = None) -> tuple[str, ...]:
+    """The class names that were asked for, checked; else those of the loader's data set; else numbers.
+
+    Args:
+        requested: C names; None: others stand in.
+        classes: C.
+        loader: A DataLoader whose data set may have ``.classes``; None: nobody else names the classes.
+
+    Raises:
+        OptionError: ``requested`` has not C names, or repeats one.
+    """
+    names = requested if requested is not None else _dataset_names(loader, classes)
+    if names is None:
+        return tuple(map(str, range(classes)))
     if len(names) != classes:
         raise OptionError(f"class_names must be {classes}, one for each class; got {len(names)}")
+    names = tuple(map(str, names))
     check_names(names)
     return names
+
+
+def _dataset_names(loader: Any, classes: int) -> tuple[str, ...] | None:
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    if names is None:
+        return None
+    if len(names) != classes:
+        warnings.warn(
+            f"the data set names {len(names)} classes, the head has {classes} outputs: its labels may not be the head's "
+            "class indices; pass class_names= if they are",
+            UserWarning,
+            stacklevel=8,
+        )
+        return None
+    # torchvision's ImageNet has tuples of synonyms, and two cranes
+    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
+    repeated = {name for name, times in Counter(plain).items() if times > 1}
+    return tuple(f"{name} ({index})" if name in repeated else name for index, name in enumerate(plain))
 
 
 def one_table(filters: Any) -> ClassFilters:

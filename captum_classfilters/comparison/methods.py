@@ -1,93 +1,195 @@
-"""The methods that are compared: each a function from a loader to a table of the head's input channels.
+"""The methods that are compared, each run so that the loader is read as seldom as can be.
 
-Weights only, one pass, or a gate that was trained: what they have in common is the answer.
+Methods of weights read nothing, all selectors share one pass, an attribution takes a pass of its own. In the same pass
+each finds its table from half of the samples, too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from captum.attr import LayerAttribution
-from torch import nn
+from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.comparison.aggregate import aggregate
+from captum_classfilters.comparison.aggregate import Aggregation
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head import Head, shows_features
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating import LabelSensitiveGate
-from captum_classfilters.influential import InfluentialFeatures
+from captum_classfilters.influential.selectors import STATIC
+from captum_classfilters.influential.tables import Options, Tables
 from captum_classfilters.splitting import ALDSplitter
 
-Method = Callable[[Iterable[Any]], ClassFilters]
 # Alone, or with what `aggregate` passes on to it, such as {"n_steps": 10}
 Attribution: TypeAlias = LayerAttribution | tuple[LayerAttribution, Mapping[str, Any]]
 
 # Of InfluentialFeatures: one for each idea
 SELECTORS = ("histogram", "mean_activation", "contribution", "margin", "weight")
+_SELECTOR_META = {"label_source": "target", "correct_only": False}
 
 
-def known_methods(
-    model: Any,
-    head: Head,
-    gate: LabelSensitiveGate | None,
-    attributions: Mapping[str, Attribution],
-    class_names: Sequence[str] | None,
-) -> dict[str, Method]:
-    """Every method by name, that of weights first.
+class Answer(NamedTuple):
+    """What a method answered."""
+
+    filters: ClassFilters
+    halves: tuple[ClassFilters, ClassFilters] | None  # None: it looks at no samples, or its tables do not add up
+    seconds: float
+
+
+class Half:
+    """About half of a loader's samples, drawn by seed: a loader may be sorted, or repeat its classes in turn."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    def draw(self, samples: int, device: torch.device) -> Tensor:
+        """Which samples of the next batch are in it, ``(N,)`` bool."""
+        return (torch.rand(samples, generator=self._generator) < 0.5).to(device)
+
+
+def selector_name(selector: str) -> str:
+    """How a selector is called among methods."""
+    return f"InfluentialFeatures, {selector}"
+
+
+def run_selectors(head_pass: HeadPass, class_names: tuple[str, ...]) -> tuple[dict[str, Answer], float]:
+    """All selectors in one pass over the loader, and the seconds that the pass takes without them."""
+    head = head_pass.head
+    options = [Options.checked([name], [None], "abs") for name in SELECTORS]
+    whole = {name: Tables(head, asked) for name, asked in zip(SELECTORS, options, strict=True)}
+    part = {name: Tables(head, asked) for name, asked in zip(SELECTORS, options, strict=True) if name not in STATIC}
+    seconds = dict.fromkeys(SELECTORS, 0.0)
+    half, apart = Half(), 0.0
+    started = clock(head)
+    with head_pass.batches(description="compare") as stream:
+        for batch in stream:
+            begun = clock(head)
+            labels: Tensor = batch.labels  # type: ignore[assignment]
+            for name, tables in whole.items():
+                before = clock(head)
+                tables.add(batch.features, batch.logits, labels)
+                seconds[name] += clock(head) - before
+            chosen = half.draw(len(labels), labels.device)
+            if bool(chosen.any()):
+                for tables in part.values():
+                    tables.add(batch.features[chosen], batch.logits[chosen], labels[chosen])
+            apart += clock(head) - begun
+    inference = clock(head) - started - apart
+    answers = {}
+    for name, tables in whole.items():
+        table = _only(tables, class_names)
+        halves = None
+        if name in part:
+            first = _only(part[name], class_names)
+            halves = (first, table.without(first))
+        answers[selector_name(name)] = Answer(table, halves, inference + seconds[name])
+    return answers, inference
+
+
+def _only(tables: Tables, class_names: tuple[str, ...]) -> ClassFilters:
+    return next(iter(tables.filters(class_names, _SELECTOR_META).values()))
+
+
+def run_weights(
+    model: Any, head: Head, gate: LabelSensitiveGate | None, class_names: tuple[str, ...]
+) -> dict[str, Answer]:
+    """Methods that read no samples.
 
     A decoupled network's paths are of its convolutions' channels, not of the head's: they are in no row; the network
     itself may be the model.
     """
-    layer = head.module
-
-    def selected(selector: str) -> Method:
-        return lambda loader: InfluentialFeatures(model, layer).attribute(
-            loader, selector=selector, class_names=class_names
-        )
-
-    def summed(given: Attribution) -> Method:
-        attribution, options = given if isinstance(given, tuple) else (given, {})
-        # its own layer is the map that the head reads: the same channels by another name
-        return lambda loader: replace(aggregate(attribution, loader, classes=class_names, **options), layer=head.name)
-
-    methods: dict[str, Method] = {
-        "ALDSplitter": lambda loader: ALDSplitter(model, layer).class_filters(
-            class_names=class_names, min_size=max(2, min(20, head.num_features))
-        )
-    }
-    methods |= {f"InfluentialFeatures, {selector}": selected(selector) for selector in SELECTORS}
+    started = clock(head)
+    split = ALDSplitter(model, head.module).class_filters(
+        class_names=class_names, min_size=max(2, min(20, head.num_features))
+    )
+    answers = {"ALDSplitter": Answer(split, None, clock(head) - started)}
     if gate is not None:
+        started = clock(head)
         # a gate does not know what its layer is called
-        methods["LabelSensitiveGate"] = lambda loader: replace(gate.class_filters(class_names), layer=head.name)
+        table = replace(gate.class_filters(class_names), layer=head.name)
+        answers["LabelSensitiveGate"] = Answer(table, None, clock(head) - started)
+    return answers
+
+
+def run_attribution(
+    attribution: Attribution, head: Head, loader: Iterable[Any], class_names: tuple[str, ...]
+) -> Answer:
+    """A Captum attribution in one pass over the loader."""
+    of_layer, options = attribution if isinstance(attribution, tuple) else (attribution, {})
+    whole = Aggregation(of_layer, classes=class_names, options=options)
+    part = Aggregation(of_layer, classes=class_names, options=options)
+    half, apart = Half(), 0.0
+    started = clock(head)
+    with whole.samples(loader) as stream:
+        for batch in stream:
+            values, labels = whole.attribute(batch)
+            whole.add(values, labels, batch.place)
+            begun = clock(head)
+            chosen = half.draw(len(labels), labels.device)
+            if bool(chosen.any()):
+                part.add(values[chosen], labels[chosen], batch.place)
+            apart += clock(head) - begun
+    seconds = clock(head) - started - apart
+    # its own layer is the map that the head reads: the same channels by another name
+    table = replace(whole.table(), layer=head.name)
+    if not part.started:
+        return Answer(table, None, seconds)
+    first = replace(part.table(), layer=head.name)
+    return Answer(table, (first, table.without(first)), seconds)
+
+
+def clock(head: Head) -> float:
+    """The time, after all that was asked of a GPU is done."""
+    if head.weight.is_cuda:
+        torch.cuda.synchronize(head.weight.device)
+    return time.perf_counter()
+
+
+def check_attributions(attributions: Any, taken: Sequence[str], head_pass: HeadPass) -> dict[str, Attribution]:
+    """Attributions by name as text; refuse one of another network, or to a layer whose channels the head does not read.
+
+    One batch is run, where a layer is not the map behind the head itself.
+    """
+    if attributions is None:
+        return {}
+    if not isinstance(attributions, Mapping):
+        raise OptionError(f"attributions must be given by name, a dict of them; got {type(attributions).__name__}")
+    head = head_pass.head
+    unproved: dict[str, Any] = {}
     for name, attribution in attributions.items():
-        if name in methods or name == "random":
+        if name in taken:
             raise OptionError(f"attributions may not be named {name!r}, which is taken; give it another name")
-        methods[str(name)] = summed(attribution)
-    return methods
+        of_layer = attribution[0] if isinstance(attribution, tuple) and attribution else attribution
+        if not isinstance(of_layer, LayerAttribution):
+            raise OptionError(f"attribution {name!r} must be a Captum layer attribution, got {type(of_layer).__name__}")
+        if unwrap(of_layer.forward_func) is not unwrap(head_pass.model):
+            raise ShapeError(f"attribution {name!r} is of another network; make it with the one that is compared")
+        if head.feature_map is None or of_layer.layer is not head.feature_map.module:
+            unproved[name] = of_layer.layer
+    if unproved:
+        _check_layers(unproved, head_pass)
+    return {str(name): attribution for name, attribution in attributions.items()}
 
 
-def check_attribution(name: str, given: Any, model: Any, head: Head, loader: Iterable[Any]) -> None:
-    """Refuse an attribution of another network, or to a layer whose channels are not those that the head reads."""
-    attribution = given[0] if isinstance(given, tuple) and given else given
-    if not isinstance(attribution, LayerAttribution):
-        raise OptionError(f"attribution {name!r} must be a Captum layer attribution, got {type(attribution).__name__}")
-    if unwrap(attribution.forward_func) is not unwrap(model):
-        raise ShapeError(f"attribution {name!r} is of another network; make it with the one that is compared")
-    layer, behind = attribution.layer, head.feature_map
-    if behind is not None and layer is behind.module:
-        return
-    seen: list[Any] = []
-    inner = unwrap(model)
-    with borrowed(inner if isinstance(inner, nn.Module) else None) as borrow:
-        if isinstance(layer, nn.Module):
-            borrow.after(layer, lambda module, args, output: seen.append(output))
-        with batches(model, islice(loader, 1), layer=head.module, need_labels=False) as stream:
-            features = next(iter(stream)).features
-    if not seen or not shows_features(seen[-1], features):
-        raise ShapeError(
-            f"attribution {name!r} is to a layer whose channels are not the {head.num_features} that the head "
-            f"{head.name!r} reads; give it the map behind the head" + (f", {behind.name!r}" if behind else "")
-        )
+def _check_layers(layers: Mapping[str, Any], head_pass: HeadPass) -> None:
+    head, outputs = head_pass.head, {}
+    module = unwrap(head_pass.model)
+    with borrowed(module if isinstance(module, nn.Module) else None) as borrow:
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Module):
+                borrow.after(layer, lambda module, args, output, name=name: outputs.update({name: output}))
+        first = HeadPass(head_pass.model, islice(head_pass.loader, 1), layer=head.module)
+        with first.batches(need_labels=False) as stream:
+            features = next(stream).features
+    for name in layers:
+        if name not in outputs or not shows_features(outputs[name], features):
+            behind = f", {head.feature_map.name!r}" if head.feature_map else ""
+            raise ShapeError(
+                f"attribution {name!r} is to a layer whose channels are not the {head.num_features} that the head "
+                f"{head.name!r} reads; give it the map behind the head{behind}"
+            )

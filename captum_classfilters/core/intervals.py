@@ -64,3 +64,16 @@ def draws_interval(draws: ArrayLike) -> tuple[Any, Any, Any]:
 def _half(values: Floats, level: float) -> Any:
     error = values.std(0, ddof=1) / np.sqrt(len(values))
     return stats.t.ppf(0.5 + level / 2, len(values) - 1) * error
+
+
+def shares(hits: ArrayLike, samples: ArrayLike) -> tuple[Any, Any, Any]:
+    """Share of hits with its Wilson interval: ``(share, low, high)``; NaN where there are no samples."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.asarray(hits) / np.asarray(samples)
+    return share, *wilson(hits, np.broadcast_to(samples, np.shape(hits)))
+
+
+def chance_shares(hits: ArrayLike, samples: ArrayLike) -> tuple[Any, Any, Any]:
+    """Mean share of hits over the draws of a control, the first axis, with its Student-t interval."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return mean_interval(np.asarray(hits) / np.asarray(samples))

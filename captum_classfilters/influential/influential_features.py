@@ -4,15 +4,12 @@ Tensors in: what each feature adds to the logit. A loader in: a `ClassFilters` t
 the table is in `selectors.py`, the sums are in `tables.py`.
 """
 
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from captum_classfilters.class_filters import (
     ClassFilters,
@@ -183,7 +180,7 @@ class InfluentialFeatures(LayerAttribution):
             num_classes=num_classes,
             description="InfluentialFeatures",
         ) as stream:
-            run = _Pass(options, correct_only, class_names, _names_of(inputs), key)
+            run = _Pass(options, correct_only, class_names, inputs, key)
             result = run.over(stream, group)
         # past Captum's wrapper around `attribute`, to the caller
         warn_unseen(result if isinstance(result, ClassFilters) else next(iter(result.values())), stacklevel=4)
@@ -277,13 +274,13 @@ class _Pass:
         options: Options,
         correct_only: bool,
         class_names: Sequence[str] | None,
-        dataset_names: Sequence[Any] | None,
+        loader: Any,
         key: int | None,
     ) -> None:
         self._options, self._correct_only = options, correct_only
         self._by_prediction = options.label_source == "prediction"
         self._meta = {"label_source": options.label_source, "correct_only": correct_only}
-        self._class_names, self._dataset_names, self._key = class_names, dataset_names, key
+        self._class_names, self._loader, self._key = class_names, loader, key
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
 
@@ -305,7 +302,7 @@ class _Pass:
     def _add(self, batch: Batch) -> None:
         if self._tables is None:
             # names first: a wrong list is refused before anything is counted
-            self._names = _class_names(self._class_names, self._dataset_names, batch.head.num_classes)
+            self._names = names_of(self._class_names, batch.head.num_classes, self._loader)
             self._tables = Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         predicted = logits.argmax(1)
@@ -329,27 +326,3 @@ class _Pass:
 def _targets(target: Any, batch: Batch) -> Tensor:
     count, classes = batch.logits.shape
     return classes_of(target, count, classes, batch.logits.device)
-
-
-def _names_of(loader: Any) -> Sequence[Any] | None:
-    dataset = getattr(loader, "dataset", None)
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
-
-
-def _class_names(requested: Sequence[str] | None, dataset_names: Sequence[Any] | None, classes: int) -> tuple[str, ...]:
-    if requested is not None or dataset_names is None:
-        return names_of(requested, classes)
-    if len(dataset_names) != classes:
-        warnings.warn(
-            f"the data set names {len(dataset_names)} classes, the head has {classes} outputs: its labels may not be "
-            "the head's class indices; pass class_names= if they are",
-            UserWarning,
-            stacklevel=6,
-        )
-        return names_of(None, classes)
-    # torchvision's ImageNet has tuples of synonyms, and two cranes
-    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in dataset_names]
-    repeated = {name for name, times in Counter(plain).items() if times > 1}
-    return tuple(f"{name} ({index})" if name in repeated else name for index, name in enumerate(plain))

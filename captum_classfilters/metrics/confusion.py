@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.head_pass import Batch, batches
+from captum_classfilters.core.head_pass import Batch, single_batch
 from captum_classfilters.core.targets import classes_of
 
 
@@ -68,16 +68,9 @@ def explain_confusion(
     """
 
     def run(need_maps: bool) -> Batch:
-        with batches(
-            model,
-            [(inputs, None)],
-            layer=layer,
-            need_labels=False,
-            need_maps=need_maps,
-            forward_args=additional_forward_args,
-        ) as stream:
-            found: Batch = next(iter(stream))
-        return found
+        return single_batch(
+            model, inputs, layer=layer, additional_forward_args=additional_forward_args, need_maps=need_maps
+        )
 
     batch = run(False)
     samples, device = len(batch.features), batch.features.device
