@@ -362,8 +362,8 @@ def _dataset_names(loader: Any, classes: int) -> tuple[str, ...] | None:
         return None
     if len(names) != classes:
         warnings.warn(
-            f"the data set names {len(names)} classes, the head has {classes} outputs: its labels may not be the head's "
-            "class indices; pass class_names= if they are",
+            f"the data set names {len(names)} classes, the head has {classes} outputs: its labels may not be the "
+            "head's class indices; pass class_names= if they are",
             UserWarning,
             stacklevel=8,
         )

@@ -32,6 +32,7 @@ from captum_classfilters import (
     GatePenalty,
     GateSchedule,
     HeadMoments,
+    HeadPass,
     InfluentialFeatures,
     LabelSensitiveGate,
     LabelSensitiveTraining,
@@ -1010,9 +1011,10 @@ def _() -> Mapping[str, Any]:
 
 @case("metrics/accuracy_curve refits")
 def _() -> Mapping[str, Any]:
-    curve = functools.partial(call, metrics.accuracy_curve, network())
-    squares = curve({"histogram": filters()}, test(), [2, 5], refit="least_squares", moments=moments())
-    pursued = curve(None, test(), [2, 5], refit="omp", moments=moments(), class_names=names())
+    judged = HeadPass(network(), test(), class_names=names())
+    curve = functools.partial(metrics.accuracy_curve, judged, ks=[2, 5], moments=moments())
+    squares = curve({"histogram": filters()}, refit="least_squares")
+    pursued = curve(None, refit="omp")
     return {"squares": Frame(squares, "accuracy_curve"), "omp": Frame(pursued, "accuracy_curve")}
 
 
@@ -1145,7 +1147,8 @@ def _() -> Mapping[str, Any]:
 @case("metrics/stability")
 def _() -> Mapping[str, Any]:
     found = call(metrics.stability, network(), train(), 5, selectors=["histogram", "margin"], draws=5, seed=1)
-    named = call(metrics.stability, network(), train(), 5, k1=0.5, importance="signed", draws=6, class_names=names())
+    judged = HeadPass(network(), train(), class_names=names())
+    named = call(metrics.stability, judged, k=5, k1=0.5, importance="signed", draws=6)
     return {"frame": Frame(found, "stability"), "named": Frame(named, "stability")}
 
 
@@ -1247,7 +1250,7 @@ def _() -> Mapping[str, Any]:
 
 @case("comparison/compare")
 def _() -> Mapping[str, Any]:
-    return frames(call(compare, network(), train(), test(), [1, 5], class_names=names()), "compare")
+    return frames(compare(HeadPass(network(), train(), class_names=names()), test_loader=test(), ks=[1, 5]), "compare")
 
 
 @case("comparison/compare with a gate and an attribution")
@@ -1268,7 +1271,7 @@ def _() -> Mapping[str, Any]:
 def _() -> Mapping[str, Any]:
     model = network()
     found = {
-        "gradient x activation": aggregate(LayerGradientXActivation(model, model.layer3), train(), class_names=names()),
+        "gradient x activation": aggregate(LayerGradientXActivation(model, model.layer3), train(), classes=names()),
         "abs": aggregate(LayerGradientXActivation(model, model.layer2), train(), importance="abs"),
         "no target": aggregate(LayerActivation(model, model.layer3), train()[:2]),
         "prediction": aggregate(

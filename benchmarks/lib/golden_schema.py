@@ -90,12 +90,16 @@ RULES: dict[str, Rule] = {
     "layer_scores": Rule(("layer",), {"random": "score", **_INTERVAL}),
     "mutual_information": Rule(("channel",), {"random": "mi", **_INTERVAL}),
     "occlusion_summary": Rule(("image", "layer"), {"elsewhere": "switched_off", "random_iou": "iou"}),
-    "overlap": Rule(("filters", "class_a", "class_b"), {"random": "jaccard", **_INTERVAL}, {"filters": "random"}),
+    "overlap": Rule(
+        ("filters", "class_a", "class_b"),
+        {"random": "jaccard", **_INTERVAL},
+        {"filters": "random", "class_a": "", "class_b": ""},
+    ),
     "method_overlap": Rule(
         ("method_a", "method_b"), {"random": "jaccard", **_INTERVAL}, {"method_a": "random", "method_b": "random"}
     ),
     "path_information": Rule(("layer",), {"random": "cross_entropy"}),
-    "stability": Rule(("filters", "class_name"), {"random": "jaccard"}, {"filters": "random"}),
+    "stability": Rule(("filters", "class_name"), {"random": "jaccard"}, {"filters": "random", "class_name": "all"}),
     "compare": Rule(
         ("method", "k"),
         {

@@ -138,12 +138,16 @@ def _judge(
     moments: HeadMoments | None = None,
 ) -> None:
     """Accuracy with k channels for each class, on images that had no part in choosing them, and a random control."""
-    from captum_classfilters import metrics, visualize
+    from captum_classfilters import HeadPass, metrics, visualize
 
-    curve = metrics.accuracy_curve(
-        job.model, tables, job.judge, ks, refit=refit, moments=moments, layer=options.layer,  # type: ignore[arg-type]
-        class_names=None if tables else job.class_names, show_progress=not options.quiet,
-    )  # fmt: skip
+    judged = HeadPass(
+        job.model,
+        job.judge,  # type: ignore[arg-type]
+        layer=options.layer,
+        class_names=job.class_names,
+        show_progress=not options.quiet,
+    )
+    curve = metrics.accuracy_curve(judged, tables, ks=ks, refit=refit, moments=moments)
     stem = "accuracy_curve" if draw else "accuracy"
     job.output.text(f"{stem}.csv", curve.to_csv(index=False, lineterminator="\n"))
     if draw:

@@ -112,14 +112,15 @@ def compare(
             keep.add(batch)
             drop.add(batch)
     curve = keep.frame(class_names)
-    curve = curve[curve.class_name == "all"].set_index(["filters", "k"])
-    dense = float(curve.loc[("dense", head.num_features), "accuracy"])
+    whole = curve[curve.class_name == "all"].to_dict("records")
+    accuracy = {(row["filters"], row["k"]): row for row in whole}
+    dense = accuracy["dense", head.num_features]["accuracy"]
     masks = {(name, k): table.mask(k) for name, table in tables.items() for k in ks}
     rows = []
     for name in [*tables, "random"]:
         for k in ks:
-            kept = curve.loc[(name, k)]
-            judged = {"dense": dense, "keep": kept.accuracy, "keep_low": kept.low, "keep_high": kept.high}
+            kept = accuracy[name, k]
+            judged = {"dense": dense, "keep": kept["accuracy"], "keep_low": kept["low"], "keep_high": kept["high"]}
             judged |= drop.columns(None if name == "random" else name, k)
             if name == "random":
                 chance = random_jaccard(k, head.num_features)[0]
@@ -147,7 +148,8 @@ def method_overlap(tables: Mapping[str, ClassFilters], k: int) -> pd.DataFrame:
 
     Returns:
         One row for each pair, and one for two random sets (``control`` True, both names ``"random"``): ``method_a``,
-        ``method_b``, ``control``, ``jaccard``, ``low``, ``high`` (central 95 % over classes; of the control, of the law).
+        ``method_b``, ``control``, ``jaccard``, ``low``, ``high`` (central 95 % over classes; for the control, of
+        chance).
 
     Raises:
         OptionError: k out of range.

@@ -113,7 +113,7 @@ def class_ablation(
         for batch in stream:
             check_table(filters, batch.head)
             # of a class that the table has not seen nothing can be said
-            seen = filters.seen.to(batch.features.device)[batch.labels]  # type: ignore[index]
+            seen = filters.seen.to(batch.features.device)[batch.labels]
             labels: Tensor = batch.labels[seen]  # type: ignore[index]
             features = batch.features[seen].to(batch.head.weight.dtype)
             samples += count_by_class(torch.ones_like(labels, dtype=torch.bool), labels, size)
@@ -420,8 +420,8 @@ def channel_deletion(
     Returns:
         One row for each table (and the control, ``"random"``), kind (``"deletion"``, ``"insertion"``) and step:
         ``filters``, ``control``, ``kind``, ``share`` of the set, ``channels`` (mean over images), ``probability`` of
-        the true class, ``low``, ``high``; ``auc``, ``auc_low``, ``auc_high``: area under the curve, the same in all rows of
-        a curve. Means over images with normal 95 % intervals; of the control, over draws with Student's t.
+        the true class, ``low``, ``high``; ``auc``, ``auc_low``, ``auc_high``: area under the curve, the same in all
+        rows of a curve. Means over images with normal 95 % intervals; of the control, over draws with Student's t.
         ``samples``. Deletion: the lower, the more the channels matter; insertion: the higher.
 
     Raises:
@@ -447,7 +447,7 @@ def channel_deletion(
             for table in tables.values():
                 check_table(table, batch.head)
             device = batch.features.device
-            image_sizes = set_sizes.to(device)[batch.labels]  # type: ignore[index]
+            image_sizes = set_sizes.to(device)[batch.labels]
             asked = image_sizes > 0
             image_sizes, labels = image_sizes[asked], batch.labels[asked]  # type: ignore[index]
             features = batch.features[asked]
