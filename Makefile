@@ -2,17 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint types notebooks slow bench clean
+# As many test processes as there are cores, each with one thread: the networks of the tests are small
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+.PHONY: demo test test-oldest lint types coverage notebooks slow bench golden clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m captum_classfilters demo --out demo
 
 test: .venv/test.stamp lint types
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 20
+
+# Lines of the package that `make test` reaches
+coverage: .venv/test.stamp
+	$(PYTEST) --cov captum_classfilters --cov-report term:skip-covered
 
 # The oldest versions that are supported, for which PYTHON must be 3.10 to 3.12; the notebooks are shown with the newest
 test-oldest: .venv-oldest/test.stamp
-	.venv-oldest/bin/python -m pytest --ignore tests/tutorials
+	$(PYTEST:.venv/%=.venv-oldest/%) --ignore tests/tutorials
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -26,7 +33,7 @@ notebooks: .venv/test.stamp
 	cd tutorials && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
 
 slow: .venv/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --timeout 3600
 
 bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks

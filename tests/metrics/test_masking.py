@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from captum_classfilters.metrics.masking import masked_logits
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
@@ -12,7 +13,6 @@ from captum_classfilters import ClassFilters, InfluentialFeatures, metrics
 from captum_classfilters.core.control import random_masks
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.gating.gate import LabelSensitiveGate
-from captum_classfilters.metrics.masking import masked_logits
 
 NAMES = ("coat", "bag", "boot", "dress")
 
