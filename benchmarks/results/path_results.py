@@ -169,15 +169,16 @@ def states(networks: Sequence[Network], paths: dict[str, Paths]) -> None:
 def information(networks: Sequence[Network], paths: dict[str, Paths]) -> None:
     rows = []
     for network in networks:
-        found = metrics.path_information(network.decoupler, paths[network.name])
-        layers, whole = found.iloc[:-1], found.iloc[-1]
+        information = metrics.path_information(network.decoupler, paths[network.name])
+        layers = information[~information.control & (information.layer != "all")]
+        (_, whole), (_, control) = information[information.layer == "all"].iterrows()
         rows.append(
             {
                 "network": network.name, "mean": f"{whole.cross_entropy:.3f} [{whole.low:.3f}, {whole.high:.3f}]",
                 "first layer": f"{layers.cross_entropy.iloc[0]:.3f}",
                 "middle": f"{layers.cross_entropy.iloc[len(layers) // 2]:.3f}",
                 "last": f"{layers.cross_entropy.iloc[-1]:.3f}", "best layer": f"{layers.cross_entropy.min():.3f}",
-                "other images' labels": f"{whole.random:.3f}",
+                "other images' labels": f"{control.cross_entropy:.3f}",
             }
         )  # fmt: skip
     show(rows, "### What gates say of the class: cross-entropy in nats (ln 10 = 2.303 says nothing)")

@@ -9,20 +9,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Real
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.calls import Calls, calls_of
+from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import (
-    EmptyLoaderError,
     FileFormatError,
     HardGatesWarning,
     LabelError,
@@ -33,7 +31,8 @@ from captum_classfilters.core.errors import (
     ShapeError,
 )
 from captum_classfilters.core.files import read, write
-from captum_classfilters.core.stream import check_labels, check_range, unpack, value_to_model
+from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.stream import Placement, check_labels, check_range, samples
 from captum_classfilters.decoupling import controller as equations
 from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
 from captum_classfilters.decoupling.costs import Costs, count_costs
@@ -109,11 +108,8 @@ class PathDecoupler(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module) or isinstance(unwrap(model), PathDecoupler):
             raise OptionError(f"the model must be an nn.Module without gates, got {type(model).__name__}")
-        for name, value in (("reduction", reduction), ("num_classes", 1 if num_classes is None else num_classes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
-        if mix not in MIXES:
-            raise OptionError(f"mix must be one of {list(MIXES)}, got {mix!r}")
+        reduction, mix = integer(reduction, "reduction", 1), one_of(mix, "mix", MIXES)
+        num_classes = None if num_classes is None else integer(num_classes, "num_classes", 1)
         self.model = unwrap(model)
         calls = calls_of(self.model, example_input)
         self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
@@ -208,6 +204,7 @@ class PathDecoupler(nn.Module):
         Raises:
             OptionError: A weight is negative, ``target_rate`` or ``direction`` is out of range.
             LabelError: Labels do not fit.
+            HeadError, ShapeError: The model gives no logits ``(N, C)``.
             NonFiniteError: Gates or logits are not finite.
         """
         weights = {
@@ -215,34 +212,25 @@ class PathDecoupler(nn.Module):
             "divergence_weight": divergence_weight,
             "sparsity_weight": sparsity_weight,
         }
-        for name, value in weights.items():
-            if not isinstance(value, Real) or not value >= 0:
-                raise OptionError(f"{name} must be a number of at least 0, got {value!r}")
-        if not isinstance(target_rate, Real) or not 0 <= target_rate <= 1:
-            raise OptionError(f"target_rate is a share of channels in [0, 1], got {target_rate!r}")
-        if direction not in DIRECTIONS:
-            raise OptionError(f"direction must be one of {list(DIRECTIONS)}, got {direction!r}")
+        weights = {name: number(value, name, 0) for name, value in weights.items()}
+        target_rate = number(target_rate, "target_rate", 0, 1, meaning="a share of channels")
+        one_of(direction, "direction", DIRECTIONS)
         constant = not (self.controllers.training or self.is_frozen or self._is_straight)
         if torch.is_grad_enabled() and constant:
             message = "gates are hard in eval mode and have no gradient: nothing trains the controllers; call .train()"
             warnings.warn(message, HardGatesWarning, stacklevel=2)
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         run = self._run(pooled=True)
-        logits = self._forward(run, args, {})
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            raise ShapeError(
-                f"loss needs logits (N, C) from the model, got {_shape_or_type(logits)}; switch auxiliary outputs off"
-            )
+        logits = _logits(self._forward(run, args, {}))
         labels = check_labels(labels, len(logits)).to(logits.device)
         check_range(labels, logits.shape[1])
-        rows = []
+        rows, responses = [], run.pooled or {}
         for index, reader in enumerate(self._readers_for(logits.shape[1])):
-            z = run.gates[index]
-            response = run.pooled[index]
+            z, weight = run.gates[index], cast(Tensor, reader.weight)
             rows.append(
                 (
-                    equations.mutual_information_loss(z, reader.weight, labels),
-                    equations.divergence_loss(z, response, direction),
+                    equations.mutual_information_loss(z, weight, labels),
+                    equations.divergence_loss(z, responses[index], direction),
                     equations.sparsity_loss(z, target_rate),
                     (z.detach() > 0.5).to(z.dtype).mean(),
                 )
@@ -328,21 +316,12 @@ class PathDecoupler(nn.Module):
             ShapeError: Images of different sizes; the model gives no logits.
             NonFiniteError: Gates or logits are not finite.
         """
-        if not isinstance(loader, Iterable):
-            raise OptionError(
-                f"expected a DataLoader, an iterable of batches or one batch, got {type(loader).__name__}"
-            )
         reader = PathReader(self, logits)
-        parts = []
         # going through a tensor would give single images
-        batches = [loader] if isinstance(loader, Tensor) else iter(loader)
-        with borrowed(self), tqdm(batches, disable=not show_progress, desc="paths") as bar:
-            for index, batch in enumerate(bar):
-                inputs, labels = unpack(batch, False, index)
-                if len(inputs[0]):
-                    parts.append(reader.read(reader.place(inputs), labels, index))
-        if not parts:
-            raise EmptyLoaderError("the loader gave no sample; expected at least one batch")
+        batches = [loader] if isinstance(loader, Tensor) else loader
+        reading = samples(batches, need_labels=False, description="paths", show_progress=show_progress)
+        with borrowed(self), reading as stream:
+            parts = [reader.read(reader.place(batch.inputs), batch.labels, batch.place) for batch in stream]
         labelled = sum(part.labels is not None for part in parts)
         if labelled not in (0, len(parts)):
             raise LabelError(f"{labelled} of {len(parts)} batches have labels; give them for all or for none")
@@ -504,48 +483,45 @@ class PathReader:
                 "inside frozen() all images have the same gates, which are no image's path; collect paths outside of it"
             )
         self.decoupler, self.logits = decoupler, logits
-        self.like = next(decoupler.model.parameters())
+        self.placement = Placement.of(decoupler.model)
         self._fingerprint = decoupler.fingerprint()
         self._costs: Costs | None = None
         self._size: tuple[int, ...] = ()
 
     def place(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Inputs on the model's device, in its dtype, without their history."""
-        placed = (value_to_model(value, self.like.device, self.like.dtype) for value in inputs)
+        placed = (self.placement.move(value) for value in inputs)
         return tuple(value.detach() if isinstance(value, Tensor) else value for value in placed)
 
     @torch.no_grad()
-    def read(self, inputs: tuple[Any, ...], labels: Any = None, index: int = 0) -> Paths:
+    def read(self, inputs: tuple[Any, ...], labels: Tensor | None = None, index: int = 0) -> Paths:
         """One forward.
 
         Args:
             inputs: The model's inputs, where `place` has put them.
-            labels: ``(N,)``, or None.
+            labels: ``(N,)`` int64, or None.
             index: Number of the batch, for messages.
 
         Raises:
-            ShapeError: The model gives no logits ``(N, C)``; images of another size than before.
+            HeadError, ShapeError: The model gives no logits ``(N, C)``; images of another size than before.
             NonFiniteError: Gates or logits are not finite.
             LabelError: Labels do not fit.
         """
         output, gates = self.decoupler.gate_logits(*inputs) if self.logits else self.decoupler.gates(*inputs)
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            raise ShapeError(
-                f"expected logits (N, C) from the model, got {_shape_or_type(output)}; switch auxiliary outputs off"
-            )
+        logits = _logits(output)
         row = torch.cat(gates, 1)
         if not torch.isfinite(row).all():
             raise NonFiniteError(f"{not_finite(self.decoupler.layers, gates)}; look at batch {index}")
-        if not torch.isfinite(output).all():
+        if not torch.isfinite(logits).all():
             raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
         if labels is not None:
-            labels = check_labels(labels, len(row), index).cpu()
-            check_range(labels, output.shape[1], index)
+            labels = labels.cpu()
+            check_range(labels, logits.shape[1], index)
         codes = np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")
         kept = row.float().cpu() if self.logits else None
         return Paths(
-            torch.from_numpy(codes), output.argmax(1).cpu(), labels, self.decoupler.layers, self.decoupler.channels,
-            output.shape[1], self._fingerprint, self._costs_for(inputs, index), kept,
+            torch.from_numpy(codes), logits.argmax(1).cpu(), labels, self.decoupler.layers, self.decoupler.channels,
+            logits.shape[1], self._fingerprint, self._costs_for(inputs, index), kept,
         )  # fmt: skip
 
     def _costs_for(self, inputs: tuple[Any, ...], index: int) -> Costs:
@@ -577,8 +553,11 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _shape_or_type(output: Any) -> Any:
-    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+def _logits(output: Any) -> Tensor:
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        raise ShapeError(f"expected logits (N, C) from the model, got {tuple(logits.shape)}; pass a classifier")
+    return logits
 
 
 def _never_open(controller: Controller, bits: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 Every table has its random control and its interval.
 """
 
+from captum_classfilters.decoupling.path_measures import path_accuracy, path_information
 from captum_classfilters.metrics.accuracy import accuracy_curve
 from captum_classfilters.metrics.ald import ald_evidence, pruning_curve
 from captum_classfilters.metrics.concepts import collate_concepts, concept_scores, layer_scores
@@ -16,7 +17,6 @@ from captum_classfilters.metrics.interventions import channel_deletion, class_ab
 from captum_classfilters.metrics.leakage import gate_leakage
 from captum_classfilters.metrics.localisation import foreground, localisation
 from captum_classfilters.metrics.occlusion import Occlusion, occlude, occlusion
-from captum_classfilters.metrics.path_information import path_accuracy, path_information
 from captum_classfilters.metrics.representation import concept_representation
 from captum_classfilters.metrics.robustness import attack_success
 from captum_classfilters.metrics.sets import overlap, stability

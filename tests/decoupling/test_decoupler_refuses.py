@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from captum_classfilters import PathDecoupler
-from captum_classfilters.core.errors import LabelError, LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.errors import HeadError, LabelError, LayerError, NonFiniteError, OptionError, ShapeError
 
 BOTH = ["conv1", "conv2"]
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -25,12 +25,12 @@ def decoupler(small_cnn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduction": 0}, "reduction must be an integer of at least 1, got 0"),
-        ({"reduction": 4.0}, "reduction must be an integer of at least 1, got 4.0"),
-        ({"reduction": True}, "reduction must be an integer of at least 1, got True"),
+        ({"reduction": 0}, "reduction must be an integer of at least 1; got 0"),
+        ({"reduction": 4.0}, "reduction must be an integer of at least 1; got 4.0"),
+        ({"reduction": True}, "reduction must be an integer of at least 1; got True"),
         ({"mix": "half"}, r"mix must be one of \['sample', 'channel', 'element'\], got 'half'"),
-        ({"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
-        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1, got 4.0"),
+        ({"num_classes": 0}, "num_classes must be an integer of at least 1; got 0"),
+        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1; got 4.0"),
     ],
 )
 def test_bad_options_of_the_decoupler_are_refused(small_cnn, options, message):
@@ -86,14 +86,14 @@ def test_inputs_of_skipping_may_come_as_a_tuple(decoupler, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"information_weight": -1.0}, "information_weight must be a number of at least 0, got -1.0"),
-        ({"divergence_weight": math.nan}, "divergence_weight must be a number of at least 0, got nan"),
-        ({"sparsity_weight": -1e-9}, "sparsity_weight must be a number of at least 0, got -1e-09"),
-        ({"target_rate": 1.1}, r"target_rate is a share of channels in \[0, 1\], got 1.1"),
-        ({"target_rate": -0.1}, r"target_rate is a share of channels in \[0, 1\], got -0.1"),
-        ({"sparsity_weight": "a"}, "sparsity_weight must be a number of at least 0, got .a."),
-        ({"target_rate": None}, r"target_rate is a share of channels in .*, got None"),
-        ({"target_rate": math.nan}, "target_rate is a share"),
+        ({"information_weight": -1.0}, "information_weight must be a finite number of at least 0; got -1.0"),
+        ({"divergence_weight": math.nan}, "divergence_weight must be a finite number of at least 0; got nan"),
+        ({"sparsity_weight": -1e-9}, "sparsity_weight must be a finite number of at least 0; got -1e-09"),
+        ({"target_rate": 1.1}, r"target_rate must be a number in \[0, 1\], a share of channels; got 1.1"),
+        ({"target_rate": -0.1}, r"target_rate must be a number in \[0, 1\], a share of channels; got -0.1"),
+        ({"sparsity_weight": "a"}, "sparsity_weight must be a finite number of at least 0; got .a."),
+        ({"target_rate": None}, "target_rate must be a number in .*; got None"),
+        ({"target_rate": math.nan}, "target_rate must be a number"),
         ({"direction": "both"}, r"direction must be one of \['z_y', 'y_z'\], got 'both'"),
     ],
 )
@@ -150,20 +150,35 @@ def test_a_model_that_ends_otherwise_asks_for_the_number_of_classes(small_cnn, i
 
 
 class Twice(Halved):
-    """Logits and something else in train mode, as networks with auxiliary heads."""
+    """Logits and something else, as networks with auxiliary heads."""
 
     def forward(self, x):
-        return (self.inner(x), None) if self.training else self.inner(x)
+        return self.inner(x), None
+
+
+def test_the_loss_reads_the_logits_of_a_model_with_auxiliary_outputs(small_cnn, images):
+    decoupler = PathDecoupler(Twice(small_cnn()), ["inner.conv2"], num_classes=4).eval()
+    plain = PathDecoupler(small_cnn(), ["conv2"]).eval()
+    plain.load_controllers_state_dict(decoupler.controllers_state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(decoupler.loss(images(), LABELS), plain.loss(images(), LABELS))
+
+
+class Nothing(Halved):
+    """Returns no logits."""
+
+    def forward(self, x):
+        return {"maps": self.inner(x)}
 
 
 def test_logits_that_are_none_are_refused(small_cnn, images):
-    decoupler = PathDecoupler(Twice(small_cnn()).eval(), ["inner.conv2"])
-    assert torch.isfinite(decoupler.loss(images(), LABELS).total)
-    with pytest.raises(ShapeError, match=r"loss needs logits \(N, C\) from the model, got tuple; switch auxiliary"):
-        decoupler.train().loss(images(), LABELS)
     maps = PathDecoupler(nn.Sequential(nn.Conv2d(3, 4, 3)), ["0"], num_classes=4)
-    with pytest.raises(ShapeError, match=r"loss needs logits \(N, C\) from the model, got \(6, 4, 6, 6\)"):
+    with pytest.raises(ShapeError, match=r"expected logits \(N, C\) from the model, got \(6, 4, 6, 6\)"):
         maps.loss(images(), LABELS)
+    nothing = PathDecoupler(Nothing(small_cnn()), ["inner.conv2"], num_classes=4)
+    for read in (lambda: nothing.loss(images(), LABELS), lambda: nothing.paths(images())):
+        with pytest.raises(HeadError, match=r"expected a model that returns logits.*keys \['maps'\]"), torch.no_grad():
+            read()
 
 
 def test_an_image_without_a_batch_is_refused(decoupler, images):

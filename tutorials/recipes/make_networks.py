@@ -113,7 +113,8 @@ def check_paths(run: Path) -> None:
     )
     with torch.inference_mode():
         paths = decoupler.paths(assets.load_images("train").batches())
-    entropy = metrics.path_information(decoupler, paths).cross_entropy["all"]
+    information = metrics.path_information(decoupler, paths).query("not control").set_index("layer")
+    entropy = information.cross_entropy["all"]
     states = paths.states()
     dynamic = states.dynamic.sum() / states.channels.sum()
     print(f"{run.name}: cross-entropy of gates {entropy:.3f}, dynamic filters {dynamic:.3f}")

@@ -33,7 +33,8 @@ def loader(images):
 
 def test_cross_entropy_is_that_of_a_loop_over_images(decoupler, loader):
     paths = decoupler.paths(loader)
-    found = path_information(decoupler, paths)
+    frame = path_information(decoupler, paths)
+    found = frame[~frame.control].set_index("layer")
     every = []
     for layer, gates, reader in zip(paths.layers, paths.gates(), decoupler.readers, strict=True):
         losses = []
@@ -48,7 +49,8 @@ def test_cross_entropy_is_that_of_a_loop_over_images(decoupler, loader):
             stats.t.ppf(0.975, len(losses) - 1) * spread / len(losses) ** 0.5, rel=1e-6
         )
         assert mean - found.low[layer] == pytest.approx(found.high[layer] - mean)
-    assert list(found.index) == ["conv1", "conv2", "all"]
+    assert frame.layer.tolist() == ["conv1", "conv2", "all"] * 2
+    assert frame.control.tolist() == [False] * 3 + [True] * 3
     assert found.cross_entropy["all"] == pytest.approx(sum(map(sum, every)) / 80, rel=1e-6)
 
 
@@ -59,15 +61,15 @@ def test_information_is_the_entropy_of_the_labels_less_the_cross_entropy(decoupl
             reader.weight.zero_()
     found = path_information(decoupler, paths)
     # a reader that reads nothing: ln C, which is more than the entropy of classes of unequal size
-    assert found.cross_entropy.tolist() == pytest.approx([math.log(4)] * 3)
-    assert found.information.tolist() == [0, 0, 0]
+    assert found.cross_entropy.tolist() == pytest.approx([math.log(4)] * 6)
+    assert found.information.tolist() == [0] * 6
     shares = torch.bincount(paths.labels) / 40
     entropy = -sum(p * math.log(p) for p in shares.tolist())
     gates = paths.gates()[0].float()
     with torch.no_grad():  # one that has learnt these gates
         members = torch.nn.functional.one_hot(paths.labels, 4).float()
         decoupler.readers[0].weight.copy_(torch.linalg.lstsq(gates, members * 3).solution.T)
-    found = path_information(decoupler, paths)
+    found = path_information(decoupler, paths)[:3].set_index("layer")
     assert found.information["conv1"] == pytest.approx(max(0, entropy - found.cross_entropy["conv1"]))
 
 
@@ -83,8 +85,9 @@ def test_gates_that_tell_the_class_are_told_from_the_control(decoupler, images):
             reader.weight.zero_()
             reader.weight[1] = 1.0
             reader.weight[0] = -1.0
-    found = path_information(decoupler, decoupler.paths([(inputs, labels)]))
-    assert found.cross_entropy["conv1"] < math.log(4) - 0.3 < found.random["conv1"]
+    found = path_information(decoupler, decoupler.paths([(inputs, labels)])).set_index(["layer", "control"])
+    assert found.high["conv1", False] < math.log(4) - 0.3 < found.low["conv1", True]
+    assert found.information["conv1", True] == 0
 
 
 def test_own_path_is_plain_accuracy_and_all_open_that_of_the_network(decoupler, loader):
@@ -98,6 +101,7 @@ def test_own_path_is_plain_accuracy_and_all_open_that_of_the_network(decoupler, 
     assert found.accuracy["own"] == count / 40
     assert found.accuracy["all open"] == plain / 40
     assert (found.images == 40).all()
+    assert found.index[found.control].tolist() == ["random"]
     assert ((found.low <= found.accuracy) & (found.accuracy <= found.high)).all()
 
 
