@@ -41,7 +41,7 @@ def inside():
 
     def check(ax):
         figure = ax.get_figure()
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
         assert box.x0 > -0.01, box
         assert box.y0 > -0.01, box

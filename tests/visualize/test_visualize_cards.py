@@ -64,8 +64,7 @@ def titles(axes):
     return [[ax.get_title() for ax in line] for line in axes]
 
 
-@pytest.mark.parametrize("size", [1, 5, 12])
-@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize(("size", "colours"), [(1, 1), (5, 3), (12, 1)])
 def test_each_row_shows_the_images_that_activate_its_channel_most(table, inside, size, colours):
     model, (images, labels) = network(colours), pictures(colours=colours)
     filters = table(SCORES, layer="4", names=NAMES)
@@ -120,8 +119,8 @@ def test_the_pass_keeps_no_more_than_it_shows(table, monkeypatch):
 def test_a_loader_that_can_be_read_once_is_read_once(table):
     images, labels = pictures()
     stream = iter(cut(images, labels, 4))
-    once = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", stream)
-    again = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 4))
+    once = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", stream, k=1)
+    again = filter_cards(network(), table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 4), k=1)
     assert titles(once) == titles(again)
 
 
@@ -152,7 +151,7 @@ def test_a_faint_map_is_drawn_like_any_other(table):
 
 def test_maps_below_zero_are_drawn_with_both_signs(table):
     model, (images, labels) = network(activation=nn.SiLU()), pictures()
-    axes = filter_cards(model, table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 5), k=4)
+    axes = filter_cards(model, table(SCORES, layer="4", names=NAMES), "cat", cut(images, labels, 5), k=4, images=1)
     drawn = np.stack([ax.images[1].get_array() for ax in axes.flat])
     assert axes[0, 0].images[1].get_clim() == (-1, 1)
     assert drawn.min() < 0
@@ -167,12 +166,12 @@ def test_maps_below_zero_are_drawn_with_both_signs(table):
     [(1.0, 0.0, None, (0, 1)), (0.2, 0.1, None, (0, 1)), (4.0, -2.0, None, None), (4.0, -2.0, (-2.0, 2.0), (-2, 2))],
 )
 def test_pixels_are_scaled_by_the_range(table, scale, shift, image_range, black_and_white):
-    model, (images, labels) = network(), pictures()
+    model, (images, labels) = network(), pictures(3)
     images = images * scale + shift
     axes = filter_cards(
-        model, table(SCORES, layer="4", names=NAMES), "dog", [(images, labels)], k=1, images=12, image_range=image_range
+        model, table(SCORES, layer="4", names=NAMES), "dog", [(images, labels)], k=1, images=3, image_range=image_range
     )
-    best, _, _ = reference(model, images, 0, 12)
+    best, _, _ = reference(model, images, 0, 3)
     low, high = black_and_white or (float(images.min()), float(images.max()))
     for ax, index in zip(axes[0], best, strict=True):
         expected = (images[index, 0] - low) / (high - low) * 255
@@ -202,7 +201,7 @@ def test_too_few_images_leave_empty_axes(table, inside):
     inside(axes[0, 0])
 
 
-@pytest.mark.parametrize(("k", "images"), [(1, 1), (4, 6)])
+@pytest.mark.parametrize(("k", "images"), [(1, 1), (2, 6)])
 def test_pages_fit_with_long_class_names(table, inside, k, images):
     pixels, labels = pictures()
     filters = table(SCORES, layer="4", names=NAMES)
