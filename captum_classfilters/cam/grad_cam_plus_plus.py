@@ -1,20 +1,77 @@
-"""`LayerGradCamPlusPlus`: Grad-CAM++ with the arguments of Captum's ``LayerGradCam``, and channels to choose."""
+"""`LayerGradCamPlusPlus` and `LayerSmoothGradCamPlusPlus`, with the arguments of Captum's ``LayerGradCam``.
 
+First come their equations, on tensors alone. `layer_cam.py` has what both maps share.
+N samples, K channels; ``*`` stands for one or more positions, such as ``h, w``.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from captum_classfilters.cam.channels import Channels
-from captum_classfilters.cam.equations import channel_weights as weights_of
-from captum_classfilters.cam.layer_cam import LayerCam, as_inputs, as_target, as_tuple, check_against
-from captum_classfilters.core.captum_compat import layer_gradients, log_usage
+from captum_classfilters.cam.layer_cam import (
+    Channels,
+    LayerCam,
+    as_inputs,
+    as_target,
+    as_tuple,
+    check_against,
+    rows_of,
+)
+from captum_classfilters.core.captum_compat import layer_gradients, layer_outputs, log_usage
+from captum_classfilters.core.check import integer, number
+from captum_classfilters.core.errors import OptionError
+
+
+def pixel_alphas(second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
+    """How much each position's gradient counts for its channel.
+
+    Source: Chattopadhay et al. 2018, "Grad-CAM++", eq. 19: ``D2 / (2 D2 + sum(A) D3)``, where the derivatives of
+    ``exp(S)`` are ``exp(S) g^p`` for a piecewise linear network, and ``exp(S)`` cancels. Differs: nothing is added to
+    the denominator, so that small gradients count as large ones do; 0 where there is no gradient; and its second term
+    counts only where it is positive, as it always is for Grad-CAM++ behind a ReLU. With negative activations, or with
+    means over noise, it can bring the denominator near 0, and a single position would make the map, of either sign.
+
+    Args:
+        second: ``D2``, squares of gradients, ``(N, K, *)`` float64: the square of a small float32 is 0 in float32.
+        third: ``D3``, their cubes.
+        activations: ``A``, ``(N, K, *)``.
+
+    Returns:
+        ``(N, K, *)``, in [0, 0.5].
+    """
+    total = activations.double().flatten(2).sum(2).view(*activations.shape[:2], *[1] * (activations.dim() - 2))
+    denominator = 2 * second + (total * third).relu()
+    # 1 in place of 0: a division by 0 in the branch not taken would still be NaN for gradients
+    divided = second / torch.where(denominator == 0, 1.0, denominator)
+    return torch.where(denominator == 0, 0.0, divided)
+
+
+def weights_of(first: Tensor, second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
+    """The weight of each channel's map: its positive gradients, each position by its alpha.
+
+    Source: Grad-CAM++, eq. 10; with means over noisy copies of the image in place of the derivatives, Omeiza et al.
+    2019, "Smooth Grad-CAM++", eq. 13. Differs from the latter: it has ``D1`` in the numerator of alpha where Grad-CAM++
+    has ``D2``; ``D2`` is taken, as everybody does.
+
+    Args:
+        first: ``D1``, gradients of the logit with respect to the layer, ``(N, K, *)`` float64, or their mean.
+        second: ``D2``, their squares, or the mean of these.
+        third: ``D3``, their cubes, or the mean of these.
+        activations: ``(N, K, *)``.
+
+    Returns:
+        ``(N, K)`` float64, never below 0.
+    """
+    return (pixel_alphas(second, third, activations) * first.relu()).flatten(2).sum(2)
 
 
 class LayerGradCamPlusPlus(LayerCam):
     """Where a layer's channels speak for a class.
 
     Source: Chattopadhay et al. 2018, "Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks",
-    eqs. 10 and 19. Differs: no constant in alpha's denominator, see `equations.pixel_alphas`; the sum's ReLU is left to
+    eqs. 10 and 19. Differs: no constant in alpha's denominator, see `pixel_alphas`; the sum's ReLU is left to
     ``relu_attributions``, as in ``LayerGradCam``; chosen channels; evidence against a class. torchcam 0.5's
     ``GradCAMpp`` loses the division by the denominator (it is done in place, on a copy), so its maps are others; and
     its sum has each position's own gradient, the paper's that of the position weighed.
@@ -27,7 +84,8 @@ class LayerGradCamPlusPlus(LayerCam):
         device_ids: As for Captum's ``LayerGradCam``.
         reshape: Makes ``(N, K, h, w)`` of what the layer gives: for torchvision's Swin
             ``lambda t: t.permute(0, 3, 1, 2)``; for a ViT of 14 x 14 tokens behind a class token
-            ``lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))``. It may only move numbers about.
+            ``lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))``. It may only move numbers: gradients
+            are moved the same way.
 
     Example:
         >>> import torch
@@ -76,10 +134,10 @@ class LayerGradCamPlusPlus(LayerCam):
             ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum; the dtype of the layer's output.
 
         Raises:
-            OptionError: Channels, target or weights are missing, empty, or not among what they may be.
+            OptionError: Channels are empty, the target is missing, or weights are none of those named above.
             ShapeError: The layer has no positions; channels or weights are not for N samples and K channels.
-            LayerError: Not one tensor in or out of the layer.
-            LabelError: A target out of range.
+            LayerError: The layer does not have one tensor in or out.
+            LabelError: A target is out of range.
 
         Warns:
             ZeroMapWarning: None of the chosen channels has a positive gradient, so their map is zero.
@@ -109,3 +167,156 @@ class LayerGradCamPlusPlus(LayerCam):
             return weights_of(first, first**2, first**3, maps)
 
         return self._map(maps, weigh, channels, channel_weights, relu_attributions, attr_dim_summation)
+
+
+class LayerSmoothGradCamPlusPlus(LayerCam):
+    """Where a layer's channels speak for a class, with derivatives averaged over noise.
+
+    Source: Omeiza et al. 2019, "Smooth Grad-CAM++", eqs. 10 to 14. Differs: the activations are those of the clean
+    image (the paper does not say; torchcam 0.5's ``SmoothGradCAMpp`` weighs those of the last noisy copy, and takes its
+    gradient alone for D1); all three derivatives are means over copies; alpha has D2 in its numerator, see
+    `weights_of`; the noise is seeded.
+
+    Where the layer is averaged and read by a linear head, gradients do not depend on the image: the map is then that of
+    `LayerGradCamPlusPlus`, at n + 1 times its cost. Noise matters for layers before.
+
+    The model runs in eval mode, and is given back as it was. Arguments as for `LayerGradCamPlusPlus`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2)
+        ... )
+        >>> smooth = LayerSmoothGradCamPlusPlus(model, "0")
+        >>> smooth.attribute(torch.rand(3, 1, 8, 8), target=1, n_samples=4, stdevs=0.1).shape
+        torch.Size([3, 1, 6, 6])
+    """
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        grad_kwargs: dict[str, Any] | None = None,
+        *,
+        channels: Channels = None,
+        channel_weights: str | Tensor | None = None,
+        against: bool = False,
+        n_samples: int = 5,
+        stdevs: float | tuple[float, ...] = 0.3,
+        generator: torch.Generator | None = None,
+        internal_batch_size: int | None = None,
+    ) -> Tensor:
+        """The map of a batch. Arguments, result and errors beside these as in `LayerGradCamPlusPlus.attribute`.
+
+        Args:
+            inputs: What the model takes, ``(N, ...)``; a tuple for several. Floating ones get noise.
+            target: The class, an int, or N of them.
+            additional_forward_args: Further arguments of the forward; tensors of N entries are one for each sample.
+            attribute_to_layer_input: The layer's input in place of its output.
+            relu_attributions: Only what is positive.
+            attr_dim_summation: Sum over channels.
+            grad_kwargs: Passed on to ``torch.autograd.grad``.
+            channels: Only these.
+            channel_weights: None, ``"ones"``, ``"head"`` or a tensor. Where given, no noise is needed and none is made.
+            against: What speaks against the target.
+            n_samples: Noisy copies of each image.
+            stdevs: Standard deviation of the noise, in units of the inputs; a tuple has one for each input.
+            generator: Draws the noise. None: a generator of seed 0, so that the same call gives the same map.
+            internal_batch_size: Copies that run at once, of all images together. None: N, one of each image. The map
+                does not depend on it, memory does.
+
+        Returns:
+            ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum.
+        """
+        inputs, forward_args = as_inputs(inputs), as_tuple(additional_forward_args)
+        target = as_target(target)
+        check_against(against, channel_weights)
+        spread = _check(inputs, n_samples, stdevs, internal_batch_size)
+        with self._borrowed():
+            with torch.no_grad():
+                clean = layer_outputs(
+                    self._forward(target),
+                    inputs,
+                    self.layer,
+                    forward_args,
+                    device_ids=self._devices(),
+                    attribute_to_layer_input=attribute_to_layer_input,
+                )
+            maps = self._one_map(clean, "activation")
+            if isinstance(channel_weights, str) and channel_weights == "head":
+                channel_weights = self._head_weights(inputs, target, forward_args, maps)
+
+            def weigh() -> Tensor:
+                sums = [torch.zeros(maps.shape, dtype=torch.float64, device=maps.device) for _ in range(3)]
+                noise = _noisy(inputs, spread, n_samples, generator, internal_batch_size or len(inputs[0]))
+                for rows, noisy in noise:
+                    gradients, _ = layer_gradients(
+                        self._forward(_rows_of_target(target, rows, len(inputs[0]))),
+                        self.layer,
+                        noisy,
+                        _rows_of_target(target, rows, len(inputs[0])),
+                        tuple(rows_of(value, rows, len(inputs[0])) for value in forward_args),
+                        device_ids=self._devices(),
+                        attribute_to_layer_input=attribute_to_layer_input,
+                        grad_kwargs=grad_kwargs,
+                    )
+                    gradient = self._one_map(gradients, "gradient").double()
+                    gradient = -gradient if against else gradient
+                    for power, total in enumerate(sums, 1):
+                        total.index_add_(0, rows, gradient**power)
+                first, second, third = (total / n_samples for total in sums)
+                return weights_of(first, second, third, maps)
+
+            return self._map(maps, weigh, channels, channel_weights, relu_attributions, attr_dim_summation)
+
+
+def _check(inputs: tuple[Any, ...], n_samples: Any, stdevs: Any, internal_batch_size: Any) -> tuple[float, ...]:
+    """The standard deviation of the noise for each input; refuses numbers out of range."""
+    integer(n_samples, "n_samples", 1)
+    if internal_batch_size is not None:
+        integer(internal_batch_size, "internal_batch_size", 1)
+    spread = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(inputs)
+    if len(spread) != len(inputs):
+        raise OptionError(f"stdevs must be one number, or one for each of the {len(inputs)} inputs; got {len(spread)}")
+    return tuple(number(value, "stdevs", 0, meaning="in units of the inputs") for value in spread)
+
+
+def _noisy(
+    inputs: tuple[Tensor, ...], spread: tuple[float, ...], copies: int, generator: torch.Generator | None, size: int
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Noisy copies in portions: which sample each is of, ``(B,)``, and the copies. Portions do not change the noise."""
+    samples, device = len(inputs[0]), inputs[0].device
+    generator = torch.Generator(device).manual_seed(0) if generator is None else generator
+    waiting: tuple[Tensor, ...] = ()
+    start = made = 0
+    while start < copies * samples:
+        end = min(start + size, copies * samples)
+        while made < end:
+            # one whole copy of all samples after another: the noise does not depend on the portions
+            fresh = tuple(_with_noise(value, s, generator) for value, s in zip(inputs, spread, strict=True))
+            waiting = tuple(map(torch.cat, zip(waiting, fresh, strict=True))) if waiting else fresh
+            made += samples
+        portion = tuple(value[: end - start] for value in waiting)
+        waiting = tuple(value[end - start :] for value in waiting)
+        yield torch.arange(start, end, device=device) % samples, portion
+        start = end
+
+
+def _with_noise(value: Tensor, spread: float, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    # drawn where the generator is: the same seed gives the same noise wherever the images are
+    noise = torch.randn(value.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return value + spread * noise.to(value.device, value.dtype)
+
+
+def _rows_of_target(target: Any, rows: Tensor, samples: int) -> Any:
+    """The targets of these samples, where there is one for each."""
+    if isinstance(target, list) and len(target) == samples:
+        return [target[row] for row in rows.tolist()]
+    return rows_of(target, rows.to(target.device) if isinstance(target, Tensor) else rows, samples)

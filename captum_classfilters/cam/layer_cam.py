@@ -1,6 +1,6 @@
-"""What both maps share: the layer is read through Captum, channels are weighed and summed, bad input is refused.
+"""What both maps share: the layer is read through Captum, chosen channels are weighed and summed, bad input is refused.
 
-`equations.py` says what a channel weighs. N samples, K channels.
+`grad_cam_plus_plus.py` says what a channel weighs. N samples, K channels.
 """
 
 import warnings
@@ -13,13 +13,15 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_classfilters.cam.channels import Channels, channel_mask, own_weights
 from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
 from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError, ZeroMapWarning
 from captum_classfilters.core.head import shows_features
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.layers import find_module
+from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.targets import classes_of
+
+Channels = Any  # indices or a mask, for all samples or for each
 
 
 class LayerCam(GradientAttribution, LayerAttribution):
@@ -42,8 +44,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
         reshape: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         inner = unwrap(forward_func)
-        known = inner if isinstance(inner, nn.Module) else None
-        LayerAttribution.__init__(self, forward_func, find_module(known, layer), device_ids)
+        model = inner if isinstance(inner, nn.Module) else None
+        LayerAttribution.__init__(self, forward_func, find_module(model, layer), device_ids)
         GradientAttribution.__init__(self, forward_func)
         if reshape is not None and not callable(reshape):
             raise OptionError(f"reshape must be a function of the layer's output, got {type(reshape).__name__}")
@@ -69,8 +71,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
         """The forward function, with a look at the target before Captum picks it."""
 
         def forward(*args: Any) -> Any:
-            output = self.forward_func(*args)
-            if isinstance(output, Tensor) and output.dim() == 2:
+            output = logits_of(self.forward_func(*args))
+            if output.dim() == 2:
                 check_target(target, output)
             return output
 
@@ -107,36 +109,35 @@ class LayerCam(GradientAttribution, LayerAttribution):
         activations: Tensor,
         weigh: Callable[[], Tensor],
         channels: Channels,
-        given: Any,
+        replacement: Any,
         relu: bool,
         summed: bool,
     ) -> Tensor:
-        """``weigh``: Grad-CAM++'s weights ``(N, K)``, which the caller's may replace."""
+        """The weighed map; ``weigh`` gives Grad-CAM++'s weights ``(N, K)``, unless there is a ``replacement``."""
         samples, size = activations.shape[:2]
         # channels first: a wrong one is refused before anything is computed
         mask = None if channels is None else channel_mask(channels, samples, size, activations.device)
-        weights = weigh() if given is None else own_weights(given, samples, size, activations.device)
+        weights = weigh() if replacement is None else replacing_weights(replacement, samples, size, activations.device)
         if mask is not None:
             weights = weights * mask
-            if given is None and not bool((weights != 0).any(1).all()):
+            if replacement is None and not bool((weights != 0).any(1).all()):
                 _warn_zero(int((weights == 0).all(1).sum()), samples)
         weights = weights.expand(samples, -1).view(samples, size, *[1] * (activations.dim() - 2))
-        found = weights.to(_at_least_float(activations.dtype)) * activations
-        found = found.sum(1, keepdim=True) if summed else found
-        found = found.relu() if relu else found
-        if not bool(torch.isfinite(found).all()):
+        result = weights.to(_at_least_float(activations.dtype)) * activations
+        result = result.sum(1, keepdim=True) if summed else result
+        result = result.relu() if relu else result
+        if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(
                 "expected finite activations and gradients, got NaN or infinity in the map; look at the inputs, and at "
                 "the model's weights"
             )
-        return found.to(activations.dtype).detach()
+        return result.to(activations.dtype).detach()
 
     def _head_weights(self, inputs: Any, target: Any, forward_args: Any, maps: Tensor) -> Tensor:
-        """The head's weights for the target, ``(N, K)``; the head is found on the first sample."""
+        """The head's weights for the target, ``(N, K)``; the head is found with the first sample."""
         first = tuple(value[:1] for value in inputs)
         args = tuple(rows_of(value, slice(0, 1), len(inputs[0])) for value in forward_args)
-        with batches(self.forward_func, [(first, None)], need_labels=False, forward_args=args) as stream:
-            batch = next(iter(stream))
+        batch = single_batch(self.forward_func, first, additional_forward_args=args)
         head, behind = batch.head, batch.head.feature_map
         is_behind = behind is not None and behind.module is self.layer
         if not is_behind and not shows_features(maps[:1], batch.features):
@@ -158,15 +159,15 @@ def check_target(target: Any, output: Tensor) -> None:
 
 
 def check_against(against: bool, channel_weights: Any) -> None:
-    """Refuse to turn round weights that are the caller's own."""
+    """Refuse ``against`` together with weights of the caller, which have no sign to turn."""
     if against and channel_weights is not None:
         raise OptionError(
-            "against= turns Grad-CAM++'s gradients round, and channel_weights= takes their place; pass one of the two"
+            "against= changes the sign of Grad-CAM++'s gradients, and channel_weights= takes their place; pass only one"
         )
 
 
 def as_target(target: Any) -> Any:
-    """The target as Captum takes it: it knows no numbers of numpy's, and no list of one for several samples."""
+    """The target as Captum takes it: without numpy numbers, and without a list of one class for several samples."""
     if isinstance(target, Tensor) and not target.is_floating_point():
         return target.long()  # until torch 2.5, gather takes no other integers
     if not isinstance(target, np.generic | np.ndarray | list) or _picks_by_tuple(target):
@@ -179,7 +180,7 @@ def as_target(target: Any) -> Any:
 
 
 def _picks_by_tuple(target: Any) -> bool:
-    # from outputs of more axes: Captum's own affair
+    # a tuple picks from outputs of more axes, which Captum checks
     return isinstance(target, tuple) or (isinstance(target, list) and any(isinstance(t, tuple) for t in target))
 
 
@@ -196,7 +197,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def as_inputs(value: Any) -> tuple[Tensor, ...]:
     """The inputs as a tuple of tensors of at least one sample."""
     inputs = as_tuple(value)
-    wrong = next((each for each in inputs if not isinstance(each, Tensor)), None)
+    wrong = next((value for value in inputs if not isinstance(value, Tensor)), None)
     if wrong is not None or not inputs:
         raise ShapeError(f"inputs must be a tensor (N, ...) or a tuple of them, got {type(wrong).__name__}")
     if not inputs[0].dim() or not len(inputs[0]):
@@ -210,9 +211,105 @@ def _at_least_float(dtype: torch.dtype) -> torch.dtype:
 
 def _warn_zero(zero: int, samples: int) -> None:
     warnings.warn(
-        f"Grad-CAM++ counts positive gradients, of which the chosen channels have none in {zero} of {samples} samples: "
-        "these maps are zero. What speaks against the target: against=True; where channels are active, whatever for: "
-        'channel_weights="ones"',
+        f"Grad-CAM++ counts positive gradients, and the chosen channels have none in {zero} of {samples} samples: the "
+        "maps of these are zero. Pass against=True for what speaks against the target, or "
+        'channel_weights="ones" for where the channels are active',
         ZeroMapWarning,
         stacklevel=5,
     )
+
+
+# -- channels and their weights ----------------------------------------------------------------------------------------
+
+
+def channel_mask(channels: Channels, samples: int, size: int, device: torch.device) -> Tensor:
+    """The chosen channels as a mask, ``(N, K)`` bool.
+
+    Args:
+        channels: Indices, 1-D, or a mask ``(K,)``, for all samples; a mask ``(N, K)``, indices ``(N, k)`` (-1 fills up
+            rows), or a list of N index tensors, for each.
+        samples: N.
+        size: K.
+        device: Where the mask is wanted.
+
+    Raises:
+        OptionError: No channel is chosen, or one is out of range.
+        ShapeError: The channels are not for N samples, or a mask is not of K channels.
+    """
+    if isinstance(channels, list | tuple) and channels and _is_row(channels[0]):
+        rows = [_one(row, size) for row in channels]
+        mask = torch.stack(rows)
+    else:
+        values = _tensor(channels)
+        if values.dim() == 2 and values.dtype != torch.bool:
+            mask = torch.stack([_one(row[row != -1], size) for row in values])
+        elif values.dim() == 2:
+            mask = torch.stack([_one(row, size) for row in values]) if len(values) else values
+        else:
+            mask = _one(values, size).expand(samples, -1)
+    if len(mask) != samples:
+        raise ShapeError(
+            f"channels for each sample must be {samples} rows, one for each; got {len(mask)}. For the same channels in "
+            "all samples pass a 1-D tensor"
+        )
+    return mask.to(device)
+
+
+def replacing_weights(replacement: Any, samples: int, size: int, device: torch.device) -> Tensor:
+    """Weights that take the place of Grad-CAM++'s, ``(N, K)`` or ``(1, K)`` float64: ones, or the caller's tensor."""
+    if isinstance(replacement, str) and replacement == "ones":
+        return torch.ones(1, size, dtype=torch.float64, device=device)
+    if not isinstance(replacement, Tensor) or not replacement.is_floating_point():
+        raise OptionError(
+            f'channel_weights must be None (Grad-CAM++), "ones", "head", or a floating tensor (K,) or (N, K); got '
+            f"{replacement.dtype if isinstance(replacement, Tensor) else repr(replacement)}"
+        )
+    weights = replacement.detach().to(device, torch.float64)
+    weights = weights[None] if weights.dim() == 1 else weights
+    if weights.dim() != 2 or weights.shape[1] != size or len(weights) not in (1, samples):
+        raise ShapeError(
+            f"channel_weights must have shape ({size},) or ({samples}, {size}), got {tuple(replacement.shape)}: the "
+            f"layer has {size} channels"
+        )
+    if not bool(torch.isfinite(weights).all()):
+        raise NonFiniteError("channel_weights must be finite, got NaN or infinity; look at where they come from")
+    return weights
+
+
+def _one(channels: Any, size: int) -> Tensor:
+    """One set of channels as a mask, ``(K,)``."""
+    values = _tensor(channels)
+    if values.dtype == torch.bool:
+        if values.shape != (size,):
+            raise ShapeError(f"a mask of channels must have {size} entries, one for each channel; got {len(values)}")
+        mask = values
+    else:
+        if values.dim() != 1:
+            raise ShapeError(f"channels of one sample must be 1-D, got shape {tuple(values.shape)}")
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
+            wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
+            raise OptionError(f"channels must lie in [0, {size}), the channels of the layer; got {wrong}")
+        mask = torch.zeros(size, dtype=torch.bool, device=values.device)
+        mask[values] = True
+    if not bool(mask.any()):
+        raise OptionError("channels are empty: there is nothing to show; choose at least one, or None for all")
+    return mask
+
+
+def _tensor(channels: Any) -> Tensor:
+    try:
+        values = torch.as_tensor(channels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"channels must be indices or a mask, got {type(channels).__name__} ({error})") from error
+    if not values.numel():
+        return values if values.dtype == torch.bool else values.long()
+    if values.is_floating_point() or values.is_complex() or values.dim() == 0:
+        raise OptionError(
+            f"channels must be a sequence of indices, or a mask; got {values.dtype} of shape {tuple(values.shape)}"
+        )
+    return values if values.dtype == torch.bool else values.long()
+
+
+def _is_row(value: Any) -> bool:
+    """Is this one sample's channels, rather than a channel?"""
+    return isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) > 0

@@ -187,6 +187,15 @@ def test_a_changed_pixel_rests_until_all_do():
     assert asked == [1, *[1, 1], *[15, 1], *[10, 1], *[5, 1], *[16, 1], *[16, 1]]
 
 
+@pytest.mark.parametrize("form", [lambda logits: (logits, None), lambda logits: {"logits": logits}])
+def test_logits_are_read_from_whatever_the_network_returns_them_in(form):
+    model = wavering(1)
+    images, labels = undecided(model, 1)
+    expected = LocalSearch(model, rounds=3)(images, labels)
+    assert not torch.equal(expected, images)
+    assert torch.equal(LocalSearch(lambda x: form(model(x)), rounds=3)(images, labels), expected)
+
+
 def test_the_range_of_the_images_makes_no_difference():
     model = wavering(3)
     images, labels = undecided(model, 3)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from captum_classfilters import LayerGradCamPlusPlus
-from captum_classfilters.cam.equations import channel_weights, pixel_alphas
+from captum_classfilters.cam.grad_cam_plus_plus import pixel_alphas, weights_of
 
 
 def alphas_by_loop(second, third, activations):
@@ -49,7 +49,7 @@ def test_weights_are_those_of_the_loop(seed, shape, sign):
     second, third = gradients**2, gradients**3
     expected = alphas_by_loop(second, third, activations)
     torch.testing.assert_close(pixel_alphas(second, third, activations), expected, rtol=1e-12, atol=0)
-    found = channel_weights(gradients, second, third, activations)
+    found = weights_of(gradients, second, third, activations)
     torch.testing.assert_close(found, weights_by_loop(gradients, second, third, activations), rtol=1e-12, atol=1e-15)
     assert (found >= 0).all()
 
@@ -62,7 +62,7 @@ def test_a_denominator_cannot_vanish_and_alpha_is_bounded():
     second, third = numbers(1, 2, 3, 50).abs(), numbers(2, 2, 3, 50)
     found = pixel_alphas(second, third, numbers(3, 2, 3, 50))
     assert 0 <= found.min() <= found.max() <= 0.5
-    assert (channel_weights(numbers(4, 2, 3, 50), second, third, numbers(3, 2, 3, 50)) >= 0).all()
+    assert (weights_of(numbers(4, 2, 3, 50), second, third, numbers(3, 2, 3, 50)) >= 0).all()
 
 
 def test_small_gradients_count_as_large_ones_do():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,8 +235,29 @@ class Negated(nn.Module):
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("weights", ["ones", "head", torch.ones(6)])
 def test_against_and_weights_of_one_s_own_exclude_each_other(small_cnn, images, weights, cls):
-    with pytest.raises(OptionError, match="pass one of the two"):
+    with pytest.raises(OptionError, match="pass only one"):
         cls(small_cnn(), "relu").attribute(images(2), 1, against=True, channel_weights=weights)
+
+
+class Wrapped(nn.Module):
+    """Gives its logits in another form."""
+
+    def __init__(self, inner, form):
+        super().__init__()
+        self.inner, self.form = inner, form
+
+    def forward(self, x):
+        return self.form(self.inner(x))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("form", [
+    lambda logits: SimpleNamespace(logits=logits), lambda logits: {"logits": logits}, lambda logits: (logits, logits),
+], ids=["attribute", "mapping", "tuple"])  # fmt: skip
+def test_logits_are_read_from_whatever_the_model_returns_them_in(small_cnn, images, form, cls):
+    model = small_cnn()
+    expected = cls(model, model.relu).attribute(images(), target=1)
+    assert torch.equal(cls(Wrapped(model, form), model.relu).attribute(images(), target=1), expected)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
