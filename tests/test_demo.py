@@ -29,7 +29,7 @@ def test_demo_prints_the_table_and_says_where_the_pictures_are(demo):
     assert "of another image" in done.stdout
     assert "of attacked ones" in done.stdout
     assert "most confusing channels" in done.stdout
-    assert "is seen as" in done.stdout
+    assert "is classified as" in done.stdout
     assert str(out) in done.stdout
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == [
