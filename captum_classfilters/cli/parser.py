@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 SELECTORS = (
-    "histogram", "mean_activation", "weight", "contribution", "weight_and_activation", "margin", "ablation", "correlation",
-    "random",
+    "histogram", "mean_activation", "weight", "contribution", "weight_and_activation", "margin", "ablation",
+    "correlation", "random",
 )  # fmt: skip
 
 _WRITES = {
