@@ -51,10 +51,8 @@ from captum_classfilters import (
     decompose,
     detection,
     filter_ambiguity,
-    heads,
     metrics,
     recover,
-    splitting,
 )
 from captum_classfilters.assets import (
     gate_file,
@@ -68,6 +66,8 @@ from captum_classfilters.decoupling.controller import divergence_loss, mutual_in
 from captum_classfilters.detection import conformal
 from captum_classfilters.detection.pairs import stack_pairs
 from captum_classfilters.gating.gate import density_penalty, gated, project
+from captum_classfilters.heads.refits import least_squares, omp
+from captum_classfilters.splitting.splits import split_weights
 
 T = TypeVar("T")
 SELECTORS = (
@@ -414,8 +414,8 @@ def _() -> Mapping[str, Any]:
     head = network().fc
     found = {}
     for name, refit in {
-        "least squares": heads.least_squares(moments(), head.weight, head.bias, filters().top(6)),
-        "omp": heads.omp(moments(), head.weight, head.bias, 6),
+        "least squares": least_squares(moments(), head.weight, head.bias, filters().top(6)),
+        "omp": omp(moments(), head.weight, head.bias, 6),
     }.items():
         found |= {f"{name} {what}": value for what, value in refit._asdict().items()}
     return found
@@ -914,7 +914,7 @@ def _() -> Mapping[str, Any]:
 def _() -> Mapping[str, Any]:
     weights = torch.randn(4, 40)
     weights[0, :5], weights[1] = 0.0, weights[1].abs()
-    return _split(splitting.split_weights(weights, min_size=3, targets=(1, 4, 5, 9)))
+    return _split(split_weights(weights, min_size=3, targets=(1, 4, 5, 9)))
 
 
 @case("splitting/attribute")

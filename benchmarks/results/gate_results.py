@@ -171,19 +171,19 @@ def figures(network: Network, test: Loader) -> dict[str, Cell]:
     found["control CAM: pointing at the silhouette"] = (row.chance,) * 3
     found["CAM: IoU with the silhouette"] = (row.iou, row.iou_low, row.iou_high)
     found["control CAM: IoU with the silhouette"] = (row.chance_iou,) * 3
-    clusters = metrics.feature_clusters(tail, any_table(network), maps).query("cluster == 'all'").iloc[0]
+    clustered = metrics.feature_clusters(tail, any_table(network), maps).query("cluster == 'all'").set_index("control")
+    clusters, shuffled = clustered.loc[False], clustered.loc[True]
     found["k-means centres: adjusted mutual information"] = (clusters.ami, np.nan, np.nan)
     if network.gate is not None:
         found["k-means centres: cosine with the gate's rows"] = (clusters.cosine, np.nan, np.nan)
         found["control k-means centres: cosine with the gate's rows"] = (
-            clusters.random, clusters.random_low, clusters.random_high,
+            shuffled.cosine, shuffled.cosine_low, shuffled.cosine_high,
         )  # fmt: skip
         likeness = metrics.gate_similarity(tail, network.gate.class_filters(), maps)
-        for outcome, part in likeness.groupby("outcome"):
+        for (outcome, control), part in likeness.groupby(["outcome", "control"]):
             square = part.pivot(index="class_name", columns="gate_row", values="similarity").to_numpy(float)
-            chance = part.pivot(index="class_name", columns="gate_row", values="random").to_numpy(float)
-            found[f"S_{outcome}: share of classes most like their own row"] = diagonal(square)
-            found[f"control S_{outcome}: share of classes most like their own row"] = diagonal(chance)
+            name = f"{'control ' if control else ''}S_{outcome}: share of classes most like their own row"
+            found[name] = diagonal(square)
     return found
 
 

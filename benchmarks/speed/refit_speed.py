@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks.lib.report import Table
 from benchmarks.lib.workload import Settings
-from captum_classfilters.heads import HeadMoments, least_squares, omp
+from captum_classfilters.heads import HeadMoments
+from captum_classfilters.heads.refits import least_squares, omp
 
 LEAST_SQUARES, OMP = 5.0, 60.0
 

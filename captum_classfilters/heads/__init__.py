@@ -5,6 +5,5 @@ from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.export import export_onnx
 from captum_classfilters.heads.moments import HeadMoments
 from captum_classfilters.heads.recover import recover
-from captum_classfilters.heads.refits import Refit, least_squares, omp
 
-__all__ = ["DecomposedLinear", "HeadMoments", "Refit", "decompose", "export_onnx", "least_squares", "omp", "recover"]
+__all__ = ["DecomposedLinear", "HeadMoments", "decompose", "export_onnx", "recover"]

@@ -10,8 +10,7 @@ from torch import Tensor
 from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import read, write
 from captum_classfilters.splitting.laplace import AsymmetricLaplace
-from captum_classfilters.splitting.splits import BRANCHES, Splits
-from captum_classfilters.splitting.stages import Side
+from captum_classfilters.splitting.splits import BRANCHES, Side, Splits
 
 _KIND, _VERSION = "ALDTree", 1
 _SIGN = {"positive": "+", "negative": "-"}
@@ -45,7 +44,7 @@ class ALDTree:
 
     Example:
         >>> import torch
-        >>> from captum_classfilters.splitting import split_weights
+        >>> from captum_classfilters.splitting.splits import split_weights
         >>> weights = torch.tensor([[-3.0, -1.0, 1.0, 2.0, 3.0, 8.0]])
         >>> tree = ALDTree(split_weights(weights, min_size=3), 0)
         >>> print(tree)

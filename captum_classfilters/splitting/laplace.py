@@ -1,7 +1,7 @@
 """The asymmetric Laplace distribution, fitted to every row of a table at once.
 
 C rows (classes), K numbers in each (the weights of a class). Arrays are numpy's: it sorts rows of float32 thirty times
-as fast as torch does on a CPU. `stages.py` has the other fit, the paper's, along which rows are split.
+as fast as torch does on a CPU. `splits.py` has the other fit, the paper's, along which rows are split.
 """
 
 from typing import NamedTuple

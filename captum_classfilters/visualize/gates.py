@@ -15,7 +15,7 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import OptionError, ShapeError, quoted
 from captum_classfilters.gating import LabelSensitiveGate
-from captum_classfilters.metrics.gates import as_gate
+from captum_classfilters.gating.measures import as_gate
 from captum_classfilters.visualize.kit import (
     SMALL,
     UNSEEN,

@@ -15,7 +15,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.splitting import ALDNode, ALDTree, AsymmetricLaplace
+from captum_classfilters.splitting import ALDNode, ALDTree
+from captum_classfilters.splitting.laplace import AsymmetricLaplace
 from captum_classfilters.visualize.kit import (
     SMALL,
     Floats,
@@ -72,7 +73,7 @@ def ald_fit(trees: Any, *, kind: str = "rank", class_names: Names = None, ax: An
 
     Example:
         >>> import matplotlib, torch; matplotlib.use("agg")
-        >>> from captum_classfilters.splitting import split_weights
+        >>> from captum_classfilters.splitting.splits import split_weights
         >>> splits = split_weights(torch.tensor([[-3.0, -1.0, 1.0, 2.0, 3.0, 8.0]]), min_size=3)
         >>> ax = ald_fit(ALDTree(splits, 0))
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
@@ -134,7 +135,7 @@ def ald_tree(tree: ALDTree, *, class_names: Names = None, ax: Axes | None = None
 
     Example:
         >>> import matplotlib, torch; matplotlib.use("agg")
-        >>> from captum_classfilters.splitting import split_weights
+        >>> from captum_classfilters.splitting.splits import split_weights
         >>> splits = split_weights(torch.tensor([[-3.0, -1.0, 1.0, 2.0, 3.0, 8.0]]), min_size=3)
         >>> print(ald_tree(ALDTree(splits, 0)).texts[0].get_text())
         class 0

@@ -10,7 +10,8 @@ from sklearn.linear_model import OrthogonalMatchingPursuit
 from sklearn.preprocessing import StandardScaler
 
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.heads import HeadMoments, least_squares, omp
+from captum_classfilters.heads import HeadMoments
+from captum_classfilters.heads.refits import least_squares, omp
 
 N, K, C = 200, 10, 4
 

@@ -14,7 +14,8 @@ from torch import nn
 from captum_classfilters import ALDSplitter, ClassFilters, LayerGradCamPlusPlus, decompose
 from captum_classfilters.assets import load_demo_network
 from captum_classfilters.core.errors import HeadError, LabelError, NonFiniteError, OptionError
-from captum_classfilters.splitting import ald_splitter, split_weights
+from captum_classfilters.splitting import ald_splitter
+from captum_classfilters.splitting.splits import split_weights
 
 BRANCHES = ("positive", "negative")
 

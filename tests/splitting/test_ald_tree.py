@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from captum_classfilters import ALDTree, ClassFilters
 from captum_classfilters.core.errors import FileFormatError, OptionError
 from captum_classfilters.core.files import read, write
-from captum_classfilters.splitting import split_weights
-from captum_classfilters.splitting.stages import Side
+from captum_classfilters.splitting.splits import Side, split_weights
 
 WEIGHTS = torch.tensor([[-3.0, -1.0, 1.0, 2.0, 3.0, 8.0, 0.0], [-1.0, -2.0, -3.0, -4.0, -9.0, 0.0, 0.0]])
 

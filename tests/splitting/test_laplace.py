@@ -9,8 +9,9 @@ import torch
 
 from captum_classfilters.assets import load_demo_network
 from captum_classfilters.core.errors import DegenerateFitWarning
-from captum_classfilters.splitting import ALDSplitter, AsymmetricLaplace, laplace, split_weights
-from captum_classfilters.splitting.laplace import fit_mle, ks_distance
+from captum_classfilters.splitting import ALDSplitter, laplace
+from captum_classfilters.splitting.laplace import AsymmetricLaplace, fit_mle, ks_distance
+from captum_classfilters.splitting.splits import split_weights
 
 GIVEN = AsymmetricLaplace(np.array([0.0, -1.5, 3.0]), np.array([1.0, 20.0, 0.1]), np.array([1.0, 0.3, 2.5]))
 

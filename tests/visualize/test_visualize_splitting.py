@@ -11,7 +11,8 @@ from scipy import stats
 
 from captum_classfilters import visualize
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.splitting import ALDTree, split_weights
+from captum_classfilters.splitting import ALDTree
+from captum_classfilters.splitting.splits import split_weights
 
 
 def trees_of(weights, **options):

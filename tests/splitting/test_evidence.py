@@ -1,6 +1,7 @@
 """Evidence for the distribution of weights, and pruning by it, against scipy and loops by hand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -8,7 +9,8 @@ from shared import seeded
 from torch import nn
 
 from captum_classfilters import ClassFiltersError, metrics
-from captum_classfilters.splitting import split_weights
+from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.splitting.splits import split_weights
 
 
 def head_of(rows):
@@ -18,6 +20,10 @@ def head_of(rows):
     with torch.no_grad():
         model[1].weight.copy_(weights)
     return model
+
+
+def judged(frame):
+    return frame[~frame.control]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +37,12 @@ def evidence():
         "laplace": generator.laplace(scale=0.1, size=1500),
     }
     model = head_of(list(rows.values()))
-    return rows, metrics.ald_evidence(model, bootstrap=60, class_names=list(rows)).set_index("class_name")
+    frame = metrics.ald_evidence(model, bootstrap=60, class_names=list(rows)).set_index("class_name")
+    return rows, frame[~frame.control], frame[frame.control]
 
 
 def test_the_distribution_that_made_the_weights_is_found(evidence):
-    _, frame = evidence
+    _, frame, control = evidence
     assert frame.best.to_dict() | {"laplace": None} == {
         "ald": "ald", "normal": "normal", "student": "student_t", "skew": "skew_normal", "laplace": None,
     }  # fmt: skip
@@ -45,11 +52,13 @@ def test_the_distribution_that_made_the_weights_is_found(evidence):
     assert frame.p["normal"] == frame.p["skew"] == 1 / 61
     # R2 is high for all of them, the normal control too: it says little
     assert frame.r2_positive.min() > 0.75
-    assert frame.r2_normal.between(0.75, 0.95).all()
+    assert control.r2_positive.between(0.75, 0.95).all()
+    assert control.index.equals(frame.index)
+    assert control[["r2_negative", "ks", "p", "aic_ald", "best"]].isna().all(axis=None)
 
 
 def test_distance_and_criteria_agree_with_scipy(evidence):
-    rows, frame = evidence
+    rows, frame, _ = evidence
     row = np.asarray(rows["student"], np.float32).astype(np.float64)
     kappa, location, scale = stats.laplace_asymmetric.fit(row)
     best = stats.laplace_asymmetric.logpdf(row, kappa, location, scale).sum()
@@ -70,7 +79,7 @@ def test_distance_and_criteria_agree_with_scipy(evidence):
 def test_criteria_move_with_the_unit_of_weights_alike():
     generator = np.random.default_rng(1)
     rows = generator.standard_t(4, size=(2, 300))
-    one, other = (metrics.ald_evidence(head_of(rows * unit), bootstrap=0) for unit in (1.0, 1e-3))
+    one, other = (judged(metrics.ald_evidence(head_of(rows * unit), bootstrap=0)) for unit in (1.0, 1e-3))
     shift = 2 * 300 * np.log(1e-3)
     for column in ("ald", "laplace", "normal", "student_t", "skew_normal"):
         np.testing.assert_allclose(other[f"aic_{column}"] - one[f"aic_{column}"], shift, atol=1e-2)
@@ -79,14 +88,15 @@ def test_criteria_move_with_the_unit_of_weights_alike():
 
 def test_p_values_of_true_samples_are_spread_evenly():
     rows = stats.laplace_asymmetric.rvs(0.7, size=(60, 150), random_state=np.random.default_rng(2))
-    found = metrics.ald_evidence(head_of(rows), bootstrap=40).p
+    found = judged(metrics.ald_evidence(head_of(rows), bootstrap=40)).p
     assert stats.kstest(found, "uniform").pvalue > 0.01
 
 
 def test_zeros_are_dropped_and_a_class_without_two_different_weights_is_empty():
     generator = np.random.default_rng(3)
     row = generator.laplace(size=50)
-    frame = metrics.ald_evidence(head_of([np.append(row, np.zeros(10)), np.full(60, 0.5), np.zeros(60)]), bootstrap=20)
+    rows = [np.append(row, np.zeros(10)), np.full(60, 0.5), np.zeros(60)]
+    frame = judged(metrics.ald_evidence(head_of(rows), bootstrap=20))
     alone = metrics.ald_evidence(head_of([row]), bootstrap=0)
     assert frame.zeros.tolist() == [10, 0, 60]
     assert frame.weights.tolist() == [50, 60, 0]
@@ -105,7 +115,7 @@ def test_zeros_are_dropped_and_a_class_without_two_different_weights_is_empty():
         ({"targets": ["cat"]}, "target must be"),
         ({"bootstrap": "200"}, "got '200'"),
         ({"bootstrap": 20.5}, "got 20.5"),
-        ({"class_names": ["a", "b"]}, "1, one for each class; got 2"),
+        ({"class_names": ["a", "b"]}, "got 2"),
     ],
 )
 def test_evidence_refuses_what_cannot_be(options, words):
@@ -173,13 +183,20 @@ def test_deviation_is_the_distance_from_the_line():
     assert found[1, 5] == 0
 
 
+def test_a_head_pass_stands_for_model_and_loader(case):
+    model, loader, *_ = case
+    frame = metrics.pruning_curve(HeadPass(model, loader).cached(), shares=[0.5])
+    pd.testing.assert_frame_equal(frame, metrics.pruning_curve(model, loader, [0.5]))
+
+
 def test_without_labels_there_is_agreement_alone(case):
     model, loader, *_ = case
     frame = metrics.pruning_curve(model, [images for images, _ in loader], [0.5], criteria=["magnitude"])
     assert frame.accuracy.isna().all()
     assert frame.agreement.notna().all()
     assert list(frame.criterion.unique()) == ["magnitude", "random"]
-    whole = metrics.pruning_curve(model, loader, [0.5], criteria=["magnitude"])
+    assert (frame.control == (frame.criterion == "random")).all()
+    whole = metrics.pruning_curve(model, loader, [0.5], criteria="magnitude")
     assert frame.agreement.tolist() == whole.agreement.tolist()
 
 
@@ -191,8 +208,7 @@ def test_without_labels_there_is_agreement_alone(case):
         (0.5, {}, "shares must be a list"),
         ([float("nan")], {}, "got nan"),
         ([0.5], {"criteria": ["l1"]}, r"some of \['deviation'"),
-        ([0.5], {"criteria": "magnitude"}, "some of"),
-        ([0.5], {"draws": 2}, "at least 5"),
+        ([0.5], {"criteria": []}, "some of"),
     ],
 )
 def test_pruning_refuses_what_cannot_be(case, shares, options, words):

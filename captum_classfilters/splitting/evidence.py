@@ -1,6 +1,6 @@
 """Do a head's weights follow an asymmetric Laplace distribution? And may those that do not be pruned?
 
-The distribution and its fits are in `splitting/`. C classes, K weights in each.
+C classes, K weights in each.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from captum_classfilters.class_filters import names_of
+from captum_classfilters.core.check import some_of
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.head_pass import Batch, batches
+from captum_classfilters.core.head_pass import Batch, HeadPass
+from captum_classfilters.core.intervals import Floats, mean_interval, wilson
 from captum_classfilters.core.targets import classes_of
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.intervals import Floats, mean_interval, wilson
-from captum_classfilters.splitting import ALDSplitter, Splits, split_weights
+from captum_classfilters.splitting.ald_splitter import ALDSplitter
 from captum_classfilters.splitting.laplace import fit_mle, ks_distance
+from captum_classfilters.splitting.splits import Splits, split_weights
 
 CRITERIA = ("deviation", "magnitude", "random")
 
@@ -40,30 +43,30 @@ def ald_evidence(
 ) -> pd.DataFrame:
     """How well the asymmetric Laplace distribution fits each class's weights, beside four others.
 
-    The paper shows plots of the line in log space. Its R2 is high for whatever is monotone, so each row has the R2 of
-    as many normal numbers for a control; distance and likelihood say more. Exact zeros are dropped.
+    The paper shows plots of the line in log space. Its R2 is high for whatever is monotone, so each row has a control,
+    the R2 of as many normal numbers; distance and likelihood say more. Exact zeros are dropped.
 
     Args:
         model: The network; only its weights are read.
         layer: The head; None: the last layer with a matrix of weights.
         targets: Which classes; None: all.
         bootstrap: Samples for each p value, at least 20; 0: none, and ``p`` is NaN.
-        seed: Of samples and controls.
+        seed: Seed of the random draws.
         class_names: C names; otherwise numbers.
         show_progress: A tqdm bar.
 
     Returns:
-        One row for each class: ``class_name``, ``weights`` (how many that are not 0), ``zeros``; ``r2_positive``,
-        ``r2_negative``: of the paper's line on each side; ``r2_normal``: of the positive side of as many normal
-        numbers, the control; ``ks``: Kolmogorov and Smirnov's distance from the fit by maximum likelihood; ``p``: share
-        of samples of that fit that lie at least as far from their own fit (parametric bootstrap: below .05 the
-        distribution is refused); ``aic_ald``, ``aic_laplace``, ``aic_normal``, ``aic_student_t``, ``aic_skew_normal``:
-        Akaike's criterion, the lower the better; ``best``: whose is lowest. scipy fits Student's t and the skew normal;
-        where its optimiser ends below the normal distribution, which both contain, that one's likelihood is taken. A
-        class without two different weights has NaN.
+        One row for each class: ``class_name``, ``control`` (False), ``weights`` (how many that are not 0), ``zeros``;
+        ``r2_positive``, ``r2_negative``: R2 of the paper's line on each side; ``ks``: Kolmogorov and Smirnov's distance
+        from the fit by maximum likelihood; ``p``: share of samples of that fit that lie at least as far from their own
+        fit (parametric bootstrap: below .05 the distribution is refused); ``aic_ald``, ``aic_laplace``, ``aic_normal``,
+        ``aic_student_t``, ``aic_skew_normal``: Akaike's criterion, the lower the better; ``best``: whose is lowest.
+        scipy fits Student's t and the skew normal; where its optimiser ends below the normal distribution, which both
+        contain, that one's likelihood is taken. A class without two different weights has NaN. Then one row for each
+        class with ``control`` True: ``r2_positive`` of as many normal numbers; the other figures are NaN.
 
     Raises:
-        OptionError: bootstrap out of range.
+        OptionError: ``bootstrap`` is out of range, or ``class_names`` are not C.
         HeadError, LabelError, NonFiniteError: As for `ALDSplitter.split`.
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or (bootstrap and bootstrap < 20):
@@ -72,74 +75,67 @@ def ald_evidence(
         )
     splits = ALDSplitter(model, layer).splits(min_size=2)
     classes = len(splits.weights)
-    given = list(targets) if isinstance(targets, Iterable) else [targets]
-    chosen = (
-        range(classes) if targets is None else classes_of(given, len(given), classes, splits.weights.device).tolist()
-    )
-    names = list(map(str, range(len(splits.weights)))) if class_names is None else list(class_names)
-    if len(names) != len(splits.weights):
-        raise OptionError(f"class_names must be {len(splits.weights)}, one for each class; got {len(names)}")
+    requested = list(targets) if isinstance(targets, Iterable) else [targets]
+    device = splits.weights.device
+    chosen = range(classes) if targets is None else classes_of(requested, len(requested), classes, device).tolist()
+    names = names_of(class_names, classes)
     generator = np.random.default_rng(seed)
-    rows = tqdm(chosen, desc="ald_evidence", disable=not show_progress)
-    return pd.DataFrame([{"class_name": names[row], **_evidence(splits, row, bootstrap, generator)} for row in rows])
+    judged, controls = [], []
+    for row in tqdm(chosen, desc="ald_evidence", disable=not show_progress):
+        numbers = _evidence(splits, row, bootstrap, generator)
+        control_r2 = numbers.pop("r2_normal")
+        judged.append({"class_name": names[row], "control": False, **numbers})
+        controls.append({"class_name": names[row], "control": True, "r2_positive": control_r2})
+        controls[-1] |= {name: numbers[name] for name in ("weights", "zeros")}
+    return pd.DataFrame([*judged, *controls])
 
 
 def pruning_curve(
     model: Any,
-    loader: Iterable[Any],
-    shares: Iterable[float],
+    loader: Iterable[Any] | None = None,
+    shares: Iterable[float] = (0.1, 0.25, 0.5, 0.75, 0.9),
     *,
     criteria: Sequence[str] = CRITERIA,
     layer: nn.Module | str | None = None,
-    draws: int = 5,
-    seed: int = 0,
-    show_progress: bool = False,
+    control: Control = Control(),
 ) -> pd.DataFrame:
     """Accuracy when a share of the final layer's weights is set to 0, without retraining.
 
     Source: the paper's section VI proposes to prune the weights that deviate from the distribution, and shows no
-        result.
-    Here a weight's deviation is the distance of its logarithm from its side's line, `Splits.deviations`.
+    result. Here a weight's deviation is the distance of its logarithm from its side's line, `Splits.deviations`.
 
     Args:
-        model: The network; borrowed.
-        loader: Batches ``(inputs, labels)``; without labels there is agreement alone.
+        model: The network, borrowed; or a `HeadPass`.
+        loader: Batches ``(inputs, labels)``; without labels there is agreement alone. Left out with a `HeadPass`.
         shares: Of each class's weights, in [0, 1); 0 always comes first.
         criteria: What goes first: ``"deviation"`` the weights that deviate most, ``"magnitude"`` the smallest,
             ``"random"`` any, the control, which is always there.
-        layer: The head, if it cannot be found.
-        draws: Of the control, at least 5.
-        seed: Of these.
-        show_progress: A tqdm bar.
+        layer: The head, if it cannot be found; left out with a `HeadPass`.
+        control: Random weights.
 
     Returns:
-        One row for each criterion and share: ``criterion``, ``share``, ``weights`` that are left; ``accuracy``,
-        ``low``, ``high`` (Wilson; Student-t over draws for the control), ``agreement`` with the whole head's
-        predictions, ``agreement_low``, ``agreement_high``, ``samples``. Accuracy is NaN without labels.
+        One row for each criterion and share: ``criterion``, ``share``, ``control`` (True where the criterion is
+        ``"random"``), ``weights`` that are left; ``accuracy``, ``low``, ``high`` (Wilson; Student-t over draws for the
+        control), ``agreement`` with the whole head's predictions, ``agreement_low``, ``agreement_high``, ``samples``.
+        Accuracy is NaN without labels.
 
     Raises:
-        OptionError: shares, criteria or draws out of range.
+        OptionError: ``shares`` or ``criteria`` are out of range.
         ShapeError: The head that was read is not the one that the model uses.
     """
-    check_draws(draws)
     if not isinstance(shares, Iterable) or isinstance(shares, str):
         raise OptionError(f"shares must be a list of numbers in [0, 1), got {shares!r}")
-    wanted = sorted({0.0, *(float(share) for share in shares)})
-    if wrong := [share for share in wanted if not 0 <= share < 1]:
+    all_shares = sorted({0.0, *(float(share) for share in shares)})
+    if wrong := [share for share in all_shares if not 0 <= share < 1]:
         raise OptionError(f"shares must lie in [0, 1), got {wrong[0]}")
-    unknown = [criterion for criterion in criteria if criterion not in CRITERIA]
-    if unknown or isinstance(criteria, str):
-        raise OptionError(f"criteria must be some of {list(CRITERIA)}, got {criteria!r}")
-    names = [*dict.fromkeys(criteria), *(() if "random" in criteria else ("random",))]
+    names = list(dict.fromkeys([*some_of(criteria, "criteria", CRITERIA), "random"]))
     heads: dict[tuple[str, float], list[Tensor]] = {}
     tallies: dict[tuple[str, float], Tensor] = {}
     samples, labelled = 0, True
-    with batches(
-        model, loader, layer=layer, need_labels=False, show_progress=show_progress, description="pruning_curve"
-    ) as stream:
+    with HeadPass.of(model, loader, layer).batches(need_labels=False, description="pruning_curve") as stream:
         for batch in stream:
             if not heads:
-                kept = _kept(batch, names, wanted, draws, seed)
+                kept = _kept(batch, names, all_shares, control)
                 heads = {
                     key: [batch.head.weight * mask.to(batch.head.weight.device) for mask in masks]
                     for key, masks in kept.items()
@@ -165,7 +161,7 @@ def _evidence(splits: Splits, row: int, bootstrap: int, generator: np.random.Gen
     weights = splits.weights[row].double().numpy()
     weights = np.sort(weights[weights != 0])
     fitted, likelihood = fit_mle(weights[None]) if len(weights) else (None, [np.nan])
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "weights": len(weights),
         "zeros": int(splits.zeros[row]),
         "r2_positive": splits.positive.r2[row, 0],
@@ -174,15 +170,15 @@ def _evidence(splits: Splits, row: int, bootstrap: int, generator: np.random.Gen
     }
     if fitted is None or np.isnan(likelihood[0]):
         nothing = dict.fromkeys(["ks", "p", *(f"aic_{name}" for name in ("ald", *_OTHERS))], np.nan)
-        return found | nothing | {"best": None}
-    found["ks"] = float(ks_distance(weights[None], fitted)[0])
-    found["p"] = _bootstrap_p(found["ks"], fitted, len(weights), bootstrap, generator)
+        return figures | nothing | {"best": None}
+    figures["ks"] = float(ks_distance(weights[None], fitted)[0])
+    figures["p"] = _bootstrap_p(figures["ks"], fitted, len(weights), bootstrap, generator)
     criteria = {"ald": 2 * 3 - 2 * float(likelihood[0])}
     normal = _normal(weights)
     for name, (parameters, likelihood_of) in _OTHERS.items():
         criteria[name] = 2 * parameters - 2 * max(likelihood_of(weights), normal if parameters == 3 else -np.inf)
-    found |= {f"aic_{name}": value for name, value in criteria.items()}
-    return found | {"best": min(criteria, key=lambda name: criteria[name])}
+    figures |= {f"aic_{name}": value for name, value in criteria.items()}
+    return figures | {"best": min(criteria, key=lambda name: criteria[name])}
 
 
 def _control_r2(size: int, generator: np.random.Generator) -> float:
@@ -215,15 +211,15 @@ def _laplace(weights: Floats) -> float:
 
 
 def _by_scipy(distribution: Any) -> Callable[[Floats], float]:
-    def likelihood(weights: Floats) -> float:
-        # of unit size: its optimiser's steps are absolute
+    def likelihood_of(weights: Floats) -> float:
+        # at unit scale, because the optimiser's steps are absolute
         scale = weights.std()
         with np.errstate(all="ignore"):
             fitted = distribution.fit(weights / scale)
-            found = distribution.logpdf(weights / scale, *fitted).sum() - len(weights) * np.log(scale)
-        return float(found) if np.isfinite(found) else -np.inf
+            likelihood = distribution.logpdf(weights / scale, *fitted).sum() - len(weights) * np.log(scale)
+        return float(likelihood) if np.isfinite(likelihood) else -np.inf
 
-    return likelihood
+    return likelihood_of
 
 
 # How many parameters, and the logarithm of the likelihood
@@ -239,18 +235,18 @@ _OTHERS: dict[str, tuple[int, Callable[[Floats], float]]] = {
 
 
 def _kept(
-    batch: Batch, names: Sequence[str], shares: Sequence[float], draws: int, seed: int
+    batch: Batch, names: Sequence[str], shares: Sequence[float], control: Control
 ) -> dict[tuple[str, float], list[Tensor]]:
     """Which weights stay, ``(C, K)`` bool: one mask for each criterion and share, several for the control."""
     weights = batch.head.weight.cpu().to(torch.promote_types(batch.head.weight.dtype, torch.float32))
     if weights.shape[1] < 2:
         raise ShapeError(f"the head has {weights.shape[1]} features; pruning needs at least two")
-    generator = torch.Generator().manual_seed(seed)
-    # the higher, the sooner a weight goes
+    generator = control.generator()
+    # weights with a high key go first
     orders = {
         "deviation": lambda: [split_weights(weights, min_size=2).deviations()],
         "magnitude": lambda: [-weights.abs()],
-        "random": lambda: [torch.rand(weights.shape, generator=generator) for _ in range(draws)],
+        "random": lambda: [torch.rand(weights.shape, generator=generator) for _ in range(control.draws)],
     }
     kept = {}
     for name in names:
@@ -274,6 +270,7 @@ def _pruned_row(criterion: str, share: float, left: float, tally: Any, samples: 
     return {
         "criterion": criterion,
         "share": share,
+        "control": criterion == "random",
         "weights": left,
         **dict(zip(columns, numbers, strict=True)),
         "samples": samples,

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from captum_classfilters.core.errors import NonFiniteError, OptionError, ShapeError
-from captum_classfilters.splitting import split_weights, stages
+from captum_classfilters.splitting.splits import split_weights
 
 BRANCHES = ("positive", "negative")
 
@@ -154,7 +154,7 @@ def test_blocks_are_one_table(monkeypatch):
     weights[4] = weights[4].abs()
     weights[7] = 1.0
     whole = split_weights(weights, min_size=3)
-    monkeypatch.setattr(stages, "_NUMBERS", 80)
+    monkeypatch.setattr(splits_module, "_NUMBERS", 80)
     blocks = split_weights(weights, min_size=3)
     for branch in BRANCHES:
         for found, expected in zip(blocks.side(branch), whole.side(branch), strict=True):

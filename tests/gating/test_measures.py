@@ -4,15 +4,18 @@ from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import nn
 
 from captum_classfilters import ClassFilters, InfluentialFeatures, metrics
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating.gate import LabelSensitiveGate
-from captum_classfilters.metrics.gates import GroupMoments, as_gate, match
+from captum_classfilters.gating.measures import GroupMoments, as_gate, match
 
 NAMES = ("coat", "bag", "boot", "dress")
 
@@ -68,7 +71,7 @@ def test_density_of_a_fixed_gate_and_of_any_table():
 
 def test_the_control_of_density_is_noise_over_its_largest():
     gate = LabelSensitiveGate(4, 9).class_filters(NAMES)
-    frame = metrics.density(gate, draws=400)
+    frame = metrics.density(gate, control=Control(400))
     found = of(frame, filters="random", class_name="all")
     # of uniform noise over the largest of C: one is 1, the others are uniform
     assert found.density == pytest.approx((1 + 3 / 2) / 4, abs=0.01)
@@ -90,8 +93,6 @@ def test_tables_with_nothing_above_zero():
 
 def test_density_refuses_what_it_cannot_use():
     gate = LabelSensitiveGate(4, 9).class_filters(NAMES)
-    with pytest.raises(OptionError, match="draws must be at least 5"):
-        metrics.density(gate, draws=1)
     with pytest.raises(OptionError, match=r"threshold must lie in \[0, 1\)"):
         metrics.density(gate, threshold=1.0)
     other = LabelSensitiveGate(4, 8).class_filters(NAMES)
@@ -121,8 +122,8 @@ def task():
 @pytest.mark.parametrize("size", [60, 7])
 def test_similarity_is_the_mean_product_over_images_recognised_and_not(task, size):
     model, filters, (x, y) = task
-    frame = metrics.gate_similarity(model, filters, in_batches((x, y), size), draws=6)
-    assert len(frame) == 2 * 4 * 4
+    frame = metrics.gate_similarity(model, filters, in_batches((x, y), size), control=Control(6))
+    assert frame.control.tolist() == [False] * 32 + [True] * 32
     right = model(x).argmax(1) == y
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(7, generator=generator) for _ in range(6)]
@@ -131,16 +132,19 @@ def test_similarity_is_the_mean_product_over_images_recognised_and_not(task, siz
         for a, name in enumerate(NAMES):
             features = x[chosen & (y == a)].double()
             for c, row in enumerate(NAMES):
-                found = of(frame, outcome=outcome, class_name=name, gate_row=row)
-                assert found.samples == len(features)
+                found, control = (
+                    of(frame, outcome=outcome, class_name=name, gate_row=row, control=is_control)
+                    for is_control in (False, True)
+                )
+                assert found.samples == control.samples == len(features)
                 if not len(features):
-                    assert np.isnan([found.similarity, found.low, found.high, found.random]).all()
+                    assert np.isnan([found.similarity, found.low, found.high, control.similarity]).all()
                     continue
                 products = [float(image @ filters.scores[c]) for image in features]
                 assert found.similarity == pytest.approx(np.mean(products))
                 chance = [np.mean([float(image @ filters.scores[c][order]) for image in features]) for order in orders]
                 mean, low, high = metrics.mean_interval(np.array(chance) / 100)
-                assert (found.random, found.random_low, found.random_high) == pytest.approx(
+                assert (control.similarity, control.low, control.high) == pytest.approx(
                     (100 * mean, 100 * low, 100 * high)
                 )
                 if len(features) > 1:
@@ -195,21 +199,22 @@ def blobs():
 def test_clusters_of_features_along_the_gate_are_the_classes():
     model, filters, (x, y) = blobs()
     frame = metrics.feature_clusters(model, filters, in_batches((x, y), 7), n_init=2)
-    found = of(frame, cluster="all")
+    found, control = (of(frame, cluster="all", control=is_control) for is_control in (False, True))
     assert found.cosine > 0.999
     assert (found.purity, found.ami, found.samples) == (1, 1, 60)
-    assert found.random < 0.9
-    assert found.random_low < found.random < found.random_high
-    assert 0.25 < found.random_purity < 0.5
+    assert control.cosine < 0.9
+    assert control.cosine_low < control.cosine < control.cosine_high
+    assert 0.25 < control.purity < 0.5
+    assert frame[frame.control].filter(like="channel").isna().all(axis=None)
     for c, name in enumerate(NAMES):
-        row = of(frame, class_name=name)
+        row = of(frame, class_name=name, control=False)
         assert (row.samples, row.purity) == (15, 1)
         assert (row.low, row.high) == pytest.approx(tuple(map(float, metrics.wilson(15, 15))))
         centre = row[[f"channel {k}" for k in range(9)]].to_numpy(float)
         np.testing.assert_allclose(centre, x[y == c].mean(0), atol=1e-5)
         assert row.cosine == pytest.approx(centre @ filters.scores[c].numpy() / np.linalg.norm(centre) / 3**0.5)
     again = metrics.feature_clusters(model, filters, [(x, y)], n_init=2)
-    metrics.gates.pd.testing.assert_frame_equal(frame, again)
+    pd.testing.assert_frame_equal(frame, again)
 
 
 def test_scores_of_clusters_that_are_not_the_classes():
@@ -218,12 +223,12 @@ def test_scores_of_clusters_that_are_not_the_classes():
     frame = metrics.feature_clusters(model, filters, [(x, mixed)], n_init=2)
     # the clusters are y
     counts = np.array([[int(((y == a) & (mixed == b)).sum()) for b in range(4)] for a in range(4)])
-    found = of(frame, cluster="all")
+    found = of(frame, cluster="all", control=False)
     assert found.purity == pytest.approx(counts.max(1).sum() / 60)
     assert 0.5 <= found.purity < 1
     assert found.ami == pytest.approx(adjusted_mutual_info_score(mixed, y))
     assert found.ami != pytest.approx(normalized_mutual_info_score(mixed, y))
-    np.testing.assert_allclose([of(frame, class_name=name).purity for name in NAMES], counts.max(1) / 15)
+    np.testing.assert_allclose([of(frame, class_name=name, control=False).purity for name in NAMES], counts.max(1) / 15)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -240,11 +245,9 @@ def test_the_match_is_the_best_of_all(seed):
 
 def test_gates_metrics_refuse_what_they_cannot_use(task):
     model, filters, (x, y) = task
-    with pytest.raises(OptionError, match="fewer say too little"):
-        metrics.gate_similarity(model, filters, [(x, y)], draws=4)
     with pytest.raises(OptionError, match="filters must be a ClassFilters"):
         metrics.gate_similarity(model, {"gate": filters}, [(x, y)])
-    with pytest.raises(OptionError, match="n_init must be an integer of at least 1, got 0"):
+    with pytest.raises(OptionError, match="n_init must be an integer of at least 1; got 0"):
         metrics.feature_clusters(model, filters, [(x, y)], n_init=0)
     with pytest.raises(OptionError, match="4 clusters need at least as many samples, got 3"):
         metrics.feature_clusters(model, filters, [(x[:3], y[:3])])
@@ -254,6 +257,16 @@ def test_gates_metrics_refuse_what_they_cannot_use(task):
             metric(model, other, [(x, y)])
 
 
+def test_a_head_pass_stands_for_model_and_loader(task):
+    model, filters, (x, y) = task
+    shared = HeadPass(model, in_batches((x, y), 7)).cached()
+    for metric in (metrics.gate_similarity, metrics.feature_clusters, metrics.gate_leakage):
+        frame = metric(model, filters, in_batches((x, y), 7))
+        pd.testing.assert_frame_equal(metric(shared, filters), frame)
+        with pytest.raises(OptionError, match="a HeadPass has its own loader"):
+            metric(shared, filters, [(x, y)])
+
+
 def test_other_tables_are_read_as_gates(task):
     model, _, (x, y) = task
     filters = InfluentialFeatures(model).attribute([(x, y)], selector="weight", class_names=NAMES)
@@ -261,4 +274,4 @@ def test_other_tables_are_read_as_gates(task):
     gate = replace(filters, scores=as_gate(filters.scores))
     assert (filters.scores < 0).any()
     found, expected = (metrics.gate_similarity(model, one, [(x, y)]) for one in (filters, gate))
-    metrics.gates.pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(found, expected)
