@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from captum_classfilters.core.errors import NonFiniteError, OptionError, ShapeError
+from captum_classfilters.splitting import splits as splits_module
 from captum_classfilters.splitting.splits import split_weights
 
 BRANCHES = ("positive", "negative")
