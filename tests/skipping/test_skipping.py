@@ -1,6 +1,7 @@
 """`PathDecoupler.skipping`: the outputs of the masked network, on networks of every make, and really for less work."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -10,6 +11,9 @@ from contract import Snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import convnext as convnexts
+from torchvision.models import efficientnet as efficient
+from torchvision.models import resnet as resnets
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.assets.networks import SmallInception, SmallResNet, SmallVGG
@@ -20,10 +24,10 @@ from captum_classfilters.skipping.network import Format
 from captum_classfilters.skipping.skip_conv import CostModel, SkipConv
 
 
-def vgg11():
-    """Its convolutions, without batch norm."""
-    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"])
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+def vgg(*widths):
+    """Convolutions without batch norm; "M" pools."""
+    features = torchvision.models.vgg.make_layers(list(widths))
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-2], 10))
 
 
 def small(kind, *args, **options):
@@ -34,10 +38,29 @@ def known(name, **options):
     return lambda: torchvision.models.get_model(name, weights=None, **options)
 
 
+def efficientnet():
+    rows = [(1, 3, 1, 16, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 1)]
+    return efficient.EfficientNet([efficient.MBConvConfig(*row) for row in rows], dropout=0.2, num_classes=10)
+
+
+# one of each make of block, as short as it can be
 NETWORKS = {
     "SmallResNet": small(SmallResNet, 8),
     "SmallVGG": small(SmallVGG),
     "SmallInception": small(SmallInception),
+    "resnet, basic": lambda: resnets.ResNet(resnets.BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "resnet, bottleneck": lambda: resnets.ResNet(resnets.Bottleneck, [1, 2, 1, 1], num_classes=10, width_per_group=16),
+    "densenet": lambda: torchvision.models.DenseNet(16, (2, 3, 2), 32, num_classes=10),
+    "mobilenet": lambda: torchvision.models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
+    "efficientnet": efficientnet,
+    "convnext": lambda: convnexts.ConvNeXt(
+        [convnexts.CNBlockConfig(32, 64, 1), convnexts.CNBlockConfig(64, None, 2)], num_classes=10
+    ),
+    "squeezenet": known("squeezenet1_1", num_classes=10),
+    "shufflenet": lambda: torchvision.models.ShuffleNetV2([2, 2, 2], [24, 32, 64, 96, 128], num_classes=10),
+    "vgg": lambda: vgg(64, "M", 128, "M", 128, 128, "M"),
+}
+WHOLE = {
     "resnet18": known("resnet18"),
     "resnet50": known("resnet50"),
     "googlenet": known("googlenet", init_weights=False, aux_logits=False),
@@ -47,10 +70,10 @@ NETWORKS = {
     "convnext_tiny": known("convnext_tiny"),
     "squeezenet1_0": known("squeezenet1_0"),
     "shufflenet_v2_x0_5": known("shufflenet_v2_x0_5"),
-    "vgg11": vgg11,
+    "vgg11": lambda: vgg(*torchvision.models.vgg.cfgs["A"]),
 }
 # maps times a scale, and gates on a norm that stays: there not all that is closed is skipped
-SKIPS_LESS = ("efficientnet_b0", "convnext_tiny")
+SKIPS_LESS = ("efficientnet", "efficientnet_b0", "convnext", "convnext_tiny")
 
 
 def lively(make, seed=0):
@@ -117,10 +140,16 @@ def assert_same(found, expected, rtol=1e-5):
     assert float(error) <= rtol
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@functools.cache
+def shared(name):
+    """A decoupler for tests that change nothing of it, and its images."""
+    return split(lively(NETWORKS[name]), images(8, 16)), images(8, 16)
+
+
+@pytest.fixture(scope="module", params=[*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in WHOLE)])
 def network(request):
     """``(name, decoupler, its skipping network, images)``."""
-    decoupler = split(lively(NETWORKS[request.param]), images())
+    decoupler = split(lively((NETWORKS | WHOLE)[request.param]), images())
     return request.param, decoupler, decoupler.skipping(measured=False), images()
 
 
@@ -168,7 +197,7 @@ def test_what_runs_is_what_is_open(network):
     ]
     at_most = Costs(tuple(convs), costs.other, controllers).of(rounded(paths.gates(), decoupler.channels))
     assert found == int(at_most)
-    if name in ("SmallVGG", "resnet18", "vgg11"):
+    if name in ("SmallVGG", "resnet, basic", "vgg", "resnet18", "vgg11"):
         assert found < 0.6 * costs.dense
 
 
@@ -190,8 +219,7 @@ def convolutions(skipping, x):
 
 @pytest.mark.parametrize("name", ["SmallResNet", "SmallInception"])
 def test_images_with_one_path_run_together(name):
-    x = images()
-    decoupler = split(lively(NETWORKS[name]), x)
+    decoupler, x = shared(name)
     skipping = decoupler.skipping(measured=False)
     gates = torch.cat(decoupler.gates(x)[1], 1)
     other = max(range(1, 8), key=lambda row: int((gates[row] != gates[0]).sum()))
@@ -212,14 +240,14 @@ def fast(monkeypatch):
 
 @pytest.mark.parametrize("name", ["SmallResNet", "SmallInception"])
 def test_whatever_the_clock_says_outputs_are_the_same(name, fast):
-    x = images(6, 8)
-    decoupler = split(lively(NETWORKS[name]), x)
+    decoupler, x = shared(name)
     skipping = decoupler.skipping(x, measured=True)
     layers = skipping.layers()
     assert set(layers) >= set(decoupler.layers)
     assert all(isinstance(layer.costs, CostModel) for layer in layers.values())
     formats = [part for part in skipping.network.modules() if isinstance(part, Format) and not part.leads_in]
     assert formats
+    expected = decoupler(x)
     for costs in (None, CostModel(0, 0, 1, 0, 0, 0), CostModel(1, 1, 0, 0, 0, 1e-9)):
         for layer in layers.values() if costs else ():
             layer.prefers_dense, layer.costs = False, costs
@@ -227,7 +255,7 @@ def test_whatever_the_clock_says_outputs_are_the_same(name, fast):
             for part in formats:
                 part.memory_format = memory_format
             for count in (1, 6, 6, 6):
-                assert_same(skipping(x[:count]), decoupler(x[:count]))
+                assert_same(skipping(x[:count]), expected[:count])
 
 
 # -- pruning -----------------------------------------------------------------------------------------------------------
@@ -337,8 +365,7 @@ def test_it_follows_the_dtype_of_the_model(dtype, fast):
 
 @pytest.mark.parametrize("kind", ["SmallResNet", "SmallInception"])
 def test_under_autocast_it_is_near_the_masked_network_under_autocast(kind):
-    x = images(6, 8)
-    decoupler = split(lively(NETWORKS[kind]), x)
+    decoupler, x = shared(kind)
     skipping = decoupler.skipping(measured=False)
     with torch.autocast("cpu", torch.bfloat16):
         for count in (1, 6):
