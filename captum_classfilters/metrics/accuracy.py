@@ -69,16 +69,16 @@ def accuracy_curve(
     tables = {} if refit == "omp" else named_tables(filters, ("dense", "random", "omp"))
     channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
     ks = integers(ks, "ks", 1, channels, meaning="the number of channels")
+    names = next((table.class_names for table in tables.values()), None)
     counts: KeepCounts | None = None
     with head_pass.batches(description="accuracy_curve") as stream:
         for batch in stream:
             if counts is None:
+                if names is None:
+                    names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader)
                 counts = KeepCounts(batch.head, tables, ks, control, refit, moments)
             counts.add(batch)
-    names = next((table.class_names for table in tables.values()), None)
-    if names is None:
-        names = names_of(head_pass.class_names, head_pass.head.num_classes, head_pass.loader)
-    return counts.frame(names)  # type: ignore[union-attr]
+    return counts.frame(names)  # type: ignore[union-attr,arg-type]
 
 
 class KeepCounts:

@@ -1,6 +1,7 @@
 """`compare`: its columns against the metrics they come from, and against loops."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -10,9 +11,19 @@ from shared import seeded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_classfilters import ALDSplitter, ClassFiltersError, InfluentialFeatures, LabelSensitiveGate, metrics
-from captum_classfilters.comparison import compare, method_overlap
-from captum_classfilters.comparison.compare import _chosen, _hoyer, _run, _size
+from captum_classfilters import (
+    ALDSplitter,
+    ClassFilters,
+    ClassFiltersError,
+    HeadPass,
+    InfluentialFeatures,
+    LabelSensitiveGate,
+    metrics,
+)
+from captum_classfilters.comparison import aggregate, compare, method_overlap
+from captum_classfilters.comparison.compare import _hoyer
+from captum_classfilters.comparison.methods import Half, run_attribution, run_selectors
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import UnseenClassWarning
 from captum_classfilters.core.head import find_head
 
@@ -45,8 +56,9 @@ def case(network):
     gate = LabelSensitiveGate(4, 12, generator=torch.Generator().manual_seed(0))
     gate.counts.fill_(15)
     attributions = {"gradient x activation": LayerGradientXActivation(network, network[1])}
+    head_pass = HeadPass(network, loader, class_names=NAMES)
     frame = compare(
-        network, loader, judge, [1, 4], gate=gate, attributions=attributions, class_names=NAMES, draws=6
+        head_pass, test_loader=judge, ks=[1, 4], gate=gate, attributions=attributions, control=Control(6)
     )  # fmt: skip
     return frame, loader, judge, x, y, gate
 
@@ -59,10 +71,18 @@ def test_there_is_a_row_for_each_method_and_k(case):
         "InfluentialFeatures, weight",
         "LabelSensitiveGate",
         "gradient x activation",
+        "random",
     ]
     assert list(frame.method.unique()) == expected
-    assert (frame.groupby("method").k.unique().map(list) == [[1, 4]] * 8).all()
-    assert not frame.drop(columns="stability").isna().any(axis=None)
+    assert (frame.groupby("method").k.unique().map(list) == [[1, 4]] * 9).all()
+    assert (frame.control == (frame.method == "random")).all()
+    assert not frame.drop(columns=["stability", "sparsity", "passes"]).isna().any(axis=None)
+    # chance reads no samples and has no scores; its sets are as stable as two random ones
+    chance, others = frame[frame.control], frame[~frame.control]
+    assert chance[["sparsity", "passes"]].isna().all(axis=None)
+    assert not others[["sparsity", "passes"]].isna().any(axis=None)
+    assert (chance.stability == chance.class_overlap).all()
+    assert (chance.agreement == chance.class_overlap).all()
 
 
 def test_keep_is_the_accuracy_curve_s(case, network):
@@ -71,14 +91,13 @@ def test_keep_is_the_accuracy_curve_s(case, network):
         "InfluentialFeatures, margin": InfluentialFeatures(network).attribute(loader, selector="margin"),
         "ALDSplitter": ALDSplitter(network).class_filters(min_size=12),
     }
-    curve = metrics.accuracy_curve(network, tables, judge, [1, 4], draws=6)
+    curve = metrics.accuracy_curve(network, tables, judge, [1, 4], control=Control(6))
     curve = curve[curve.class_name == "all"].set_index(["filters", "k"])
-    for name in tables:
+    for name in (*tables, "random"):
         for k in (1, 4):
             row = frame[(frame.method == name) & (frame.k == k)].iloc[0]
             assert row.keep == curve.accuracy[name, k]
             assert (row.keep_low, row.keep_high) == (curve.low[name, k], curve.high[name, k])
-            assert row.keep_random == curve.accuracy["random", k]
             assert row.dense == curve.accuracy["dense", 12]
 
 
@@ -101,10 +120,11 @@ def test_drop_agrees_with_a_loop(case, network):
 
 def test_sets_are_compared_as_their_own_metrics_do(case, network):
     frame, loader, *_, gate = case
+    chance = frame[frame.control & (frame.k == 4)].iloc[0]
     row = frame[(frame.method == "LabelSensitiveGate") & (frame.k == 4)].iloc[0]
     pairs = metrics.overlap(gate.class_filters(), 4)
-    assert row.class_overlap == pytest.approx(pairs.jaccard.mean())
-    assert row.overlap_random == pytest.approx(pairs.random[0])
+    assert row.class_overlap == pytest.approx(pairs.jaccard[~pairs.control].mean())
+    assert chance.class_overlap == pytest.approx(pairs.jaccard[pairs.control].item())
     assert np.isnan(row.stability)
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.rand(len(y), generator=generator) < 0.5 for _, y in loader]
@@ -119,14 +139,16 @@ def test_agreement_is_the_mean_of_the_overlaps_with_others(network):
     loader, *_ = batches_of(40, 2)
     tables = InfluentialFeatures(network).attribute(loader, selector=["histogram", "margin", "weight"])
     frame = method_overlap(tables, 3)
-    assert len(frame) == 3
+    assert list(frame.control) == [False, False, False, True]
     first = frame[(frame.method_a == "histogram") & (frame.method_b == "margin")].iloc[0]
     a, b = tables["histogram"].mask(3), tables["margin"].mask(3)
     each = [
         len({*i.nonzero().flatten().tolist()} & {*j.nonzero().flatten().tolist()}) for i, j in zip(a, b, strict=True)
     ]
     assert first.jaccard == pytest.approx(np.mean([n / (6 - n) for n in each]))
-    assert frame.random.iloc[0] == metrics.overlap(tables["margin"], 3).random[0]
+    pairs = metrics.overlap(tables["margin"], 3)
+    columns = ["jaccard", "low", "high"]
+    assert frame[frame.control][columns].to_numpy().tolist() == pairs[pairs.control][columns].to_numpy().tolist()
 
 
 def test_sparsity_is_hoyer_s(network):
@@ -138,18 +160,37 @@ def test_sparsity_is_hoyer_s(network):
     assert _hoyer(table) == pytest.approx(np.mean(each))
 
 
+def answers_of(network, loader):
+    """What every method that reads samples answers: the selectors, and an attribution."""
+    answers, _ = run_selectors(HeadPass(network, loader), NAMES)
+    attribution = LayerGradientXActivation(network, network[1])
+    answers["attribution"] = run_attribution(attribution, find_head(network, "4"), loader, NAMES)
+    return {name.removeprefix("InfluentialFeatures, "): answer for name, answer in answers.items()}
+
+
+def test_all_selectors_in_one_pass_are_each_in_its_own(network):
+    loader, *_ = batches_of(60, 0)
+    answers = answers_of(network, loader)
+    attribution = answers.pop("attribution").filters
+    alone = InfluentialFeatures(network).attribute(loader, selector=list(answers), class_names=NAMES)
+    for name, answer in answers.items():
+        assert torch.equal(answer.filters.scores, alone[name].scores), name
+        assert (answer.filters.method, answer.filters.layer) == (name, "4")
+    of_layer = aggregate(LayerGradientXActivation(network, network[1]), loader, classes=NAMES)
+    assert torch.equal(attribution.scores, of_layer.scores)
+    assert attribution.layer == "4"  # the layer that the head's tables are of
+
+
 def test_weights_count_every_sample_and_have_no_stability(case, network):
     frame, loader, *_ = case
     rows = frame[frame.method == "InfluentialFeatures, weight"]
     assert rows.stability.isna().all()
-    found = _run(
-        lambda part: InfluentialFeatures(network).attribute(part, selector="weight"), loader, find_head(network, "4")
-    )
-    assert int(found.filters.counts.sum()) == 60
-    assert found.halves is None
+    answer = answers_of(network, loader)["weight"]
+    assert int(answer.filters.counts.sum()) == 60
+    assert answer.halves is None
 
 
-def test_the_halves_are_of_samples_whatever_the_order(network):
+def test_both_halves_make_the_whole_whatever_the_order(network):
     """A loader that shuffles, or that is sorted by class, has the stability of any other."""
     _, x, y = batches_of(80, 4)
     order = y.argsort()
@@ -158,32 +199,76 @@ def test_the_halves_are_of_samples_whatever_the_order(network):
         TensorDataset(x, y), batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(0)
     )  # fmt: skip
     for loader in (by_class, shuffled):
-        method = InfluentialFeatures(network).attribute
-        found = _run(method, loader, find_head(network, "4"))
-        assert int(found.filters.counts.sum()) == 80
-        first, second = found.halves
-        assert torch.equal(first.counts + second.counts, y.bincount(minlength=4))
-        assert (second.scores >= 0).all()
-        assert first.seen.all()
-        assert second.seen.all()
+        answers = answers_of(network, loader)
+        assert torch.equal(answers["histogram"].filters.counts, y.bincount(minlength=4))
+        halves = {name: answer.halves for name, answer in answers.items() if answer.halves is not None}
+        assert set(answers) - set(halves) == {"weight"}
+        for name, (first, second) in halves.items():
+            merged = ClassFilters.merge(first, second)
+            for what in ("scores", "mass", "counts"):
+                torch.testing.assert_close(getattr(merged, what), getattr(answers[name].filters, what), rtol=0, atol=0)
+            assert first.seen.all()
+            assert second.seen.all()
+        assert (halves["histogram"][1].scores >= 0).all()
 
 
-def test_half_of_a_batch_of_any_kind():
-    x, y, own = torch.arange(5), [0, 1, 2, 3, 4], torch.tensor([True, False, True, False, False])
-    images, labels = _chosen([x, y], own, 5)
-    assert (images.tolist(), labels) == ([0, 2], [0, 2])
-    found = _chosen({"image": (x, x.numpy()), "label": y, "name": "a set", "size": torch.tensor(3)}, own, 5)
-    assert [part.tolist() for part in found["image"]] == [[0, 2], [0, 2]]
-    assert (found["label"], found["name"], int(found["size"])) == ([0, 2], "a set", 3)
-    assert [_size(raw) for raw in (x, [x, y], {"name": "a", "image": (x, x)}, [])] == [5, 5, 5, 0]
+def test_the_second_half_is_the_table_of_the_samples_that_are_not_in_the_first(network):
+    loader, *_ = batches_of(80, 4)
+    half = Half()
+    drawn = [half.draw(len(y), torch.device("cpu")) for _, y in loader]
+    parts = [[(x[m == inside], y[m == inside]) for (x, y), m in zip(loader, drawn, strict=True)] for inside in (1, 0)]
+    answers, alone = answers_of(network, loader), [answers_of(network, part) for part in parts]
+    for name, answer in answers.items():
+        for half_table, other in zip(answer.halves or (), alone, strict=False):
+            torch.testing.assert_close(half_table.scores, other[name].filters.scores, rtol=0, atol=1e-5)
+            assert torch.equal(half_table.counts, other[name].filters.counts)
+
+
+def test_a_half_is_drawn_by_place_in_the_loader_and_is_about_a_half():
+    draws = [Half().draw(1000, torch.device("cpu")) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert 450 < int(draws[0].sum()) < 550
+    half = Half()
+    in_batches = torch.cat([half.draw(size, torch.device("cpu")) for size in (3, 500, 497)])
+    assert 450 < int(in_batches.sum()) < 550
+    assert not torch.equal(in_batches[:500], in_batches[500:])  # each batch is drawn anew
 
 
 def test_classes_in_turn_are_in_both_halves(network):
     _, x, _ = batches_of(80, 6)
     turns = [(x[i : i + 8], torch.arange(8) % 4) for i in range(0, 80, 8)]
-    first, second = _run(InfluentialFeatures(network).attribute, turns, find_head(network, "4")).halves
-    assert (first.counts > 4).all()
-    assert (second.counts > 4).all()
+    for half in answers_of(network, turns)["histogram"].halves:
+        assert (half.counts > 4).all()
+
+
+class Counted(list):
+    """Batches that know how often they were read, and how far."""
+
+    passes = 0
+    batches = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+
+@pytest.mark.parametrize("attributions", [0, 1, 2])
+def test_loaders_are_read_as_seldom_as_can_be(network, attributions):
+    found, judged = Counted(batches_of(40, 2)[0]), Counted(batches_of(40, 3)[0])
+    methods = {str(n): LayerGradientXActivation(network, network[1]) for n in range(attributions)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnseenClassWarning)
+        compare(network, found, judged, [2], attributions=methods)
+    # the first pass, which finds the head, stops after a batch
+    assert (found.passes, judged.passes) == (2 + attributions, 1)
+    assert (found.batches, judged.batches) == (1 + 4 * (1 + attributions), 4)
+    known = HeadPass(network, found)
+    assert known.head.num_features == 12
+    found.passes = 0
+    compare(known, test_loader=judged, ks=[2], attributions=methods)
+    assert found.passes == 1 + attributions
 
 
 def test_a_class_in_one_half_only_does_not_count(network):
@@ -203,19 +288,19 @@ def test_a_class_in_one_half_only_does_not_count(network):
         ({"ks": [2.7]}, r"\[1, 12\]"),
         ({"ks": 5}, "ks must be a list"),
         ({"attributions": []}, "by name"),
-        ({"draws": 2}, "at least 5"),
+        ({"ks": []}, "at least one integer"),
+        ({"test_loader": None}, "test_loader is missing"),
+        ({"loader": iter([])}, "can be read only once"),
     ],
 )
-def test_numbers_out_of_range_are_refused(network, change, words):
+def test_what_cannot_be_is_refused(network, change, words):
     loader, *_ = batches_of(20, 5)
     with pytest.raises(ClassFiltersError, match=words):
-        compare(network, loader, loader, **{"ks": [1], **change})
+        compare(network, **{"loader": loader, "test_loader": loader, "ks": [1], **change})
 
 
-def test_iterators_names_and_layers_that_do_not_fit_are_refused(network):
+def test_names_and_layers_that_do_not_fit_are_refused(network):
     loader, *_ = batches_of(20, 5)
-    with pytest.raises(ClassFiltersError, match="no iterator"):
-        compare(network, iter(loader), loader, [1])
     with pytest.raises(ClassFiltersError, match="is taken"):
         compare(
             network, loader, loader, [1], attributions={"ALDSplitter": LayerGradientXActivation(network, network[1])}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, decompose, metrics
+from captum_classfilters import ClassFilters, HeadMoments, HeadPass, InfluentialFeatures, decompose, metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.errors import OptionError, ShapeError
 
@@ -54,12 +54,9 @@ def test_omp_is_the_network_that_decompose_makes_and_the_control_is_refitted(tra
     assert set(curve.filters) == {"dense", "omp", "random"}
     for k in (1, 3):
         assert accuracy(curve, "omp", k) == share_right(decompose(model, None, k, refit="omp", moments=moments), test)
-    named = metrics.accuracy_curve(
-        model, None, test, iter([3]), refit="omp", moments=moments, class_names=list("abcdefghij")
-    )
+    head_pass = HeadPass(model, test, class_names=list("abcdefghij"))
+    named = metrics.accuracy_curve(head_pass, None, ks=iter([3]), refit="omp", moments=moments)
     assert set(named.class_name) == {"all", *"abcdefghij"}
-    with pytest.raises(OptionError, match="class_names must be 10, one for each class; got 3"):
-        metrics.accuracy_curve(model, None, test, [3], refit="omp", moments=moments, class_names=list("abc"))
     plain = metrics.accuracy_curve(model, trained[1], test, [1, 3])
     assert accuracy(plain, "random", 3) != accuracy(curve, "random", 3)
 
@@ -96,8 +93,9 @@ def test_further_arguments_reach_the_model(task):
             return self.inner(x * scale)
 
     tables = {"histogram": InfluentialFeatures(Scaled()).attribute(test, additional_forward_args=1.0)}
-    curve = metrics.accuracy_curve(Scaled(), tables, test, [2], additional_forward_args=0.0)
-    blank = metrics.accuracy_curve(Scaled(), tables, [(0 * test[0][0], test[0][1])], [2], additional_forward_args=1.0)
+    curve = metrics.accuracy_curve(HeadPass(Scaled(), test, additional_forward_args=0.0), tables, ks=[2])
+    dark = [(0 * test[0][0], test[0][1])]
+    blank = metrics.accuracy_curve(HeadPass(Scaled(), dark, additional_forward_args=1.0), tables, ks=[2])
     assert accuracy(curve, "dense", 6) == accuracy(blank, "dense", 6)
 
 
@@ -126,13 +124,16 @@ def test_moments_of_another_network_are_refused(task, small_cnn, images):
 
 def test_k_above_the_moments_channels_is_refused(task):
     model, _, moments, test = task
-    with pytest.raises(OptionError, match=r"k must be an integer in \[1, 6\]"):
+    with pytest.raises(OptionError, match=r"each of ks must be an integer in \[1, 6\]"):
         metrics.accuracy_curve(model, None, test, [7], refit="omp", moments=moments)
 
 
-def test_class_names_are_checked_before_the_images_are_read_on(task):
-    model, tables, moments, test = task
-    given = {"refit": "omp", "moments": moments}
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("abc", "class_names must be 4, one for each class; got 3"), ("abca", "class names must be unique")],
+)
+def test_class_names_are_checked_before_the_images_are_read_on(task, names, message):
+    model, _, moments, test = task
     read = []
 
     def loader():
@@ -140,10 +141,7 @@ def test_class_names_are_checked_before_the_images_are_read_on(task):
             read.append(1)
             yield batch
 
-    with pytest.raises(OptionError, match="class_names must be 4, one for each class; got 3"):
-        metrics.accuracy_curve(model, None, loader(), [1], class_names="abc", **given)
+    head_pass = HeadPass(model, loader(), class_names=names)
+    with pytest.raises(OptionError, match=message):
+        metrics.accuracy_curve(head_pass, None, ks=[1], refit="omp", moments=moments)
     assert len(read) == 1
-    with pytest.raises(OptionError, match="class names must be unique"):
-        metrics.accuracy_curve(model, None, test, [1], class_names="abca", **given)
-    with pytest.raises(OptionError, match="the tables name the classes"):
-        metrics.accuracy_curve(model, tables, test, [1], class_names="abcd")

@@ -10,6 +10,7 @@ from torch import nn
 
 from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 from captum_classfilters.assets import load_demo_network, load_images
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
 from captum_classfilters.metrics.sets import random_jaccard
 
@@ -103,11 +104,13 @@ def test_few_influential_channels_beat_as_many_random_ones_on_real_images(curve)
 
 
 def test_a_control_is_always_there_and_scatters(model, tables, test_images, curve):
-    control = curve[curve.filters == "random"]
+    control = curve[curve.control]
+    assert set(control.filters) == {"random"}
+    assert set(curve[~curve.control].filters) == {"dense", "histogram", "margin"}
     assert set(control.k) == {1, 5, 64}
     at_5 = row(control, k=5, class_name="all")
     assert at_5.low < at_5.accuracy < at_5.high
-    again = metrics.accuracy_curve(model, tables, test_images.batches()[:1], [5], draws=6, seed=1)
+    again = metrics.accuracy_curve(model, tables, test_images.batches()[:1], [5], control=Control(6, seed=1))
     assert row(again, filters="random", class_name="all").accuracy != at_5.accuracy
 
 
@@ -136,11 +139,11 @@ def test_many_settings_are_counted_in_slices(model, tables, test_images, curve, 
 
 def test_curves_refuse_what_they_cannot_use(model, tables, test_images):
     loader, own = test_images.batches()[:1], {"histogram": tables["histogram"]}
-    with pytest.raises(OptionError, match=r"k must be an integer in \[1, 64\], the number of channels; got 65"):
+    with pytest.raises(
+        OptionError, match=r"each of ks must be an integer in \[1, 64\], the number of channels; got 65"
+    ):
         metrics.accuracy_curve(model, own, loader, [65])
-    with pytest.raises(OptionError, match="draws must be at least 5, got 1"):
-        metrics.accuracy_curve(model, own, loader, [5], draws=1)
-    with pytest.raises(OptionError, match="ks must be a list of at least one number of channels, got 5"):
+    with pytest.raises(OptionError, match=r"ks must be a list of integers, such as \[1, 3, 5\]; got 5"):
         metrics.accuracy_curve(model, own, loader, 5)
     with pytest.raises(OptionError, match="got list"):
         metrics.accuracy_curve(model, [tables["histogram"]], loader, [5])
@@ -224,8 +227,6 @@ def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
     loader = test_images.batches()[:1]
     with pytest.raises(OptionError, match="modes must be some of"):
         metrics.class_ablation(model, tables["histogram"], loader, 5, modes=["shuffle"])
-    with pytest.raises(OptionError, match="draws must be an integer of at least 5"):
-        metrics.class_ablation(model, tables["histogram"], loader, 5, draws=2)
     with pytest.raises(OptionError, match=r"of \['votes'\] pass one"):
         metrics.class_ablation(model, {"votes": tables["histogram"]}, loader, 5)
     with pytest.raises(ShapeError, match=r"means must be a tensor of shape \(64,\)"):
