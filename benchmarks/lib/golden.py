@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.lib.golden_schema import RULES, canonical
+from benchmarks.lib.golden_schema import RULES, canonical, translated
 
 DIGEST = Path(__file__).with_name("golden_digest.json")
 # Tables and all integers: none. Frames: absolute, and relative above 1. Logits, maps and other floats: of the largest
@@ -106,6 +106,22 @@ def stored(value: Any) -> dict[str, Any]:
     return {"kind": "floats" if tensor.is_floating_point() else "exact", "values": tensor}
 
 
+def loaded(path: Path) -> dict[str, dict[str, Any]]:
+    """What `write` stored, by case, in the schemas and words of today."""
+    cases = torch.load(path, weights_only=True)["cases"]
+    return {key: {name: _translated(value) for name, value in values.items()} for key, values in cases.items()}
+
+
+def _translated(value: dict[str, Any]) -> dict[str, Any]:
+    if value["kind"] == "text":
+        return {**value, "values": translated(value["values"])}
+    if value["kind"] != "frame":
+        return value
+    columns = value["columns"].items()
+    frame = pd.DataFrame({name: each.numpy() if isinstance(each, Tensor) else each for name, each in columns})
+    return stored(Frame(frame, value["metric"]))
+
+
 def _tensor(value: Any) -> Tensor:
     tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
     return tensor.contiguous().clone()
@@ -146,7 +162,7 @@ def differences(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def _frame_differences(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    found, labels = [], [*before["labels"], "control"]
+    found, labels = [], [*now["labels"], "control"]
     ours, theirs = _by_label(before, labels), _by_label(now, labels)
     for text, rows, others in (("missing", ours, theirs), ("new", theirs, ours)):
         odd = [key for key in rows if key not in others]
@@ -282,7 +298,7 @@ def write(path: Path, pattern: str | None = None) -> int:
 
 def compare(path: Path, pattern: str | None = None) -> int:
     """Run the cases and say where they differ from what is stored."""
-    before = torch.load(path, weights_only=True)["cases"]
+    before = loaded(path)
     keys = chosen(pattern)
     counts = dict.fromkeys(("ok", "differs", "missing", "extra", "error"), 0)
     gone = [key for key in before if key not in CASES and (pattern is None or pattern in key)]
@@ -322,7 +338,7 @@ def _case_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 def digest(pattern: str | None = None, *, check: bool = False, source: Path | None = None) -> int:
     """Write the digest of every case, or compare it with the one that is committed; from a file, nothing runs."""
-    ready = {} if source is None else torch.load(source, weights_only=True)["cases"]
+    ready = {} if source is None else loaded(source)
     now, errors = {}, 0
     for key in chosen(pattern):
         if CASES[key].digest:

@@ -200,7 +200,7 @@ def pairs() -> PathPairs:
 def table(found: ClassFilters) -> dict[str, Any]:
     """A `ClassFilters`, bit for bit."""
     meta = {key: value for key, value in found.meta.items() if key != "merge"}
-    merge = getattr(found, "merge_rule", None) or {"never": "none"}.get(rule := found.meta.get("merge", "sum"), rule)
+    merge = getattr(found, "merge_rule", None) or found.meta.get("merge", "sum")
     return {
         "scores": Exact(found.scores),
         "mass": Exact(found.mass),

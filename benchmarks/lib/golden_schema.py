@@ -138,6 +138,9 @@ def canonical(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     if present:
         frame = _melted(frame, rule, present)
     if rule.judged:
+        # also of rows that were stored before the rule had these names
+        for name, text in rule.names.items():
+            frame[name] = frame[name].astype(object).where(~frame["control"], text)
         # control rows are compared in what they judge; whatever else a schema puts there is no measurement
         others = [name for name in frame.columns if name not in {*rule.labels, *rule.judged, "control"}]
         for name in others:
@@ -167,6 +170,19 @@ def _melted(frame: pd.DataFrame, rule: Rule, present: list[str]) -> pd.DataFrame
 
 
 def _sortable(value: object) -> tuple[int, float, str]:
-    if isinstance(value, bool | np.bool_ | int | float | np.number):
-        return (0, float(value), "")
-    return (1, 0.0, str(value))
+    # numbers as words too, for a column of both is stored as words
+    try:
+        return (0, float(value), "")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return (1, 0.0, str(value))
+
+
+# Words that a change of the package replaced, as they stand in stored texts
+WORDS = {'"never"': '"none"'}
+
+
+def translated(text: str) -> str:
+    """A stored text in the words of today."""
+    for before, now in WORDS.items():
+        text = text.replace(before, now)
+    return text
