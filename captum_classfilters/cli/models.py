@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captum_classfilters.cli.images import Preprocessing
+from captum_classfilters.cli.data import Preprocessing
 from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError, ShapeError, quoted
 
 # Under which key training scripts keep the network, and what DataParallel and torch.compile put before its names

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from captum_classfilters.class_filters import check_k, check_names
-from captum_classfilters.cli.images import (
+from captum_classfilters.cli.data import (
     Loader,
     Preprocessing,
     Source,

@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from captum_classfilters import ClassFilters, InfluentialFeatures, visualize
-from captum_classfilters.cli.images import open_source
+from captum_classfilters.cli.data import open_source
 from captum_classfilters.cli.parser import SELECTORS
 from captum_classfilters.cli.writing import as_json
 from captum_classfilters.influential import selectors

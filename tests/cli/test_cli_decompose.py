@@ -9,7 +9,7 @@ from cli_examples import append, draw_images, small_resnet
 from safetensors.torch import load_file
 
 from captum_classfilters import ClassFilters, HeadMoments, decompose, metrics
-from captum_classfilters.cli.images import Loader, Preprocessing, open_source
+from captum_classfilters.cli.data import Loader, Preprocessing, open_source
 
 SMALL = ("--image-size", "32", "--quiet", "--json")
 HOW = Preprocessing(3, 36, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -10,7 +10,7 @@ from cli_examples import draw_images
 from PIL import Image
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.cli.images import Loader, Preprocessing, choose_preprocessing, open_source
+from captum_classfilters.cli.data import Loader, Preprocessing, choose_preprocessing, open_source
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

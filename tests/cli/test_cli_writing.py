@@ -15,7 +15,7 @@ from cli_examples import append
 
 from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures
 from captum_classfilters.cli import commands, demo, prepare
-from captum_classfilters.cli.images import Loader, Preprocessing, open_source
+from captum_classfilters.cli.data import Loader, Preprocessing, open_source
 
 COMMANDS = ("attribute", "decompose")
 FIRST = {"attribute": "filters.safetensors", "decompose": "filters.safetensors"}
