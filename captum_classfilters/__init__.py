@@ -77,6 +77,7 @@ _HOMES = {
     "cam": "cam",
     "compare": "comparison",
     "comparison": "comparison",
+    "concepts": "concepts",
     "decompose": "heads",
     "detection": "detection",
     "explain_confusion": "metrics",

@@ -27,6 +27,7 @@ FLOORS = {
     "decoupling": 3,
     "splitting": 3,
     "metrics": 4,
+    "concepts": 4,
     "visualize": 5,
     "detection": 4,
     "comparison": 5,

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from captum_classfilters.class_filters import check_k
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
-from captum_classfilters.core.control import random_masks
+from captum_classfilters.core.check import one_of, some_of
+from captum_classfilters.core.control import Control, random_masks
 from captum_classfilters.core.errors import HeadError, OptionError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.head_pass import batches
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.intervals import draws_interval
+from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.core.intervals import draws_interval
 
 KINDS = ("weights", "activations")
 _FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -30,12 +30,11 @@ THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(10))
 
 def filter_correlation(
     model: Any,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     *,
     kind: str = "weights",
     conv: nn.Module | str | None = None,
     layer: nn.Module | str | None = None,
-    show_progress: bool = False,
 ) -> pd.DataFrame:
     """Correlation of each two filters: of their weights, or of what they give.
 
@@ -44,14 +43,14 @@ def filter_correlation(
     nothing; also the activations, named apart. `correlated_share` sets the matrix beside its control.
 
     Args:
-        model: The network; borrowed.
+        model: The network; borrowed. Or a `HeadPass`; then ``loader`` and ``layer`` are left out. One that is cached
+            runs no convolution, so it has the kind ``"activations"`` only.
         loader: Batches of inputs, or ``(inputs, labels)``; for ``"weights"`` only the first is read.
         kind: ``"weights"``: of the last convolution or Linear with K outputs that runs before the head. In a ResNet
             the head's channels are the sum of this convolution and a shortcut, so it is a part of each channel.
             ``"activations"``: Pearson's correlation, over samples, of the head's input.
         conv: That convolution or Linear, or its name, if another is meant.
         layer: The head, if it cannot be found.
-        show_progress: A tqdm bar.
 
     Returns:
         ``K x K``; index and columns are named ``"channel"``. A filter of zeros, or one that never varies, has
@@ -60,10 +59,11 @@ def filter_correlation(
 
     Raises:
         HeadError: No layer with K outputs runs before the head, or ``conv`` did not.
-        OptionError: ``kind`` or ``conv`` is not one of those that can be; fewer than two samples.
+        OptionError: ``kind`` or ``conv`` is not one that can be, or there are fewer than two samples.
     """
-    found = _collect(model, loader, (kind,), conv, layer, "filter_correlation", show_progress)
-    correlation = found.correlations[kind]
+    head_pass = HeadPass.of(model, loader, layer)
+    one_of(kind, "kind", KINDS)
+    correlation = _collect(head_pass, [kind], conv, "filter_correlation").correlations[kind]
     channels = pd.RangeIndex(len(correlation.matrix), name="channel")
     frame = pd.DataFrame(correlation.matrix, index=channels, columns=channels)
     frame.attrs.update(kind=kind, layer=correlation.layer, dimension=correlation.dimension)
@@ -87,20 +87,21 @@ def correlated_share(
         dimension: Length of the vectors behind the matrix; None: what `filter_correlation` wrote into its ``attrs``.
 
     Returns:
-        One row for each matrix and threshold: ``correlation``, ``threshold``, ``share``, ``low``, ``high`` (jackknife
-        that leaves out one filter at a time, for pairs share filters); ``random``: the share for independent directions
-        (Gaussian vectors) of the same dimension, exactly, ``random_low``, ``random_high``: the central 95 % of a matrix
-        of such; ``pairs``.
+        One row for each matrix and threshold: ``correlation``, ``threshold``, ``control``, ``share``, ``low``, ``high``
+        (jackknife that leaves out one filter at a time, for pairs share filters), ``pairs``. Behind these rows the same
+        with ``control`` True, for each matrix its own: ``share`` of independent directions (Gaussian vectors) of the
+        same dimension, exactly; ``low``, ``high``: the central 95 % of a matrix of such directions.
 
     Raises:
-        OptionError: Not a square matrix of at least two filters, a threshold out of range, or an unknown dimension.
+        OptionError: A matrix is not square with at least two filters, a threshold is out of range, or the dimension is
+            unknown.
     """
     if not isinstance(correlation, Mapping):
         correlation = {getattr(correlation, "attrs", {}).get("kind", "given"): correlation}
     limits = np.asarray(thresholds, float)
     if limits.ndim != 1 or not len(limits) or not ((limits >= -1) & (limits < 1)).all():
         raise OptionError(f"thresholds must be a list of numbers in [-1, 1), got {thresholds!r}")
-    frames = []
+    frames, controls = [], []
     for name, matrix in correlation.items():
         values = np.asarray(matrix, float)
         if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) < 2:
@@ -119,38 +120,29 @@ def correlated_share(
         chance = _chance_above(limits, int(size))
         # indicators of two pairs of independent directions are independent, even where they share one
         half = 1.96 * np.sqrt(chance * (1 - chance) / pairs)
+        place = {"correlation": str(name), "threshold": limits, "control": False}
         frames.append(
-            pd.DataFrame(
-                {
-                    "correlation": str(name),
-                    "threshold": limits,
-                    "share": share,
-                    "low": low.clip(0, 1),
-                    "high": high.clip(0, 1),
-                    "random": chance,
-                    "random_low": (chance - half).clip(0, 1),
-                    "random_high": (chance + half).clip(0, 1),
-                    "pairs": pairs,
-                }
-            )
+            pd.DataFrame(place | {"share": share, "low": low.clip(0, 1), "high": high.clip(0, 1), "pairs": pairs})
+        )
+        low, high = (chance - half).clip(0, 1), (chance + half).clip(0, 1)
+        controls.append(
+            pd.DataFrame(place | {"control": True, "share": chance, "low": low, "high": high, "pairs": pairs})
         )
     if not frames:
         raise OptionError("no correlation was given; pass what filter_correlation gives")
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([*frames, *controls], ignore_index=True)
 
 
 def inter_class_correlation(
     model: Any,
-    loader: Iterable[Any],
-    m: int,
+    loader: Iterable[Any] | None = None,
+    m: int = 6,
     *,
     kinds: Sequence[str] = KINDS,
     conv: nn.Module | str | None = None,
     layer: nn.Module | str | None = None,
     absolute: bool = False,
-    draws: int = 20,
-    seed: int = 0,
-    show_progress: bool = False,
+    control: Control = Control(draws=20),
 ) -> pd.DataFrame:
     """Average correlation of the filters that different classes activate most: C_IC.
 
@@ -161,7 +153,7 @@ def inter_class_correlation(
     counts as in the formula, with its correlation of 1: ``shared`` says how often.
 
     Args:
-        model: The network; borrowed.
+        model: The network; borrowed. Or a `HeadPass`, as for `filter_correlation`.
         loader: Batches ``(inputs, labels)``.
         m: Filters of each class, in ``[1, K]``. In the paper 6 for ResNet-20, 25 for AlexNet.
         kinds: As `filter_correlation`'s ``kind``: one or both.
@@ -169,41 +161,43 @@ def inter_class_correlation(
         layer: The head, if it cannot be found.
         absolute: Of magnitudes, so that opposite filters do not cancel. The paper does not say which; its .16 for a
             plain network is of the size that magnitudes have here.
-        draws: Random sets of m filters for each class, at least 5.
-        seed: Of these.
-        show_progress: A tqdm bar.
+        control: Random sets of m filters for each class: how many, and the seed.
 
     Returns:
-        One row for each kind: ``kind``, ``m``, ``c_ic``, ``low``, ``high`` (jackknife that leaves out one class at a
-        time: how far it depends on which classes there are; NaN for two classes); ``random``, ``random_low``,
-        ``random_high``: the same with random sets (Student-t over draws); ``shared``, ``shared_random``: share of the
+        One row for each kind: ``kind``, ``control``, ``m``, ``c_ic``, ``low``, ``high`` (jackknife that leaves out one
+        class at a time: how far it depends on which classes there are; NaN for two classes); ``shared``: share of the
         ``C (C - 1) m^2`` pairs that are one and the same filter; ``classes`` with samples, others are left out;
-        ``samples``.
+        ``samples``. Behind these rows the same with ``control`` True: for random sets, mean over draws, with the
+        Student-t interval of ``c_ic`` over draws.
 
     Raises:
         HeadError: As for `filter_correlation`.
-        OptionError: m, kinds, conv or draws out of range, or samples of fewer than two classes.
+        OptionError: m, kinds or conv is out of range, or there are samples of fewer than two classes.
     """
-    check_draws(draws)
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    found = _collect(model, loader, kinds, conv, layer, "inter_class_correlation", show_progress, m=m)
-    seen = found.counts > 0
-    if int(seen.sum()) < 2:
-        raise OptionError(f"classes are compared, but the loader has samples of {int(seen.sum())}; pass at least two")
-    averages = found.sums[seen] / found.counts[seen, None]
+    head_pass = HeadPass.of(model, loader, layer)
+    kinds = some_of(kinds, "kinds", KINDS)
+    collected = _collect(head_pass, kinds, conv, "inter_class_correlation", m=m)
+    present = collected.counts > 0
+    if int(present.sum()) < 2:
+        raise OptionError(
+            f"classes are compared, but the loader has samples of {int(present.sum())}; pass at least two"
+        )
+    averages = collected.sums[present] / collected.counts[present, None]
     order = averages.sort(dim=1, descending=True, stable=True).indices[:, :m]
-    own = torch.zeros_like(averages, dtype=torch.bool).scatter_(1, order, True)
-    chance = random_masks(own.shape, m, draws, torch.Generator().manual_seed(seed))
-    sets = torch.stack([own, *chance]).numpy().astype(float)
+    highest = torch.zeros_like(averages, dtype=torch.bool).scatter_(1, order, True)
+    chance = random_masks((len(averages), averages.shape[1]), m, control.draws, control.generator())
+    sets = torch.stack([highest, *chance]).numpy().astype(float)
     shared = pair_interval(sets @ sets.transpose(0, 2, 1) / m**2)[0]
-    rows = []
+    rows, controls = [], []
     for kind in kinds:
-        matrix = found.correlations[kind].matrix
+        matrix = collected.correlations[kind].matrix
         matrix = np.abs(matrix) if absolute else matrix
         means, low, high = pair_interval(sets @ matrix @ sets.transpose(0, 2, 1) / m**2)
-        rows.append((kind, m, means[0], low[0], high[0], *draws_interval(means[1:]), shared[0], shared[1:].mean()))
-    columns = ["kind", "m", "c_ic", "low", "high", "random", "random_low", "random_high", "shared", "shared_random"]
-    return pd.DataFrame(rows, columns=columns).assign(classes=len(averages), samples=int(found.counts.sum()))
+        rows.append((kind, False, m, means[0], low[0], high[0], shared[0]))
+        controls.append((kind, True, m, *draws_interval(means[1:]), shared[1:].mean()))
+    columns = ["kind", "control", "m", "c_ic", "low", "high", "shared"]
+    samples = int(collected.counts.sum())
+    return pd.DataFrame(rows + controls, columns=columns).assign(classes=len(averages), samples=samples)
 
 
 def normalised_products(weight: Tensor) -> Tensor:
@@ -298,31 +292,20 @@ class _Collected(NamedTuple):
 
 
 def _collect(
-    model: Any,
-    loader: Iterable[Any],
-    kinds: Sequence[str],
-    conv: nn.Module | str | None,
-    layer: nn.Module | str | None,
-    description: str,
-    show_progress: bool,
-    m: int | None = None,
+    head_pass: HeadPass, kinds: Sequence[str], conv: nn.Module | str | None, description: str, m: int | None = None
 ) -> _Collected:
     """One pass: the matrices of these kinds and, if m filters of each class are wanted, the classes' averages."""
-    if not kinds or any(kind not in KINDS for kind in kinds):
-        raise OptionError(f"the kinds of correlation are {list(KINDS)}, got {list(kinds)}")
     if conv is not None and "weights" not in kinds:
         raise OptionError("conv= says whose weights are compared, but no weights are asked for; leave it out")
-    module = unwrap(model)
-    known = module if isinstance(module, nn.Module) else None
+    module = unwrap(head_pass.model)
+    model = module if isinstance(module, nn.Module) else None
     correlations: dict[str, _Correlation] = {}
     moments, sums, counts = CoMoments(), torch.zeros(()), torch.zeros(())
     with (
-        borrowed(known) as borrow,
-        batches(
-            model, loader, layer=layer, need_labels=m is not None, show_progress=show_progress, description=description
-        ) as stream,
+        borrowed(model) as borrow,
+        head_pass.batches(need_labels=m is not None, description=description) as stream,
     ):
-        search = _FilterSearch(known, conv, borrow) if "weights" in kinds else None
+        search = _FilterSearch(model, conv, borrow) if "weights" in kinds else None
         for batch in stream:
             if m is not None:
                 check_k(m, batch.head.num_features, "m")
@@ -331,7 +314,7 @@ def _collect(
                 sums = sums + members.T @ batch.features.double()
                 counts = counts + members.sum(0)
             if search is not None:
-                correlations["weights"] = search.found(batch.head)
+                correlations["weights"] = search.result(batch.head)
                 search = None
             if "activations" in kinds:
                 moments.add(batch.features)
@@ -341,9 +324,8 @@ def _collect(
     if "activations" in kinds:
         if moments.count < 2:
             raise OptionError("a correlation over samples needs at least two, the loader gave one; pass more")
-        correlations["activations"] = _Correlation(
-            moments.correlation().cpu().numpy(), layer_name, max(1, moments.count - 1)
-        )
+        matrix = moments.correlation().cpu().numpy()
+        correlations["activations"] = _Correlation(matrix, layer_name, max(1, moments.count - 1))
     return _Collected(correlations, sums.cpu(), counts.cpu())
 
 
@@ -352,9 +334,9 @@ class _FilterSearch:
 
     def __init__(self, model: nn.Module | None, conv: nn.Module | str | None, borrow: Borrowed) -> None:
         self._names = {module: name for name, module in model.named_modules()} if model is not None else {}
-        self._given = conv if conv is None else self._find(conv)
+        self._requested = conv if conv is None else self._find(conv)
         self._ran: list[Any] = []
-        modules = self._names if self._given is None else {**self._names, self._given: ""}
+        modules = self._names if self._requested is None else {**self._names, self._requested: ""}
         self._removers = [borrow.after(module, self._note) for module in modules if isinstance(module, _FILTERS)]
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -371,19 +353,19 @@ class _FilterSearch:
             )
         return module
 
-    def found(self, head: Head) -> _Correlation:
+    def result(self, head: Head) -> _Correlation:
         for remove in self._removers:
             remove()
         before = list(takewhile(lambda module: module is not head.module, self._ran))
         fitting = [module for module in before if len(module.weight) == head.num_features]
-        if not fitting or self._given not in (None, *fitting):
+        if not fitting or self._requested not in (None, *fitting):
             ran = [f"{self._names.get(module, '')} ({len(module.weight)} outputs)" for module in before[-6:]]
             raise HeadError(
                 f"expected a convolution or Linear with {head.num_features} outputs, the channels of head {head.name}, "
-                f"that runs before it; before it ran: {', '.join(ran) or 'none'}. Pass conv= with one that fits, or "
-                'ask for the kind "activations"'
+                f"that runs before it; before it ran: {', '.join(ran) or 'none'}. Pass conv= with one that fits, a "
+                'HeadPass that is not cached, or ask for the kind "activations"'
             )
-        module = fitting[-1] if self._given is None else self._given
+        module = fitting[-1] if self._requested is None else self._requested
         matrix = normalised_products(module.weight).cpu().numpy()
         return _Correlation(matrix, self._names.get(module, type(module).__name__), module.weight[0].numel())
 

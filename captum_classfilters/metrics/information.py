@@ -1,7 +1,6 @@
 """How much does a channel's activation tell about whether an image is of a class? N samples, C classes, K channels."""
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,23 +9,22 @@ from sklearn.feature_selection import mutual_info_classif
 from torch import nn
 
 from captum_classfilters.class_filters import names_of
+from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import HeadPass
 
 _REPLICATES = 1000
 
 
 def mutual_information(
     model: Any,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     *,
     max_samples: int | None = None,
     n_neighbors: int = 3,
-    class_names: Sequence[str] | None = None,
     layer: nn.Module | str | None = None,
     draws: int = 1,
     seed: int = 0,
-    show_progress: bool = False,
 ) -> pd.DataFrame:
     """Mutual information score: what the head's channels tell of the one class each tells most of.
 
@@ -36,33 +34,34 @@ def mutual_information(
     estimates lies above 0 by chance alone; the control says how far. All features are kept: N x K float32 numbers.
 
     Args:
-        model: The network; borrowed.
+        model: The network; borrowed. Or a `HeadPass`, which may name the classes; then ``loader`` and ``layer`` are
+            left out.
         loader: Batches ``(inputs, labels)``.
-        max_samples: Keep a random sample of so many, by which time and memory are bounded; None: all.
-        n_neighbors: Of the estimator.
-        class_names: C names; otherwise numbers.
+        max_samples: Keep a random sample of so many, which bounds time and memory; None: all.
+        n_neighbors: Neighbours that the estimator looks at.
         layer: The head, if it cannot be found.
-        draws: Permutations of the labels for the control, at least 1; each takes as long as the score itself.
-        seed: Of these, of the sample, of the estimator's noise that tells equal values apart, and of the bootstrap.
-        show_progress: A tqdm bar.
+        draws: Permutations of the labels for the control, at least 1; each takes as long as the score itself. This is
+            no `Control`: the interval is over channels, not over draws, so one draw is enough.
+        seed: Seed of the permutations, of the sample, of the bootstrap, and of the estimator's noise that makes equal
+            values different.
 
     Returns:
-        One row for all channels, ``"all"``, and one for each: ``channel``, ``class_name`` of the largest, ``mi`` (all:
-        the score), ``random``: the same with labels permuted, mean over draws; for all ``low``, ``high``,
-        ``random_low``, ``random_high``: central 95 % of 1,000 bootstrap means over channels, NaN for single channels;
-        ``samples``. Classes without samples are left out.
+        One row for all channels, ``"all"``, and one for each: ``channel``, ``control``, ``class_name`` of the largest,
+        ``mi`` (all: the score); for all ``low``, ``high``: central 95 % of 1,000 bootstrap means over channels, NaN for
+        single channels; ``samples``. Behind these rows the same with ``control`` True: with labels permuted, mean over
+        draws; a single channel has no class there. Classes without samples are left out.
 
     Raises:
-        OptionError: An option out of range, or samples of fewer than two classes.
+        OptionError: An option is out of range, or there are samples of fewer than two classes.
     """
-    for name, value, least in (("n_neighbors", n_neighbors, 1), ("draws", draws, 1), ("max_samples", max_samples, 2)):
-        fits = not isinstance(value, bool) and isinstance(value, Integral) and value >= least
-        if not fits and not (name == "max_samples" and value is None):
-            raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    n_neighbors, draws = integer(n_neighbors, "n_neighbors", 1), integer(draws, "draws", 1)
+    if max_samples is not None:
+        max_samples = integer(max_samples, "max_samples", 2)
+    head_pass = HeadPass.of(model, loader, layer)
     sample = _Sample(max_samples, seed)
-    with batches(model, loader, layer=layer, show_progress=show_progress, description="mutual_information") as stream:
+    with head_pass.batches(description="mutual_information") as stream:
         for batch in stream:
-            names = names_of(class_names, batch.head.num_classes)
+            names = names_of(head_pass.class_names, batch.head.num_classes)
             sample.add(batch.features.float().cpu().numpy(), batch.labels.cpu().numpy())  # type: ignore[union-attr]
     features, labels = sample.features, sample.labels
     present = np.unique(labels)
@@ -74,25 +73,16 @@ def mutual_information(
     permuted = [generator.permutation(labels) for _ in range(draws)]
     chance = np.mean([class_information(features, other, present, **options).max(0) for other in permuted], axis=0)
     channels = table.shape[1]
-    again = generator.integers(channels, size=(_REPLICATES, channels))
-    rows = {}
-    for name, values in (("", table.max(0)), ("random_", chance)):
-        low, high = np.quantile(values[again].mean(1), [0.025, 0.975])
-        rows[name or "mi"] = [values.mean(), *values]
-        rows[f"{name}low"], rows[f"{name}high"] = ([bound, *[np.nan] * channels] for bound in (low, high))
-    return pd.DataFrame(
-        {
-            "channel": ["all", *range(channels)],
-            "class_name": ["all", *np.array(names)[present[table.argmax(0)]]],
-            "mi": rows["mi"],
-            "low": rows["low"],
-            "high": rows["high"],
-            "random": rows["random_"],
-            "random_low": rows["random_low"],
-            "random_high": rows["random_high"],
-            "samples": len(labels),
-        }
-    )
+    resampled = generator.integers(channels, size=(_REPLICATES, channels))
+    best = np.array(names)[present[table.argmax(0)]]
+    frames = []
+    for control, values, classes in ((False, table.max(0), best), (True, chance, [None] * channels)):
+        low, high = np.quantile(values[resampled].mean(1), [0.025, 0.975])
+        columns = {"channel": ["all", *range(channels)], "control": control, "class_name": ["all", *classes]}
+        columns |= {"mi": [values.mean(), *values]}
+        columns |= {name: [bound, *[np.nan] * channels] for name, bound in (("low", low), ("high", high))}
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True).assign(samples=len(labels))
 
 
 def class_information(features: Any, labels: Any, classes: Any, *, n_neighbors: int = 3, seed: int = 0) -> Any:
@@ -101,9 +91,9 @@ def class_information(features: Any, labels: Any, classes: Any, *, n_neighbors: 
     Args:
         features: ``(N, K)``.
         labels: ``(N,)``.
-        classes: Which c.
-        n_neighbors: Of the estimator.
-        seed: Of the noise that tells equal values apart.
+        classes: The classes c.
+        n_neighbors: Neighbours that the estimator looks at.
+        seed: Seed of the noise that makes equal values different.
 
     Returns:
         ``(len(classes), K)``, not below 0.
@@ -131,7 +121,7 @@ class _Sample:
         # every sample draws a number; those with the smallest stay
         self._parts.append((features, labels, self._generator.random(len(labels))))
         self._kept += len(labels)
-        # not at every batch: what is dropped was copied first
+        # not at every batch: each time copies all that is kept
         if self._size is not None and self._kept > 2 * self._size:
             self._shrink()
 

@@ -10,11 +10,11 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, named_tables
-from captum_classfilters.core.control import random_masks
+from captum_classfilters.core.check import one_of
+from captum_classfilters.core.control import Control, random_masks
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
-from captum_classfilters.core.head_pass import Batch, batches
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.intervals import mean_interval, wilson
+from captum_classfilters.core.head_pass import Batch, HeadPass
+from captum_classfilters.core.intervals import mean_interval, wilson
 
 # What the loader may call the objects
 _KEYS = {"mask": ("mask", "masks"), "box": ("box", "boxes")}
@@ -47,15 +47,13 @@ def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
 def localisation(
     model: Any,
     filters: ClassFilters | Mapping[Any, ClassFilters],
-    loader: Iterable[Any],
-    k: int,
+    loader: Iterable[Any] | None = None,
+    k: int = 5,
     *,
     silhouette: Callable[[Tensor], Tensor] | str = foreground,
     channel_weights: str = "head",
     layer: nn.Module | str | None = None,
-    draws: int = 5,
-    seed: int = 0,
-    show_progress: bool = False,
+    control: Control = Control(),
 ) -> pd.DataFrame:
     """Pointing game and IoU of the map of a class's k channels, against random channels and all channels.
 
@@ -63,8 +61,8 @@ def localisation(
     game: Zhang et al. 2018. The map is that of `InfluentialFeatures.explain` for the true class, upsampled bilinearly.
 
     Args:
-        model: The network; borrowed.
-        filters: A table, or tables by name; one of the random selector is left out, for the control stands for it.
+        model: The network; borrowed. Or a `HeadPass`; then ``loader`` and ``layer`` are left out.
+        filters: A table, or tables by name. A table of the random selector is left out; the control stands for it.
         loader: Batches ``(images, labels)``; with masks or boxes ``(images, labels, masks)``, or mappings.
         k: Channels of each class, in ``[1, K]``.
         silhouette: What the object is. A function: images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
@@ -73,38 +71,34 @@ def localisation(
             the labels or by the key box or boxes; a pixel is inside where its centre is.
         channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
         layer: The head, if it cannot be found.
-        draws: Random sets of channels, at least 5.
-        seed: Of these.
-        show_progress: A tqdm bar.
+        control: Random sets of k channels: how many, and the seed.
 
     Returns:
-        One row for each table, ``"random"`` and ``"all channels"``: ``pointing``, the share of images whose map is
-        largest inside the object, with Wilson's interval (random: Student-t over draws); ``iou`` of the object and
-        the map's highest pixels, as many as the object has, with a normal interval; ``chance``: pointing of a blind
-        guess, the object's share of the image; ``chance_iou``: its IoU; ``samples``.
+        One row for each table and one for ``"all channels"``; one for ``"random"`` with ``control`` True. ``filters``,
+        ``control``; ``pointing``, the share of images whose map is largest inside the object, with Wilson's interval
+        (of the control Student-t over draws); ``iou`` of the object and the map's highest pixels, as many as the object
+        has, with a normal interval; ``chance``: pointing of a blind guess, the object's share of the image;
+        ``chance_iou``: its IoU; ``samples``.
 
     Raises:
-        HeadError: No feature map behind the head.
-        OptionError, ShapeError: k, draws, a table, a silhouette, masks or boxes that do not fit.
+        HeadError: There is no feature map behind the head.
+        OptionError, ShapeError: k, a table, a silhouette, masks or boxes do not fit.
     """
-    check_draws(draws)
+    head_pass = HeadPass.of(model, loader, layer)
     tables = named_tables(filters, ("random", "all channels"))
-    if channel_weights not in ("head", "ones"):
-        raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+    one_of(channel_weights, "channel_weights", ("head", "ones"))
     if not callable(silhouette) and silhouette not in tuple(_KEYS):
         raise OptionError(f'silhouette must be a function of images, "mask" or "box", got {silhouette!r}')
     for table in tables.values():
-        check_k(k, table.num_channels, "k")
-    generator = torch.Generator().manual_seed(seed)
+        k = check_k(k, table.num_channels, "k")
     masks = {name: table.mask(k) for name, table in tables.items()}
-    shape = next(iter(masks.values())).shape
-    masks |= {f"random {draw}": mask for draw, mask in enumerate(random_masks(tuple(shape), k, draws, generator))}
+    shape = tuple(next(iter(masks.values())).shape)
+    draws = random_masks(shape, k, control.draws, control.generator())
+    masks |= {f"random {draw}": mask for draw, mask in enumerate(draws)}
     masks["all channels"] = torch.ones(shape, dtype=torch.bool)
     scores: dict[str, list[Any]] = {name: [] for name in masks}
     areas: list[Any] = []
-    with batches(
-        model, loader, layer=layer, need_maps=True, show_progress=show_progress, description="localisation"
-    ) as stream:
+    with head_pass.batches(need_maps=True, description="localisation") as stream:
         for batch in stream:
             for table in tables.values():
                 check_table(table, batch.head)
@@ -112,7 +106,7 @@ def localisation(
                 raise HeadError(f"the map behind the head {batch.head.name} is a single position: it looks at no place")
             _check_seen(tables, batch.labels)  # type: ignore[arg-type]
             objects = _objects(silhouette, batch)
-            # an image without object, or nothing but object, tells nothing
+            # an image without object, or nothing but object, says nothing
             usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
             objects, labels, maps = objects[usable], batch.labels[usable], batch.maps[usable]  # type: ignore[index]
             areas.append(objects.flatten(1).double().mean(1).cpu().numpy())
@@ -121,14 +115,13 @@ def localisation(
                 weights = torch.ones_like(weights)
             for name, mask in masks.items():
                 kept = (weights * mask.to(labels.device)[labels]).to(maps.dtype)
-                seen = torch.einsum("nkhw,nk->nhw", maps, kept).unsqueeze(1).float()
-                seen = LayerAttribution.interpolate(seen, tuple(objects.shape[1:]), "bilinear").squeeze(1)
-                scores[name].append(_score(seen, objects).cpu().numpy())
+                class_maps = torch.einsum("nkhw,nk->nhw", maps, kept).unsqueeze(1).float()
+                class_maps = LayerAttribution.interpolate(class_maps, tuple(objects.shape[1:]), "bilinear").squeeze(1)
+                scores[name].append(_score(class_maps, objects).cpu().numpy())
     if not sum(map(len, areas)):
         raise OptionError("no image has an object and a background by this silhouette; pass another silhouette=")
-    return _frame(
-        {name: np.concatenate(found) for name, found in scores.items()}, np.concatenate(areas), list(tables), draws
-    )
+    by_name = {name: np.concatenate(parts) for name, parts in scores.items()}
+    return _frame(by_name, np.concatenate(areas), list(tables), control.draws)
 
 
 def _check_seen(filters: Mapping[str, ClassFilters], labels: Tensor) -> None:
@@ -144,8 +137,8 @@ def _objects(silhouette: Callable[[Tensor], Tensor] | str, batch: Batch) -> Tens
     images = batch.inputs[0]
     shape = (len(images), *images.shape[2:])
     if isinstance(silhouette, str):
-        given = _given(silhouette, batch.extras).to(images.device)
-        return mask_objects(given, shape) if silhouette == "mask" else box_objects(given, shape)
+        regions = _regions(silhouette, batch.extras).to(images.device)
+        return mask_objects(regions, shape) if silhouette == "mask" else box_objects(regions, shape)
     objects = silhouette(images)
     if objects.shape != shape or objects.dtype != torch.bool:
         raise ShapeError(
@@ -154,7 +147,7 @@ def _objects(silhouette: Callable[[Tensor], Tensor] | str, batch: Batch) -> Tens
     return objects
 
 
-def _given(kind: str, extras: Any) -> Tensor:
+def _regions(kind: str, extras: Any) -> Tensor:
     """What a batch brings besides images and labels, under its name or first behind the labels."""
     part = extras if isinstance(extras, Mapping) else next(iter(extras), None)
     if isinstance(part, Mapping):
@@ -179,7 +172,7 @@ def mask_objects(masks: Tensor, shape: Sequence[int]) -> Tensor:
         ``(N, H, W)`` bool.
 
     Raises:
-        ShapeError: Other shapes, or other numbers.
+        ShapeError: The shape is another, or there are other numbers than 0 and 1.
     """
     objects = masks.squeeze(1) if masks.dim() == 4 else masks
     if objects.shape != tuple(shape):
@@ -205,7 +198,7 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
         ``(N, H, W)`` bool.
 
     Raises:
-        ShapeError: Other shapes, or boxes that are not such.
+        ShapeError: The shape is another, or the numbers are no boxes in pixels.
 
     Example:
         >>> box_objects(torch.tensor([[1.0, 0.0, 3.0, 1.0]]), (1, 2, 3)).int().tolist()
@@ -213,14 +206,14 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if boxes.shape != (shape[0], 4):
         raise ShapeError(
-            f"boxes must have shape {(shape[0], 4)}, one x1, y1, x2, y2 for each image, got {tuple(boxes.shape)}; of "
+            f"boxes must have shape {(shape[0], 4)}, one x1, y1, x2, y2 for each image, got {tuple(boxes.shape)}; for "
             "several objects pass a mask"
         )
     left, top, right, bottom = boxes.double().T[:, :, None]
-    # not finite is neither larger nor smaller
+    # NaN is neither larger nor smaller
     if not bool(((left < right) & (top < bottom)).all()):
         raise ShapeError(
-            "boxes must have x1 < x2 and y1 < y2, got one that has not; where they are x, y, width, height, use "
+            "boxes must have x1 < x2 and y1 < y2, got one that does not; where they are x, y, width, height, use "
             "torchvision.ops.box_convert"
         )
     fractional = bool((boxes != boxes.round()).any())
@@ -239,7 +232,7 @@ def _score(maps: Tensor, objects: Tensor) -> Tensor:
     """``(N, 2)``: was the largest value inside the object; IoU of equally large areas."""
     flat, inside = maps.flatten(1), objects.flatten(1)
     order = flat.sort(dim=1, descending=True, stable=True).indices
-    # equal maxima, as of a map that is flat: the share of them inside is what pointing at one by chance would give
+    # equal maxima, as in a flat map: the share of them inside is what pointing at one by chance would give
     highest = flat == flat.amax(1, keepdim=True)
     pointed = (highest & inside).sum(1) / highest.sum(1)
     size = inside.sum(1)
@@ -254,10 +247,11 @@ def _frame(scores: Mapping[str, Any], areas: Any, names: list[str], draws: int) 
         pointed, iou = scores[name].T
         low, high = wilson(pointed.sum(), samples)
         half = 1.96 * iou.std(ddof=1) / np.sqrt(samples) if samples > 1 else np.nan
-        rows.append((name, pointed.mean(), float(low), float(high), iou.mean(), iou.mean() - half, iou.mean() + half))
+        interval = iou.mean(), iou.mean() - half, iou.mean() + half
+        rows.append((name, False, pointed.mean(), float(low), float(high), *interval))
     control = np.stack([scores[f"random {draw}"].mean(0) for draw in range(draws)])
     (pointing, iou), (low, iou_low), (high, iou_high) = mean_interval(control)
-    rows.append(("random", pointing, low, high, iou, iou_low, iou_high))
-    columns = ["filters", "pointing", "low", "high", "iou", "iou_low", "iou_high"]
+    rows.append(("random", True, pointing, low, high, iou, iou_low, iou_high))
+    columns = ["filters", "control", "pointing", "low", "high", "iou", "iou_low", "iou_high"]
     blind = float((areas / (2 - areas)).mean())
     return pd.DataFrame(rows, columns=columns).assign(chance=float(areas.mean()), chance_iou=blind, samples=samples)

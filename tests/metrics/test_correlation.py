@@ -3,15 +3,17 @@
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from captum_classfilters import metrics
+from captum_classfilters import HeadPass, metrics
 from captum_classfilters.assets import load_demo_network, load_images
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import HeadError, LabelError, OptionError
+from captum_classfilters.core.intervals import draws_interval
 from captum_classfilters.metrics.correlation import CoMoments, normalised_products, pair_interval
-from captum_classfilters.metrics.intervals import draws_interval
 
 
 def given_features(weight):
@@ -142,9 +144,7 @@ def test_the_filters_are_those_that_run_last_before_the_head(images):
 
 def test_a_matrix_is_refused_where_there_is_none(task):
     model, (x, _), _, _ = task
-    with pytest.raises(
-        OptionError, match=r"kinds of correlation are \['weights', 'activations'\], got \['gradients'\]"
-    ):
+    with pytest.raises(OptionError, match=r"kind must be one of \['weights', 'activations'\], got 'gradients'"):
         metrics.filter_correlation(model, [x], kind="gradients")
     with pytest.raises(OptionError, match="conv= says whose weights"):
         metrics.filter_correlation(model, [x], kind="activations", conv="conv1")
@@ -161,6 +161,10 @@ def test_share_counts_pairs_and_leaves_the_diagonal_out(task):
     model, data, _, matrices = task
     both = {kind: metrics.filter_correlation(model, [data], kind=kind) for kind in matrices}
     frame = metrics.correlated_share(both, [-1, 0.0, 0.3])
+    assert frame.control.tolist() == [False] * 6 + [True] * 6
+    assert frame[frame.control].correlation.tolist() == frame[~frame.control].correlation.tolist()
+    assert (frame[frame.control & (frame.threshold == -1)].share == 1).all()
+    frame = frame[~frame.control]
     for kind, matrix in matrices.items():
         for threshold in (-1, 0.0, 0.3):
             pairs = [matrix[k, j] > threshold for k in range(6) for j in range(k)]
@@ -172,7 +176,7 @@ def test_share_counts_pairs_and_leaves_the_diagonal_out(task):
             assert found.high == pytest.approx(min(1, found.share + 2.570581836 * error))
             assert found.pairs == 15
     alone = metrics.correlated_share(both["weights"], [0.3])
-    assert list(alone.correlation) == ["weights"]
+    assert list(alone.correlation) == ["weights"] * 2
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 5, 40])
@@ -182,15 +186,15 @@ def test_the_control_is_what_random_directions_do(dimension):
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     matrices = vectors @ vectors.transpose(0, 2, 1)
     for threshold in (0.0, 0.3):
-        shares = [metrics.correlated_share(_frame(m), [threshold], dimension=dimension).iloc[0] for m in matrices]
-        chance = shares[0].random
-        assert np.mean([s.share for s in shares]) == pytest.approx(chance, abs=0.03)
-        inside = [s.random_low <= s.share <= s.random_high for s in shares]
-        assert np.mean(inside) > 0.7
+        named = {str(n): _frame(matrix) for n, matrix in enumerate(matrices)}
+        both = metrics.correlated_share(named, [threshold], dimension=dimension)
+        shares, control = both[~both.control].share.to_numpy(), both[both.control]
+        assert shares.mean() == pytest.approx(control.share.iloc[0], abs=0.03)
+        assert ((control.low <= shares) & (shares <= control.high)).mean() > 0.7
 
 
 def _frame(matrix):
-    return metrics.correlation.pd.DataFrame(matrix)
+    return pd.DataFrame(matrix)
 
 
 def test_shares_refuse_what_is_no_matrix():
@@ -223,7 +227,9 @@ def test_inter_class_correlation_is_the_formula(m, size):
     x = means[y] + torch.randn(60, 6, generator=generator)
     features, unit = (x.double() @ weight.double().T).numpy(), nn.functional.normalize(weight.double(), dim=1)
     matrices = {"weights": (unit @ unit.T).numpy(), "activations": np.corrcoef(features.T)}
-    frame = metrics.inter_class_correlation(model, in_batches((x, y), size), m).set_index("kind")
+    frame = metrics.inter_class_correlation(model, in_batches((x, y), size), m)
+    assert frame.control.tolist() == [False, False, True, True]
+    frame = frame[~frame.control].set_index("kind")
     groups = [list(np.argsort(-features[y == c].mean(0), kind="stable")[:m]) for c in range(4)]
     for kind, matrix in matrices.items():
         found = frame.loc[kind]
@@ -239,17 +245,16 @@ def test_inter_class_correlation_is_the_formula(m, size):
 
 def test_the_control_draws_sets_at_random(task):
     model, data, _, matrices = task
-    frame = metrics.inter_class_correlation(model, [data], 2, draws=400).set_index("kind")
+    frame = metrics.inter_class_correlation(model, [data], 2, control=Control(draws=400))
     for kind, matrix in matrices.items():
-        found = frame.loc[kind]
+        chance = frame[frame.control].set_index("kind").loc[kind]
         # any filter of one class with any of the other
-        half = (found.random_high - found.random_low) / 2
+        half = (chance.high - chance.low) / 2
         assert 0 < half < 0.05
-        assert abs(found.random - matrix.mean()) < 2 * half
-        assert abs(found.shared_random - 1 / 6) < 0.03
-    other = metrics.inter_class_correlation(model, [data], 2, draws=400, seed=1).set_index("kind")
-    assert (other.random != frame.random).all()
-    assert (other.c_ic == frame.c_ic).all()
+        assert abs(chance.c_ic - matrix.mean()) < 2 * half
+        assert abs(chance.shared - 1 / 6) < 0.03
+    other = metrics.inter_class_correlation(model, [data], 2, control=Control(draws=400, seed=1))
+    assert ((other.c_ic == frame.c_ic) == ~frame.control).all()
 
 
 def test_classes_apart_have_none_and_classes_alike_have_all():
@@ -263,8 +268,8 @@ def test_classes_apart_have_none_and_classes_alike_have_all():
     # a class without samples has no filters
     some = y < 2
     partial = metrics.inter_class_correlation(model, [(torch.eye(3).repeat(4, 1)[some], y[some])], 1)
-    assert list(partial.classes) == [2, 2]
-    assert partial.low.isna().all()
+    assert list(partial.classes) == [2] * 4
+    assert (partial.low.isna() == ~partial.control).all()
     with pytest.raises(OptionError, match="samples of 1; pass at least two"):
         metrics.inter_class_correlation(model, [(torch.eye(3), torch.zeros(3, dtype=int))], 1)
 
@@ -273,12 +278,24 @@ def test_inter_class_correlation_refuses_what_it_cannot_use(task):
     model, data, _, _ = task
     with pytest.raises(OptionError, match=r"m must be an integer in \[1, 6\], the number of channels; got 7"):
         metrics.inter_class_correlation(model, [data], 7)
-    with pytest.raises(OptionError, match="draws must be at least 5, got 2"):
-        metrics.inter_class_correlation(model, [data], 2, draws=2)
-    with pytest.raises(OptionError, match="kinds of correlation are"):
+    with pytest.raises(OptionError, match="kinds must be some of"):
         metrics.inter_class_correlation(model, [data], 2, kinds=[])
     with pytest.raises(LabelError, match="has no labels"):
         metrics.inter_class_correlation(model, [data[0]], 2)
+
+
+def test_a_head_pass_stands_for_model_and_loader(task):
+    model, data, _, _ = task
+    head_pass = HeadPass(model, in_batches(data, 7))
+    expected = metrics.inter_class_correlation(model, [data], 2)
+    pd.testing.assert_frame_equal(metrics.inter_class_correlation(head_pass, m=2), expected)
+    cached = head_pass.cached()
+    found = metrics.inter_class_correlation(cached, m=2, kinds="activations")
+    pd.testing.assert_frame_equal(found, expected[expected.kind == "activations"].reset_index(drop=True))
+    assert metrics.filter_correlation(head_pass).equals(metrics.filter_correlation(model, [data]))
+    assert metrics.filter_correlation(cached, kind="activations").attrs["dimension"] == 59
+    with pytest.raises(HeadError, match='a HeadPass that is not cached, or ask for the kind "activations"'):
+        metrics.filter_correlation(cached)
 
 
 def test_intervals_of_values_that_may_be_negative():

@@ -11,7 +11,7 @@ from torch import nn
 from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.control import Control
-from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
+from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.metrics.sets import random_jaccard
 
 
@@ -291,88 +291,3 @@ def test_stability_refuses_what_has_no_samples(model):
         metrics.stability(model, [], 5, selectors=["weight"])
     with pytest.raises(OptionError, match="draws must be an integer of at least 5"):
         metrics.stability(model, [], 5, draws=1)
-
-
-# -- localisation ------------------------------------------------------------------------------------------------------
-
-
-class Spot(nn.Module):
-    """Two channels: the picture itself, and its negative; class 0 wants the one, class 1 the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.maps = nn.Conv2d(1, 2, 1, bias=False)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(2, 2, bias=False)
-        with torch.no_grad():
-            self.maps.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
-            self.fc.weight.copy_(torch.eye(2))
-
-    def forward(self, x):
-        return self.fc(self.pool(self.maps(x)).flatten(1))
-
-
-def test_localisation_of_a_map_that_is_the_object_and_of_one_that_is_not():
-    images = torch.zeros(4, 1, 8, 8)
-    for n in range(4):
-        images[n, 0, n : n + 3, 2:5] = 1.0
-    loader = [(images, torch.tensor([0, 0, 1, 1]))]
-    filters = InfluentialFeatures(Spot()).attribute(loader, selector="weight")
-    for label, expected in ((0, 1.0), (1, 0.0)):
-        of_class = [(images, torch.full((4,), label))]
-        frame = metrics.localisation(Spot(), {"weight": filters}, of_class, 1)
-        found = row(frame, filters="weight")
-        assert (found.pointing, found.iou) == (expected, expected)
-        assert found.chance == pytest.approx(9 / 64)
-        assert found.chance_iou == pytest.approx(9 / 64 / (2 - 9 / 64))
-    # both channels with the same weight cancel out
-    even = metrics.localisation(Spot(), {"weight": filters}, loader, 1, channel_weights="ones")
-    assert row(even, filters="all channels").iou < 0.5
-
-
-def test_a_flat_map_scores_what_pointing_by_chance_would():
-    images = torch.zeros(2, 1, 8, 8)
-    images[:, 0, :4] = 1.0  # the upper half: where a sort of equal values would point
-    loader = [(images, torch.tensor([0, 0]))]
-    filters = InfluentialFeatures(Spot()).attribute([(images, torch.tensor([0, 1]))], selector="weight")
-    dead = Spot()
-    with torch.no_grad():
-        dead.maps.weight.zero_()
-    found = row(metrics.localisation(dead, filters, loader, 1), filters="weight")
-    assert found.pointing == pytest.approx(0.5)
-
-
-def test_localisation_on_real_images_has_its_controls(model, tables, test_images):
-    frame = metrics.localisation(model, tables, test_images.batches()[:2], 5)
-    assert list(frame.filters) == ["histogram", "margin", "all channels", "random"]
-    assert (frame.low <= frame.pointing).all()
-    assert (frame.pointing <= frame.high).all()
-    assert row(frame, filters="margin").pointing > row(frame, filters="margin").chance
-
-
-def test_localisation_refuses_what_does_not_fit(model, tables, test_images):
-    loader = test_images.batches()[:1]
-    with pytest.raises(ShapeError, match="silhouette must give bool of shape"):
-        metrics.localisation(model, tables, loader, 5, silhouette=lambda images: images)
-    with pytest.raises(OptionError, match="channel_weights"):
-        metrics.localisation(model, tables, loader, 5, channel_weights="all")
-    counts = tables["histogram"].counts.clone()
-    counts[4] = 0
-    with pytest.raises(OptionError, match=r"table 'histogram' has no samples of \['coat'\]"):
-        metrics.localisation(model, replace(tables["histogram"], counts=counts), loader, 5)
-    with pytest.raises(HeadError, match="is a single position"):
-        metrics.localisation(model, tables, [(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))], 5)
-    with pytest.raises(OptionError, match="no image has an object and a background"):
-        metrics.localisation(model, tables, [(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]))], 5)
-    with pytest.raises(OptionError, match="pixels are negative"):
-        metrics.localisation(model, tables, [(torch.randn(2, 1, 28, 28), torch.tensor([0, 1]))], 5)
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
-    with pytest.raises(HeadError, match="no feature map"):
-        metrics.localisation(flat, tables, loader, 5)
-
-
-def test_foreground_is_what_is_not_black():
-    images = torch.zeros(1, 3, 2, 2)
-    images[0, :, 0, 1] = 0.8
-    images[0, :, 1, 0] = 0.05
-    assert metrics.foreground(images).tolist() == [[[False, True], [False, False]]]

@@ -1,11 +1,11 @@
 """Receptive fields: where on the image a filter responds. Maps of layers are read, enlarged and cut at a threshold.
 
-`concepts.py` compares them with masks of concepts, `occlusion.py` covers these. N images, K filters of a layer, h x w
+`scores.py` compares them with masks of concepts, `occlusion.py` covers these. N images, K filters of a layer, h x w
 positions of a map, H x W pixels.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import refuse_iterator, unpack, value_to_model
+from captum_classfilters.core.stream import unpack, value_to_model
+from captum_classfilters.core.training import refuse_iterators
 from captum_classfilters.decoupling import PathDecoupler
 
 # Numbers of enlarged maps that are held at once
 CELLS = 2**24
 Layers = Iterable[nn.Module | str] | None
+Thresholds = Mapping[str, Tensor]
 
 
 def receptive_fields(maps: Tensor, thresholds: Tensor, size: Sequence[int]) -> Tensor:
@@ -38,7 +41,7 @@ def receptive_fields(maps: Tensor, thresholds: Tensor, size: Sequence[int]) -> T
         ``(N, K, H, W)`` bool.
 
     Raises:
-        ShapeError: One threshold for each filter is not there.
+        ShapeError: ``thresholds`` is not one number for each filter.
 
     Example:
         >>> receptive_fields(torch.tensor([[[[0.0, 4.0]]]]), torch.tensor([2.0]), (1, 4)).int().tolist()
@@ -95,9 +98,10 @@ def activation_thresholds(
 ) -> dict[str, Tensor]:
     """For each filter the value that a share ``quantile`` of all its responses exceeds, over all images and positions.
 
-    Exact: the highest values of each filter are kept, ``quantile`` of all that pass by, which is the memory it takes;
-    to know how many, the loader is read once before without running the model. At least one response lies above
-    (ties aside), however small the share. A filter that responds less often has threshold 0.
+    The answer is exact. The highest responses of each filter are kept, a share ``quantile`` of all; this is the memory
+    it takes. To know how many these are, the loader is read once before, without running the model. At least one
+    response lies above the threshold (ties aside), however small the share. A filter that responds less often has
+    threshold 0.
 
     Source: "Network dissection" (Bau et al. 2017), section 2.2, P(a > T) = .005; "Interpretable neural network
     decoupling", section 4.2. Differs: negative responses count as 0, as behind the ReLU of eq. 1.
@@ -119,27 +123,52 @@ def activation_thresholds(
         EmptyLoaderError: No images, or an iterator, which can be read only once.
         ShapeError, NonFiniteError: Images or maps are not as expected.
     """
-    if not 0 < quantile < 1:
-        raise OptionError(f"quantile is a share of responses in (0, 1), got {quantile!r}")
-    refuse_iterator(loader, "the loader")
+    quantile = number(quantile, "quantile", 0, 1, open_ends=True, meaning="a share of the responses")
+    refuse_iterators(loader, "the loader")
     total = sum(len(images) for images in _images(loader))
     if not total:
         raise EmptyLoaderError("the loader gave no image; expected at least one batch")
-    seen, highest = 0, dict[str, Tensor]()
+    return _thresholds(model, loader, layers, quantile, total, show_progress)
+
+
+def _thresholds(
+    model: Any, loader: Iterable[Any], layers: Layers, quantile: float, total: int, show_progress: bool
+) -> dict[str, Tensor]:
+    """`activation_thresholds` of a loader whose ``total`` of images is known."""
+    samples, highest = 0, dict[str, Tensor]()
     with borrowed(network_of(model)) as borrow:
         reader = MapReader(model, layers, borrow)
         for images in _images(loader, show_progress, "thresholds"):
-            seen += len(images)
+            samples += len(images)
             for name, maps in reader.maps(images).items():
                 values = maps.transpose(0, 1).flatten(1)
                 kept = 1 + max(1, math.floor(quantile * total * maps[0, 0].numel() + 1e-9))
                 values = torch.cat([highest[name], values], 1) if name in highest else values
                 highest[name] = values.topk(min(kept, values.shape[1])).values
-    if seen != total:
+    if samples != total:
         raise OptionError(
-            f"the loader gave {total} images, and {seen} when read again; it must give the same each time"
+            f"the loader gave {total} images, and {samples} when read again; it must give the same each time"
         )
     return {name: values[:, -1].clone() for name, values in highest.items()}
+
+
+def thresholds_of(
+    thresholds: Thresholds | float, model: Any, loader: Iterable[Any], layers: Layers, total: int, show_progress: bool
+) -> Thresholds:
+    """What the user passed as ``thresholds=``: these themselves, or a share, for which the loader is read once."""
+    if isinstance(thresholds, Mapping):
+        return thresholds
+    meaning = "a share of the responses, unless you pass what activation_thresholds gives"
+    share = number(thresholds, "thresholds", 0, 1, open_ends=True, meaning=meaning)
+    return _thresholds(model, loader, layers, share, total, show_progress)
+
+
+def check_thresholds(thresholds: Thresholds, layers: Sequence[str]) -> None:
+    """Refuse thresholds that lack a layer."""
+    if missing := [name for name in layers if name not in thresholds]:
+        raise OptionError(
+            f"thresholds have no layer {missing[0]!r}; pass activation_thresholds(model, loader, layers) of this one"
+        )
 
 
 class MapReader:
@@ -149,18 +178,18 @@ class MapReader:
         self.model = network_of(model)
         self.decoupler = self.model if isinstance(self.model, PathDecoupler) else None
         self._modules = {name: module for name, module in _network(self.model).named_modules() if name}
-        self.layers = tuple(dict.fromkeys(self._name(layer) for layer in self._asked(layers)))
+        self.layers = tuple(dict.fromkeys(self._name(layer) for layer in self._requested(layers)))
         if not self.layers:
             raise LayerError("layers= is empty; name at least one layer")
-        self._seen: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
         sites = {unit.conv: unit.site for unit in self.decoupler.units} if self.decoupler else {}
         for name in self.layers:
             borrow.after(self._modules[sites.get(name, name)], self._keeping(name))
-        first = next((each for each in self.model.parameters() if each.is_floating_point()), None)
+        first = next((weight for weight in self.model.parameters() if weight.is_floating_point()), None)
         self.device = torch.device("cpu") if first is None else first.device
         self._dtype = torch.get_default_dtype() if first is None else first.dtype
 
-    def _asked(self, layers: Layers) -> list[Any]:
+    def _requested(self, layers: Layers) -> list[Any]:
         if layers is None and self.decoupler is not None:
             return list(self.decoupler.layers)
         if layers is None or isinstance(layers, str | nn.Module) or not isinstance(layers, Iterable):
@@ -169,25 +198,23 @@ class MapReader:
         return list(layers)
 
     def _name(self, layer: Any) -> str:
-        known = (
-            self._modules if self.decoupler is None else {name: self._modules[name] for name in self.decoupler.layers}
-        )
-        for name, module in known.items():
-            if layer is module or layer == name:
+        names: list[str] = list(self._modules if self.decoupler is None else self.decoupler.layers)
+        for name in names:
+            if layer is self._modules[name] or layer == name:
                 return name
         what = "a layer of the model" if self.decoupler is None else "a gated convolution of the decoupler"
         shown = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
-        raise LayerError(f"expected {what}, got {shown}; there are {', '.join(list(known)[:6])}, ...")
+        raise LayerError(f"expected {what}, got {shown}; there are {', '.join(names[:6])}, ...")
 
     def _keeping(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
                 got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
                 raise LayerError(f"layer {name} must give maps (N, K, h, w), got {got}; name one that does")
-            if name in self._seen:
+            if name in self._outputs:
                 raise LayerError(f"layer {name} runs more than once in a forward; name one before it that runs once")
             # a new tensor: an operation in place may follow
-            self._seen[name] = output.clone()
+            self._outputs[name] = output.clone()
 
         return hook
 
@@ -198,7 +225,7 @@ class MapReader:
 
     def gates(self, images: Tensor) -> dict[str, Tensor]:
         """One forward's gates, ``(N, K)`` by layer; empty without a decoupler."""
-        self._seen.clear()
+        self._outputs.clear()
         if self.decoupler is None:
             self.model(self.to_model(images))
             return {}
@@ -208,17 +235,18 @@ class MapReader:
     def read(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One forward's ``(maps, gates)``: maps ``(N, K, h, w)`` by layer, at least float32."""
         gates = self.gates(images)
-        found = {}
+        maps_by_layer = {}
         for name in self.layers:
-            if name not in self._seen:
+            if name not in self._outputs:
                 raise LayerError(f"layer {name} did not run in this forward; it must run once in each")
-            maps = self._seen.pop(name)
+            maps = self._outputs.pop(name)
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).relu()
             # the decoupler's own hook comes after the one that kept this
-            found[name] = maps * gates[name].to(maps.dtype)[:, :, None, None] if gates else maps
-            if not bool(torch.isfinite(found[name]).all()):
+            maps = maps * gates[name].to(maps.dtype)[:, :, None, None] if gates else maps
+            if not bool(torch.isfinite(maps).all()):
                 raise NonFiniteError(f"the maps of layer {name} hold NaN or infinity; look at these images")
-        return found, gates
+            maps_by_layer[name] = maps
+        return maps_by_layer, gates
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """The maps alone."""
@@ -226,7 +254,7 @@ class MapReader:
 
 
 def network_of(model: Any) -> nn.Module:
-    """The module behind what was given, a `PathDecoupler` or a plain one."""
+    """The module behind a wrapped model; a `PathDecoupler` is one."""
     inner = unwrap(model)
     if not isinstance(inner, nn.Module):
         raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}; its layers are to be read")
@@ -253,13 +281,13 @@ def check_images(images: Any, size: tuple[int, int] | None, index: int) -> tuple
         raise ShapeError(
             f"images must be a tensor (N, c, H, W), got {got} in batch {index}; stack them in the collate_fn"
         )
-    found = (images.shape[2], images.shape[3])
-    if size is not None and found != size:
+    height, width = images.shape[2:]
+    if size is not None and (height, width) != size:
         raise ShapeError(
-            f"images must all have one size, got {found} in batch {index} after {size}; resize them in the data set, "
-            "with their masks"
+            f"images must all have one size, got {(height, width)} in batch {index} after {size}; resize them in the "
+            "data set, with their masks"
         )
-    return found
+    return height, width
 
 
 def _images(loader: Iterable[Any], show_progress: bool = False, description: str = "") -> Iterator[Tensor]:

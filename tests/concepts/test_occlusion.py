@@ -6,9 +6,10 @@ import pytest
 import torch
 from squares import COLOURS, SIDE, Colours, in_batches, painted, square
 
-from captum_classfilters import PathDecoupler, metrics
+from captum_classfilters import PathDecoupler, concepts
+from captum_classfilters.concepts.occlusion import elsewhere
+from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import LayerError, OptionError, ShapeError
-from captum_classfilters.metrics.occlusion import elsewhere
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_the_region_is_covered_and_nothing_else(scene, value, expected):
     images, masks = scene
     red = regions(masks, "red")
     before = images.clone()
-    covered = metrics.occlude(images, red, value)
+    covered = concepts.occlude(images, red, value)
     assert torch.equal(images, before)
     for n in range(2):
         for c in range(3):
@@ -62,7 +63,7 @@ def test_the_region_is_covered_and_nothing_else(scene, value, expected):
 
 def test_a_region_that_is_all_gets_the_mean_of_all():
     images = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    covered = metrics.occlude(images, torch.ones(1, 4, 4, dtype=torch.bool))
+    covered = concepts.occlude(images, torch.ones(1, 4, 4, dtype=torch.bool))
     torch.testing.assert_close(covered, images.mean((2, 3), keepdim=True).expand_as(images))
 
 
@@ -71,14 +72,14 @@ def test_what_covers_is_checked(scene):
     red = regions(masks, "red")
     for value in ("white", [1.0, 2.0], None, torch.zeros(3, 1)):
         with pytest.raises(OptionError, match='value must be "mean", "black", a number, or one for each of 3 colours'):
-            metrics.occlude(images, red, value)
+            concepts.occlude(images, red, value)
     with pytest.raises(OptionError, match=r"black is 0 only for images in \[0, 1\]"):
-        metrics.occlude(images - 0.5, red, "black")
+        concepts.occlude(images - 0.5, red, "black")
     for bad in (red[:1], red.float(), red[:, :4], red[:, None]):
         with pytest.raises(ShapeError, match=r"masks must be bool of shape \(2, 16, 16\)"):
-            metrics.occlude(images, bad)
+            concepts.occlude(images, bad)
     with pytest.raises(ShapeError, match=r"must be \(N, c, H, W\) floating, got torch.uint8"):
-        metrics.occlude(images.byte(), red)
+        concepts.occlude(images.byte(), red)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -111,7 +112,7 @@ def test_covering_and_moving_on_every_device(device, assert_close, scene):
     red = regions(masks, "red")
     with device.mode:
         where = images.to(device.name), red.to(device.name)
-        assert_close(metrics.occlude(*where), metrics.occlude(images, red).to(device.name))
+        assert_close(concepts.occlude(*where), concepts.occlude(images, red).to(device.name))
         moved = elsewhere(where[1], torch.Generator().manual_seed(0))
         assert_close(moved, elsewhere(red, torch.Generator().manual_seed(0)).to(device.name))
 
@@ -120,7 +121,7 @@ def test_covering_and_moving_on_every_device(device, assert_close, scene):
 def test_covering_a_square_switches_off_its_filter_alone(by_hand, scene, colour):
     images, masks = scene
     decoupler = by_hand()
-    found = metrics.occlusion(decoupler, images, regions(masks, COLOURS[colour]), thresholds=HALF, value="black")
+    found = concepts.occlusion(decoupler, images, regions(masks, COLOURS[colour]), thresholds=HALF, value="black")
     assert found.layers == ("conv",)
     assert found.before[0].tolist() == [[True, True, False], [True, True, True]]
     expected = found.before[0].clone()
@@ -138,15 +139,21 @@ def test_covering_a_square_switches_off_its_filter_alone(by_hand, scene, colour)
     assert found.merged_iou.tolist() == [[1.0], [1.0]]
     summary = found.summary()
     assert summary.columns.tolist() == [
-        "image", "layer", "open", "switched_off", "elsewhere", "low", "high", "iou", "random_iou",
+        "image", "layer", "control", "open", "switched_off", "low", "high", "iou",
     ]  # fmt: skip
-    assert summary.open.tolist() == [2, 3]
-    assert summary.switched_off.tolist() == [1, 1]
+    assert summary.control.tolist() == [False, False, True, True]
+    summary, control = summary[~summary.control], summary[summary.control]
+    assert summary.open.tolist() == control.open.tolist() == [2, 3]
+    assert summary.switched_off.tolist() == summary.iou.tolist() == [1, 1]
+    assert summary[["low", "high"]].isna().all(axis=None)
     # a region elsewhere never covers all of a square here but by chance, and part of it leaves the filter open
-    assert (summary.elsewhere <= 0.6).all()
+    assert (control.switched_off <= 0.6).all()
+    assert control.switched_off.tolist() == found.elsewhere.double().mean(0).flatten().tolist()
+    assert (control.low <= control.switched_off).all()
+    assert (control.switched_off <= control.high).all()
     # one of the open filters at random: 1 if it is this one, else 0
     assert set(found.random_iou.unique().tolist()) == {0.0, 1.0}
-    np.testing.assert_allclose(summary.random_iou, found.random_iou.mean(0).flatten())
+    np.testing.assert_allclose(control.iou, found.random_iou.mean(0).flatten())
 
 
 def test_a_region_elsewhere_that_would_switch_a_filter_off_is_counted(by_hand):
@@ -155,8 +162,8 @@ def test_a_region_elsewhere_that_would_switch_a_filter_off_is_counted(by_hand):
     mask[:, :8] = True
     images = torch.zeros(1, 3, SIDE, SIDE)
     images[:, 0, 8:] = 1
-    found = metrics.occlusion(by_hand(), images, mask, thresholds=HALF, value="black")
-    assert found.summary().switched_off.tolist() == [0]
+    found = concepts.occlusion(by_hand(), images, mask, thresholds=HALF, value="black")
+    assert found.summary().switched_off.tolist() == [0, 1]
     assert found.elsewhere.flatten().tolist() == [1] * 5
     assert found.table().empty
     assert found.table().columns.tolist() == ["image", "layer", "filter", "iou"]
@@ -168,7 +175,7 @@ def test_a_region_elsewhere_that_would_switch_a_filter_off_is_counted(by_hand):
 def test_merged_fields_are_a_union_and_random_filters_are_as_many(by_hand, scene):
     images, masks = scene
     both = torch.stack([each["red"] | each["green"] for each in masks])
-    found = metrics.occlusion(by_hand(), images, both, thresholds=HALF, value="black", draws=40)
+    found = concepts.occlusion(by_hand(), images, both, thresholds=HALF, value="black", control=Control(draws=40))
     assert found.switched_off[0].sum(1).tolist() == [2, 2]
     assert torch.equal(found.merged(["conv"]), both)
     assert found.table().iou.tolist() == [0.5] * 4
@@ -184,13 +191,13 @@ def test_the_table_is_sorted_and_layers_can_be_picked(small_cnn, images):
             controller.excite.bias.fill_(-0.1)
     x, masks = images(12), torch.zeros(12, 8, 8, dtype=torch.bool)
     masks[:, 2:7, 1:6] = True
-    found = metrics.occlusion(decoupler, x, masks, quantile=0.1)
+    found = concepts.occlusion(decoupler, x, masks, thresholds=0.1)
     for index, name in enumerate(("conv1", "conv2")):
         with torch.no_grad():
             before = decoupler.gates(x)[1][index] > 0
-            after = decoupler.gates(metrics.occlude(x, masks))[1][index] > 0
+            after = decoupler.gates(concepts.occlude(x, masks))[1][index] > 0
         assert torch.equal(found.switched_off[index], before & ~after)
-        single = metrics.occlusion(decoupler, x, masks, [name], quantile=0.1)
+        single = concepts.occlusion(decoupler, x, masks, [name], thresholds=0.1)
         assert torch.equal(single.merged(), found.merged([name]))
         pd.testing.assert_frame_equal(single.table(), found.table([name]))
     table = found.table()
@@ -201,10 +208,10 @@ def test_the_table_is_sorted_and_layers_can_be_picked(small_cnn, images):
     assert torch.equal(found.merged(), found.merged("conv1") | found.merged("conv2"))
     for n, k in ((row.image, row.filter) for row in table[table.layer == "conv2"].itertuples()):
         maps, cut = found.maps[1][n : n + 1, k : k + 1], found.thresholds[1][k : k + 1]
-        iou = metrics.field_iou(metrics.receptive_fields(maps, cut, (8, 8)), masks[n : n + 1, None])
+        iou = concepts.field_iou(concepts.receptive_fields(maps, cut, (8, 8)), masks[n : n + 1, None])
         row = table[(table.image == n) & (table["filter"] == k) & (table.layer == "conv2")]
         assert row.iou.item() == iou.item()
-    thresholds = metrics.activation_thresholds(decoupler, [x], quantile=0.1)
+    thresholds = concepts.activation_thresholds(decoupler, [x], quantile=0.1)
     assert torch.equal(found.thresholds[1], thresholds["conv2"])
     with pytest.raises(OptionError, match="no layer 'conv9' in this result; there are conv1, conv2"):
         found.merged(["conv9"])
@@ -216,7 +223,7 @@ def test_the_seed_decides_the_controls_and_the_decoupler_is_given_back(by_hand, 
     red = regions(masks, "red")
 
     def controls(seed):
-        found = metrics.occlusion(decoupler, images, red, thresholds=HALF, seed=seed)
+        found = concepts.occlusion(decoupler, images, red, thresholds=HALF, control=Control(seed=seed))
         return found.random_iou.tolist()
 
     state = torch.get_rng_state()
@@ -227,42 +234,45 @@ def test_the_seed_decides_the_controls_and_the_decoupler_is_given_back(by_hand, 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoupler.modules())
 
 
-def test_bad_calls_are_refused(by_hand, scene):
+BAD_CALLS = {
+    "no decoupler": (lambda d, i, r: (Colours(), i, r), {}, OptionError, "expected a PathDecoupler, got Colours"),
+    "no pixel": (lambda d, i, r: (d, i, r & False), {}, OptionError, "a mask has no pixel"),
+    "one mask": (lambda d, i, r: (d, i, r[:1]), {}, ShapeError, "masks must be bool"),
+    "not gated": (lambda d, i, r: (d, i, r, ["last"]), {}, LayerError, "expected a gated convolution"),
+    "thresholds": (lambda d, i, r: (d, i, r), {"thresholds": {"last": 0}}, OptionError, "have no layer 'conv'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_are_refused(by_hand, scene, case):
     images, masks = scene
-    red = regions(masks, "red")
-    with pytest.raises(OptionError, match="expected a PathDecoupler, got Colours"):
-        metrics.occlusion(Colours(), images, red)
-    with pytest.raises(OptionError, match="a mask has no pixel"):
-        metrics.occlusion(by_hand(), images, red & False)
-    with pytest.raises(ShapeError, match="masks must be bool"):
-        metrics.occlusion(by_hand(), images, red[:1])
-    with pytest.raises(LayerError, match="expected a gated convolution"):
-        metrics.occlusion(by_hand(), images, red, ["last"])
-    with pytest.raises(OptionError, match="draws"):
-        metrics.occlusion(by_hand(), images, red, draws=1)
-    with pytest.raises(OptionError, match="thresholds have no layer 'conv'"):
-        metrics.occlusion(by_hand(), images, red, thresholds={"last": torch.zeros(3)})
+    arguments, options, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        concepts.occlusion(*arguments(by_hand(), images, regions(masks, "red")), **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_representation_of_squares_is_known(by_hand, scene, batch_size):
     images, masks = scene
     loader = in_batches(images, masks, batch_size)
-    frame = metrics.concept_representation(by_hand(), loader, thresholds=HALF, value="black")
+    both = concepts.concept_representation(by_hand(), loader, thresholds=HALF, value="black")
+    frame, control = (both[both.control == side] for side in (False, True))
     assert frame.layer.tolist() == ["conv"] * 3
     assert frame.concept.tolist() == ["blue", "green", "red"]
     assert frame.images.tolist() == [1, 2, 2]
     assert frame.single_max.tolist() == [1, 1, 1]
     assert frame.single_mean.tolist() == [1, 1, 1]
     # no square of another image lies where one of this does
-    assert frame.single_mean_random.tolist() == [0, 0, 0]
+    assert control.single_mean.tolist() == [0, 0, 0]
     assert frame.multiple_max.tolist() == frame.multiple_mean.tolist() == [1, 1, 1]
     assert frame.switched_off.tolist() == [1, 1, 1]
     assert frame.none.tolist() == [0, 0, 0]
     assert frame.low[1:].tolist() == frame.high[1:].tolist() == [1, 1]
     assert np.isnan(frame.low[0])
-    assert ((frame.multiple_mean_random >= 0) & (frame.multiple_mean_random < 1)).all()
-    assert (frame.elsewhere <= 0.6).all()
+    assert ((control.multiple_mean >= 0) & (control.multiple_mean < 1)).all()
+    assert (control.switched_off <= 0.6).all()
+    assert control[["multiple_max", "none"]].isna().all(axis=None)
+    assert control.concept.tolist() == frame.concept.tolist()
 
 
 def test_representation_is_the_mean_of_occlusions(small_cnn, images):
@@ -274,11 +284,12 @@ def test_representation_is_the_mean_of_occlusions(small_cnn, images):
     generator = torch.Generator().manual_seed(0)
     eye, cup = (torch.rand(6, 8, 8, generator=generator) < 0.5 for _ in range(2))
     masks = [{"eye": eye[n], "cup": cup[n]} if n % 2 else {"cup": cup[n]} for n in range(6)]
-    thresholds = metrics.activation_thresholds(decoupler, [x], quantile=0.2)
-    frame = metrics.concept_representation(decoupler, in_batches(x, masks, 4), thresholds=thresholds, value=2.0)
-    frame = frame.set_index(["layer", "concept"])
+    thresholds = concepts.activation_thresholds(decoupler, [x], quantile=0.2)
+    frame = concepts.concept_representation(decoupler, in_batches(x, masks, 4), thresholds=thresholds, value=2.0)
+    control = frame[frame.control].set_index(["layer", "concept"])
+    frame = frame[~frame.control].set_index(["layer", "concept"])
     for name, rows, regions in (("eye", [1, 3, 5], eye), ("cup", list(range(6)), cup)):
-        found = metrics.occlusion(decoupler, x[rows], regions[rows], thresholds=thresholds, value=2.0)
+        found = concepts.occlusion(decoupler, x[rows], regions[rows], thresholds=thresholds, value=2.0)
         for index, layer in enumerate(found.layers):
             row, iou = frame.loc[(layer, name)], found.merged_iou[:, index]
             assert row.multiple_mean == pytest.approx(iou.mean().item())
@@ -289,7 +300,8 @@ def test_representation_is_the_mean_of_occlusions(small_cnn, images):
             half = 1.96 * iou.std() / len(iou) ** 0.5
             assert (row.low, row.high) == pytest.approx(((iou.mean() - half).item(), (iou.mean() + half).item()))
     assert frame.multiple_mean.nunique() > 2
-    assert frame.elsewhere.max() > 0
+    assert control.switched_off.max() > 0
+    assert control.multiple_mean.nunique() > 2
 
 
 def test_photographs_with_boxes(monkeypatch, small_cnn):
@@ -315,15 +327,15 @@ def test_photographs_with_boxes(monkeypatch, small_cnn):
     eyes, nose = (masks[names.index("chelsea.png")][concept] for concept in ("eye", "nose"))
     assert (cat[1] - cat[0])[eyes].mean() > (cat[1] - cat[0])[nose].mean()
     loader = photo_concepts.batches(56, 4, (0.5,) * 3, (0.25,) * 3)
-    frame = metrics.concept_scores(small_cnn(), loader, ["bn2"])
+    frame = concepts.concept_scores(small_cnn(), loader, ["bn2"])
     assert set(frame.concept.dropna()) <= {"head", "eye", "nose", "wheel", "window", "cup"}
     decoupler = PathDecoupler(small_cnn(), ["conv2"])
-    assert len(metrics.concept_representation(decoupler, loader)) == 6
+    assert len(concepts.concept_representation(decoupler, loader)) == 12
 
 
 def test_fields_that_overlap_are_merged(by_hand):
     mask = square(4, 4)
     yellow = painted([{"red": mask, "green": mask}])
-    found = metrics.occlusion(by_hand(), yellow, mask[None], thresholds=HALF, value="black")
+    found = concepts.occlusion(by_hand(), yellow, mask[None], thresholds=HALF, value="black")
     assert found.switched_off[0].tolist() == [[True, True, False]]
     assert torch.equal(found.merged(), mask[None])

@@ -16,24 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classfilters.core.borrow import borrowed
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
-from captum_classfilters.core.stream import refuse_iterator
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.fields import (
+from captum_classfilters.concepts.fields import (
     CELLS,
     Layers,
     MapReader,
-    activation_thresholds,
+    Thresholds,
     check_images,
+    check_thresholds,
     field_iou,
     network_of,
     passed,
     receptive_fields,
+    thresholds_of,
 )
-from captum_classfilters.metrics.intervals import draws_interval, mean_interval, wilson
-
-Thresholds = Mapping[str, Tensor]
+from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.check import integer
+from captum_classfilters.core.control import Control
+from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
+from captum_classfilters.core.intervals import draws_interval, mean_interval, wilson
+from captum_classfilters.core.training import refuse_iterators
 
 
 def concept_scores(
@@ -41,89 +42,98 @@ def concept_scores(
     loader: Iterable[Any],
     layers: Layers = None,
     *,
-    thresholds: Thresholds | None = None,
-    quantile: float = 0.005,
+    thresholds: Thresholds | float = 0.005,
     iou: float = 0.01,
     min_images: int = 1,
-    draws: int = 5,
+    control: Control = Control(),
     show_progress: bool = False,
 ) -> pd.DataFrame:
     """Interpretability of every filter: on which share of a concept's images its receptive field meets the concept.
 
     Source: "Interpretable neural network decoupling", section 4.2: P_ft is the mean over the images that have concept t
     of 1[IoU > .01], the score max_t P_ft. Differs: the control. In draw d every image is judged by the masks of the
-    image d places before it in the loader, so shuffle a loader that is sorted; the best of many concepts is high by
-    chance alone, and more so for concepts with few images.
+    image d places before it in the loader, so shuffle a loader that is sorted. The best of many concepts is high by
+    chance alone, and the more so for concepts with few images.
 
     Args:
         model: The network, or a `PathDecoupler`; borrowed. To compare both, read the network at ``unit.site`` of the
             decoupler's units: there its maps are behind the norm too.
         loader: Batches ``(images, masks)``, as said at the head of this module; read two or three times.
         layers: As for `activation_thresholds`.
-        thresholds: From `activation_thresholds`; None: of this loader.
-        quantile: Share of responses above the threshold, where ``thresholds`` is None.
-        iou: What the IoU must exceed.
+        thresholds: From `activation_thresholds`, or its ``quantile``, and it is taken from this loader.
+        iou: What the IoU must exceed, in [0, 1).
         min_images: Concepts of fewer images are left out.
-        draws: Draws of the control, at least 5; of fewer than 6 images one less than these.
-        show_progress: A tqdm bar.
+        control: Its ``draws``; no number is drawn, so the seed changes nothing. A loader of N images has N - 1 at most.
+        show_progress: Show a tqdm bar.
 
     Returns:
-        One row for each filter: ``layer``, ``filter``, ``concept`` (the best; the first by name of equals, missing
-        where the score is 0), ``score``, ``low`` and ``high`` (Wilson over that concept's images, as if it had not been
-        chosen), ``images`` (how many have that concept), ``random`` (the score by other images' masks, mean over
-        draws). `layer_scores` gives their means.
+        Two rows for each filter. ``control`` False: ``layer``, ``filter``, ``concept`` (the best; the first by name of
+        equals, missing where the score is 0), ``score``, ``low`` and ``high`` (Wilson over that concept's images, as if
+        it had not been chosen), ``images`` (how many have that concept). Behind these rows ``control`` True: the
+        ``score`` by other images' masks, mean over draws, with its Student-t interval over draws (NaN for one draw);
+        no concept; ``images`` of the loader. `layer_scores` gives their means.
 
     Raises:
-        OptionError: An argument out of range; no concept with enough images; fewer than two images.
+        OptionError: An argument is out of range, no concept has enough images, or there are fewer than two images.
         LayerError, ShapeError, EmptyLoaderError, NonFiniteError: As for `activation_thresholds`.
     """
     if not 0 <= iou < 1:
         raise OptionError(f"iou must lie in [0, 1), got {iou!r}")
-    survey = surveyed(loader, draws)
+    min_images = integer(min_images, "min_images", 1)
+    survey = surveyed(loader, control)
     names = [name for name, count in survey.counts.items() if count >= min_images]
     if not names:
         most = max(survey.counts.values())
         raise OptionError(f"no concept has min_images={min_images} images; the most that one has is {most}")
-    rows = [list(survey.counts).index(name) for name in names]
+    concepts = [list(survey.counts).index(name) for name in names]
     counts = np.array([survey.counts[name] for name in names])
-    frames = []
-    for layer, tally in tallied(model, loader, layers, survey, thresholds, quantile, iou, show_progress).items():
-        hits = tally.hits[:, rows].cpu().numpy()  # (1 + draws, T, K)
+    thresholds = thresholds_of(thresholds, model, loader, layers, survey.samples, show_progress)
+    frames, controls = [], []
+    for layer, tally in tallied(model, loader, layers, survey, thresholds, iou, show_progress).items():
+        hits = tally.hits[:, concepts].cpu().numpy()  # (1 + draws, T, K)
         share = hits / counts[:, None]
-        best = share[0].argmax(0)
-        score = share[0].max(0)
+        best, score = share[0].argmax(0), share[0].max(0)
         low, high = wilson(hits[0, best, np.arange(len(best))], counts[best])
+        place = {"layer": layer, "filter": range(len(score)), "control": False}
         concept = np.where(score > 0, np.array(names, object)[best], None)
-        columns = {"concept": concept, "score": score, "low": low, "high": high, "images": counts[best]}
-        random = share[1:].max(1).mean(0)
-        frames.append(pd.DataFrame({"layer": layer, "filter": range(len(score)), **columns, "random": random}))
-    return pd.concat(frames, ignore_index=True)
+        values = {"concept": concept, "score": score, "low": low, "high": high, "images": counts[best]}
+        frames.append(pd.DataFrame(place | values))
+        score, low, high = _over_draws(share[1:].max(1))
+        values = {"concept": None, "score": score, "low": low, "high": high, "images": survey.samples}
+        controls.append(pd.DataFrame(place | {"control": True} | values))
+    return pd.concat([*frames, *controls], ignore_index=True)
 
 
 def layer_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean of `concept_scores` over the filters of each layer.
 
-    Source: "Interpretable neural network decoupling", table 1. Differs: control and intervals. These are Student-t over
-    filters, as if they were independent: they tell nothing of other images.
+    Source: "Interpretable neural network decoupling", table 1. Differs: control and intervals. The intervals are
+    Student-t over filters, as if these were independent; they say nothing about other images.
 
     Args:
         scores: From `concept_scores`.
 
     Returns:
-        One row for each layer: ``filters``; ``score``, ``random`` and ``gain``, the difference filter by filter, each
-        with ``_low`` and ``_high`` (of ``score`` just these); NaN for a single filter.
+        Two rows for each layer, the second with ``control`` True: ``layer``, ``control``, ``filters``; ``score``,
+        ``low``, ``high``. In the first also ``gain``, ``gain_low``, ``gain_high``: the score less that of the control,
+        filter by filter; NaN in the control. Intervals of a single filter are NaN.
     """
     rows = []
     for layer, group in scores.groupby("layer", sort=False):
-        row: dict[str, Any] = {"layer": layer, "filters": len(group)}
-        parts = {"": group.score, "random_": group.random, "gain_": group.score - group.random}
-        for prefix, values in parts.items():
-            mean, low, high = float(values.mean()), np.nan, np.nan
-            if len(values) > 1:
-                _, low, high = (draws_interval if prefix == "gain_" else mean_interval)(values)
-            row |= {prefix.rstrip("_") or "score": mean, f"{prefix}low": low, f"{prefix}high": high}
-        rows.append(row)
+        score, chance = (group.score[group.control == side].to_numpy() for side in (False, True))
+        for control, values in ((False, score), (True, chance)):
+            mean, low, high = _over_draws(values)
+            rows.append({"layer": layer, "control": control, "filters": len(values)})
+            rows[-1] |= {"score": float(mean), "low": float(low), "high": float(high)}
+            if not control:
+                mean, low, high = _over_draws(score - chance, draws_interval)
+                rows[-1] |= {"gain": float(mean), "gain_low": float(low), "gain_high": float(high)}
     return pd.DataFrame(rows)
+
+
+def _over_draws(values: Any, interval: Any = mean_interval) -> Any:
+    """Mean over the first axis with its interval; of a single value this is NaN."""
+    return interval(values) if len(values) > 1 else (values[0], *2 * (np.full_like(values[0], np.nan),))
 
 
 def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
@@ -132,7 +142,7 @@ def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[A
     Example:
         >>> samples = [(torch.zeros(3, 2, 2), {"eye": torch.ones(2, 2)}), (torch.ones(3, 2, 2), {})]
         >>> images, masks = collate_concepts(samples)
-        >>> images.shape, [list(each) for each in masks]
+        >>> images.shape, [list(concepts) for concepts in masks]
         (torch.Size([2, 3, 2, 2]), [['eye'], []])
     """
     images, masks = zip(*samples, strict=True)
@@ -164,45 +174,44 @@ class Tally(NamedTuple):
     total: Tensor  # (1 + draws, T) float64: sum over images of the max over filters
 
 
-def surveyed(loader: Iterable[Any], draws: int) -> Survey:
+def surveyed(loader: Iterable[Any], control: Control) -> Survey:
     """Count images and concepts, and refuse what is not as expected."""
-    refuse_iterator(loader, "the loader")
-    check_draws(draws)
+    refuse_iterators(loader, "the loader")
     samples, size, counts = 0, None, Counter[str]()
     for index, raw in enumerate(passed(loader, False, "")):
         images, masks = _unpacked(raw, index)
         size = check_images(images, size, index)
         samples += len(images)
-        for each in masks:
-            counts.update(each.keys())
+        for concepts in masks:
+            counts.update(concepts.keys())
     if size is None or not samples:
         raise EmptyLoaderError("the loader gave no image; expected at least one batch")
     if not counts:
-        raise OptionError("no image has a concept: expected a mask with a pixel; see the head of metrics.concepts")
+        raise OptionError("no image has a concept: expected a mask with a pixel; see the head of concepts.scores")
     if samples < 2:
         raise OptionError("the control judges an image by another's masks: expected at least 2 images, got 1")
     if not all(isinstance(name, str) for name in counts):
         raise OptionError(f"concepts must have names, got {next(n for n in counts if not isinstance(n, str))!r}")
-    return Survey(samples, size, {name: counts[name] for name in sorted(counts)}, min(draws, samples - 1))
+    return Survey(samples, size, {name: counts[name] for name in sorted(counts)}, min(control.draws, samples - 1))
 
 
 def concept_batches(loader: Iterable[Any], survey: Survey, show_progress: bool, text: str) -> Iterator[ConceptBatch]:
     """The loader's batches with padded masks."""
     slot_of = {name: slot for slot, name in enumerate(survey.counts)}
-    seen = Counter[str]()
+    counts = Counter[str]()
     for index, raw in enumerate(passed(loader, show_progress, text)):
-        images, given = _unpacked(raw, index)
+        images, masks_by_image = _unpacked(raw, index)
         check_images(images, survey.size, index)
-        most = max(map(len, given), default=0)
+        most = max(map(len, masks_by_image), default=0)
         masks = torch.zeros(len(images), most, *survey.size, dtype=torch.bool)
         slots = torch.full((len(images), most), len(slot_of))
-        for n, each in enumerate(given):
-            seen.update(each.keys())
-            for m, (name, mask) in enumerate(each.items()):
+        for n, concepts in enumerate(masks_by_image):
+            counts.update(concepts.keys())
+            for m, (name, mask) in enumerate(concepts.items()):
                 masks[n, m], slots[n, m] = mask, slot_of.get(name, len(slot_of))
         if len(images):
             yield ConceptBatch(images, masks, slots)
-    if seen != survey.counts:
+    if counts != survey.counts:
         raise OptionError("the loader gave other masks when read again; it must give the same each time")
 
 
@@ -211,14 +220,11 @@ def tallied(
     loader: Iterable[Any],
     layers: Layers,
     survey: Survey,
-    thresholds: Thresholds | None,
-    quantile: float,
+    thresholds: Thresholds,
     iou: float,
     show_progress: bool,
 ) -> dict[str, Tally]:
-    """One pass: the IoU of every filter's field and every mask, own and others', summed up by layer."""
-    if thresholds is None:
-        thresholds = activation_thresholds(model, loader, layers, quantile=quantile, show_progress=show_progress)
+    """One pass: the IoU of every filter's field with masks of its image and of others, summed up by layer."""
     concepts, groups = len(survey.counts), 1 + survey.draws
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     with borrowed(network_of(model)) as borrow:
@@ -232,15 +238,15 @@ def tallied(
                     cells = groups * (concepts + 1)
                     integers = torch.zeros(cells, maps.shape[1], dtype=torch.int64, device=maps.device)
                     sums[name] = (integers, *torch.zeros(2, cells, dtype=torch.float64, device=maps.device))
-                found = _overlaps(maps, thresholds[name].to(maps.device), masks, survey.size)
-                found = found.transpose(1, 2).flatten(0, 1)  # (N M, K)
+                ious = _overlaps(maps, thresholds[name].to(maps.device), masks, survey.size)
+                ious = ious.transpose(1, 2).flatten(0, 1)  # (N M, K)
                 hits, highest, total = sums[name]
-                hits.index_add_(0, rows, (found > iou).long())
-                highest.scatter_reduce_(0, rows, found.amax(1), "amax")
-                total.index_add_(0, rows, found.amax(1))
-    # the last slot of each group was for no mask
+                hits.index_add_(0, rows, (ious > iou).long())
+                highest.scatter_reduce_(0, rows, ious.amax(1), "amax")
+                total.index_add_(0, rows, ious.amax(1))
+    # the last slot of each group stands for no mask
     return {
-        name: Tally(*(each.reshape(groups, concepts + 1, *each.shape[1:])[:, :-1] for each in parts))
+        name: Tally(*(part.reshape(groups, concepts + 1, *part.shape[1:])[:, :-1] for part in parts))
         for name, parts in sums.items()
     }
 
@@ -248,11 +254,11 @@ def tallied(
 def _overlaps(maps: Tensor, thresholds: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
     """``(N, K, M)`` float64, some filters at a time; a mask without a pixel gives 0."""
     some = max(1, CELLS // (len(maps) * size[0] * size[1]))
-    found = [
+    parts = [
         field_iou(receptive_fields(maps[:, start : start + some], thresholds[start : start + some], size), masks)
         for start in range(0, maps.shape[1], some)
     ]
-    return torch.cat(found, 1).nan_to_num(0.0)
+    return torch.cat(parts, 1).nan_to_num(0.0)
 
 
 def _with_others(stream: Iterable[ConceptBatch], survey: Survey) -> Iterator[ConceptBatch]:
@@ -289,17 +295,9 @@ def _joined(one: Any, other: Any, nothing: int) -> tuple[Tensor, Tensor]:
 def _grouped(images: Tensor, masks: Tensor, slots: Tensor, draws: int, nothing: int) -> ConceptBatch:
     """Masks of ``draws`` images before and of these, cut into own ones and those d places before."""
     starts = [draws - shift for shift in range(draws + 1)]
-    own = [masks[start : start + len(images)] for start in starts]
+    shifted = [masks[start : start + len(images)] for start in starts]
     groups = [slots[start : start + len(images)] + d * (nothing + 1) for d, start in enumerate(starts)]
-    return ConceptBatch(images, torch.cat(own, 1), torch.cat(groups, 1))
-
-
-def check_thresholds(thresholds: Thresholds, layers: Sequence[str]) -> None:
-    """Refuse thresholds that lack a layer."""
-    if missing := [name for name in layers if name not in thresholds]:
-        raise OptionError(
-            f"thresholds have no layer {missing[0]!r}; pass activation_thresholds(model, loader, layers) of these"
-        )
+    return ConceptBatch(images, torch.cat(shifted, 1), torch.cat(groups, 1))
 
 
 def _unpacked(raw: Any, index: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -308,37 +306,42 @@ def _unpacked(raw: Any, index: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         raise ShapeError(
             f"batch {index} is {type(raw).__name__}; expected (images, masks): a tensor (N, c, H, W) and a list of one "
             "{concept: (H, W) mask} for each image, or {concept: (N, H, W) masks}; collate_fn=collate_concepts makes "
-            "such of samples (image, {concept: mask})"
+            "such batches of samples (image, {concept: mask})"
         )
-    images, given = raw[0], raw[1]
+    images, masks = raw[0], raw[1]
     check_images(images, None, index)
-    if isinstance(given, Mapping):
-        given = {name: masks for name, masks in given.items() if masks is not None}
-        for name, masks in given.items():
-            if len(masks) != len(images):
-                raise ShapeError(
-                    f"the masks of {name!r} in batch {index} are {len(masks)}, for {len(images)} images; stack one for "
-                    "each, without a pixel where the image does not have the concept"
-                )
-        given = [{name: masks[n] for name, masks in given.items()} for n in range(len(images))]
-    if not isinstance(given, list | tuple) or not all(isinstance(each, Mapping) for each in given):
+    if isinstance(masks, Mapping):
+        masks = _by_image(masks, len(images), index)
+    if not isinstance(masks, list | tuple) or not all(isinstance(concepts, Mapping) for concepts in masks):
         raise ShapeError(
             f"the masks of batch {index} must be a list of one {{concept: mask}} for each image, or "
-            f"{{concept: (N, H, W)}}, got {type(given).__name__}"
+            f"{{concept: (N, H, W)}}, got {type(masks).__name__}"
         )
-    if len(given) != len(images):
-        raise ShapeError(f"batch {index} has {len(images)} images and masks of {len(given)}; give {{}} for one without")
+    if len(masks) != len(images):
+        raise ShapeError(f"batch {index} has {len(images)} images and masks of {len(masks)}; give {{}} for one without")
     size = tuple(images.shape[2:])
-    found: list[dict[str, Tensor]] = [{} for _ in given]
-    for each, masks in zip(found, given, strict=True):
-        for name, value in masks.items():
+    masks_by_image: list[dict[str, Tensor]] = [{} for _ in masks]
+    for kept, concepts in zip(masks_by_image, masks, strict=True):
+        for name, value in concepts.items():
             if value is not None and bool((mask := _mask(value, name, size, index)).any()):
-                each[name] = mask
-    return images, found
+                kept[name] = mask
+    return images, masks_by_image
 
 
-def _mask(given: Any, name: Any, size: tuple[int, ...], index: int) -> Tensor:
-    mask = torch.as_tensor(given)
+def _by_image(stacks: Mapping[Any, Any], size: int, index: int) -> list[dict[Any, Any]]:
+    """Stacked masks, ``{concept: (N, H, W)}``, as one ``{concept: (H, W)}`` for each image."""
+    stacks = {name: stack for name, stack in stacks.items() if stack is not None}
+    for name, stack in stacks.items():
+        if len(stack) != size:
+            raise ShapeError(
+                f"the masks of {name!r} in batch {index} are {len(stack)}, for {size} images; stack one for each, "
+                "without a pixel where the image does not have the concept"
+            )
+    return [{name: stack[n] for name, stack in stacks.items()} for n in range(size)]
+
+
+def _mask(value: Any, name: Any, size: tuple[int, ...], index: int) -> Tensor:
+    mask = torch.as_tensor(value)
     if tuple(mask.shape) != size:
         raise ShapeError(
             f"the mask of {name!r} in batch {index} must have the image's size {size}, got {tuple(mask.shape)}; resize "

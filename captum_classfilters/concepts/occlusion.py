@@ -1,9 +1,10 @@
 """What a network misses when a region is covered: the filters that switch off, and where they looked together.
 
-Needs a `PathDecoupler`, whose filters are open or closed for each image. N images, L layers with K_l filters.
+Needs a `PathDecoupler`, whose filters are open or closed for each image. `concept_representation` does it for every
+concept that a loader brings; `scores.py` has that loader's contract. N images, L layers with K_l filters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,22 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.borrow import borrowed, unwrap
-from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.decoupling import PathDecoupler
-from captum_classfilters.metrics.accuracy import check_draws
-from captum_classfilters.metrics.concepts import Thresholds, check_thresholds
-from captum_classfilters.metrics.fields import (
+from captum_classfilters.concepts.fields import (
     CELLS,
     Layers,
     MapReader,
-    activation_thresholds,
+    Thresholds,
+    check_thresholds,
     field_iou,
     receptive_fields,
+    thresholds_of,
 )
-from captum_classfilters.metrics.intervals import draws_interval
+from captum_classfilters.concepts.scores import concept_batches, surveyed, tallied
+from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.control import Control
+from captum_classfilters.core.errors import OptionError, ShapeError
+from captum_classfilters.core.intervals import draws_interval
+from captum_classfilters.decoupling import PathDecoupler
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,27 +88,33 @@ class Occlusion:
                 iou = field_iou(fields[:, None], self.masks[images][:, None]).flatten()
                 names = [self.layers[index]] * len(iou)
                 rows += zip(images.tolist(), names, filters.tolist(), iou.tolist(), strict=True)
-        found = pd.DataFrame(rows, columns=["image", "layer", "filter", "iou"])
-        return found.sort_values(["image", "iou"], ascending=[True, False], kind="stable", ignore_index=True)
+        frame = pd.DataFrame(rows, columns=["image", "layer", "filter", "iou"])
+        return frame.sort_values(["image", "iou"], ascending=[True, False], kind="stable", ignore_index=True)
 
     def summary(self) -> pd.DataFrame:
-        """One row for each image and layer, with the controls beside.
+        """Two rows for each image and layer: what the covered region did, and behind these rows what its controls did.
 
         Returns:
-            ``image``, ``layer``, ``open`` filters on the image; ``switched_off`` of these; ``elsewhere``: how many
-            do when an equal region elsewhere is covered, mean over draws, with ``low`` and ``high`` (Student-t);
-            ``iou`` of region and merged receptive field; ``random_iou`` of as many random open filters, mean over
-            draws.
+            ``image``, ``layer``, ``control``; ``open``: filters that are open on the image; ``switched_off``: how many
+            of them close; ``iou``: of the region and the merged receptive field of those. Where ``control`` is True,
+            ``switched_off`` is that of an equal region elsewhere, mean over draws, with ``low`` and ``high``
+            (Student-t; NaN in the other rows, which count), and ``iou`` is that of as many random open filters, mean
+            over draws.
         """
-        opened, off = (torch.stack([each.sum(1) for each in parts], 1) for parts in (self.before, self.switched_off))
+        opened, off = (torch.stack([part.sum(1) for part in parts], 1) for parts in (self.before, self.switched_off))
         mean, low, high = draws_interval(self.elsewhere.cpu().double())
-        columns = {
-            "open": opened, "switched_off": off, "elsewhere": mean, "low": low, "high": high, "iou": self.merged_iou,
-            "random_iou": self.random_iou.mean(0),
-        }  # fmt: skip
         images, layers = len(self.masks), len(self.layers)
-        where = {"image": np.repeat(np.arange(images), layers), "layer": self.layers * images}
-        return pd.DataFrame(where | {name: np.asarray(torch.as_tensor(v).cpu()).ravel() for name, v in columns.items()})
+        nan = np.full((images, layers), np.nan)
+        rows = {
+            False: {"switched_off": off, "low": nan, "high": nan, "iou": self.merged_iou},
+            True: {"switched_off": mean, "low": low, "high": high, "iou": self.random_iou.mean(0)},
+        }
+        frames = []
+        for control, columns in rows.items():
+            place = {"image": np.repeat(np.arange(images), layers), "layer": self.layers * images, "control": control}
+            values = {name: torch.as_tensor(part).cpu().ravel() for name, part in ({"open": opened} | columns).items()}
+            frames.append(pd.DataFrame(place | {name: np.asarray(part) for name, part in values.items()}))
+        return pd.concat(frames, ignore_index=True)
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -188,7 +197,7 @@ def elsewhere(masks: Tensor, generator: torch.Generator | None = None) -> Tensor
 
     Args:
         masks: ``(N, H, W)`` bool.
-        generator: On the CPU; None: torch's own.
+        generator: A generator on the CPU; None: torch's own.
 
     Returns:
         Regions of the same shape and size, ``(N, H, W)`` bool.
@@ -216,10 +225,8 @@ def occlusion(
     layers: Layers = None,
     *,
     value: str | float | Sequence[float] = "mean",
-    thresholds: Thresholds | None = None,
-    quantile: float = 0.005,
-    draws: int = 5,
-    seed: int = 0,
+    thresholds: Thresholds | float = 0.005,
+    control: Control = Control(),
 ) -> Occlusion:
     """Cover a region of each image: which filters switch off, and where did they look?
 
@@ -232,22 +239,17 @@ def occlusion(
         masks: ``(N, H, W)`` bool: the regions, none without a pixel.
         layers: Gated convolutions, names or modules; None: all.
         value: What covers; see `occlude`.
-        thresholds: From `activation_thresholds` of many images; None: of these.
-        quantile: Share of responses above the threshold, where ``thresholds`` is None.
-        draws: Of each control, at least 5.
-        seed: Of these.
+        thresholds: From `activation_thresholds` of many images, or its ``quantile``, and it is taken from these images.
+        control: Draws of each control, and their seed.
 
     Raises:
-        OptionError: No decoupler; a region without a pixel; an argument out of range.
+        OptionError: ``decoupler`` is none, a region has no pixel, or an argument is out of range.
         LayerError: A layer is not gated.
         ShapeError, NonFiniteError: Images, masks or maps are not as expected.
     """
-    check_draws(draws)
-    generator = torch.Generator().manual_seed(seed)
     _check(images, masks)
-    if thresholds is None:
-        thresholds = activation_thresholds(_decoupler(decoupler), [images], layers, quantile=quantile)
-    return cover_and_compare(decoupler, images, masks, layers, value, thresholds, draws, generator)
+    thresholds = thresholds_of(thresholds, _decoupler(decoupler), [images], layers, len(images), False)
+    return cover_and_compare(decoupler, images, masks, layers, value, thresholds, control.draws, control.generator())
 
 
 def cover_and_compare(
@@ -295,10 +297,91 @@ def cover_and_compare(
     )
 
 
-def _decoupler(given: Any) -> PathDecoupler:
-    inner = unwrap(given)
+def concept_representation(
+    model: Any,
+    loader: Iterable[Any],
+    layers: Layers = None,
+    *,
+    thresholds: Thresholds | float = 0.005,
+    value: str | float | Sequence[float] = "mean",
+    control: Control = Control(),
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """How well one filter, and how well those that switch off together, outline each concept.
+
+    Source: "Interpretable neural network decoupling", section 4.2 and fig. 5. Single filter: max over images and
+    filters of the IoU. Multiple: the concept is covered, and the fields of the filters that switch off are merged; mean
+    over images of the IoU. Differs: a maximum over images and a mean over them do not compare, so both are given for
+    both. There are controls, without which many filters merged would look good for their number.
+
+    Args:
+        model: A `PathDecoupler`, or a plain network, then of single filters only; borrowed.
+        loader: As for `concept_scores`; read up to four times.
+        layers: As for `activation_thresholds`.
+        thresholds: From `activation_thresholds`, or its ``quantile``, and it is taken from this loader.
+        value: What covers; see `occlude`.
+        control: Draws of each control; the seed is that of the controls of several filters.
+        show_progress: Show a tqdm bar.
+
+    Returns:
+        Two rows for each layer and concept, all those with ``control`` True behind the others: ``layer``, ``concept``,
+        ``control``, ``images`` that have it; ``single_max`` (the paper's), ``single_mean`` (over images, of the best
+        filter on each). Of a decoupler also ``multiple_max``, ``multiple_mean`` (the paper's) with ``low`` and ``high``
+        (normal, over images); ``switched_off``, mean count of filters; ``none``, share of images on which none switches
+        off and the IoU is 0. A control row has in the columns of single filters what other images' masks give, as in
+        `concept_scores`; in ``multiple_mean``, ``low`` and ``high`` what as many random open filters give; in
+        ``switched_off`` what covering an equal region elsewhere gives. All are means over draws; ``multiple_max`` and
+        ``none`` have no control and are NaN there.
+
+    Raises:
+        OptionError, LayerError, ShapeError, EmptyLoaderError, NonFiniteError: As for `concept_scores`.
+    """
+    survey = surveyed(loader, control)
+    thresholds = thresholds_of(thresholds, model, loader, layers, survey.samples, show_progress)
+    tallies = tallied(model, loader, layers, survey, thresholds, 0.0, show_progress)
+    names, counts = list(survey.counts), np.array(list(survey.counts.values()))
+    frames: dict[bool, list[pd.DataFrame]] = {False: [], True: []}
+    for layer, tally in tallies.items():
+        highest, mean = tally.highest.cpu().numpy(), tally.total.cpu().numpy() / counts
+        for side, rows in frames.items():
+            draws = slice(1, None) if side else slice(0, 1)
+            columns = {"single_max": highest[draws].mean(0), "single_mean": mean[draws].mean(0)}
+            rows.append(pd.DataFrame({"layer": layer, "concept": names, "control": side, "images": counts, **columns}))
+    single = pd.concat([*frames[False], *frames[True]], ignore_index=True)
+    if not isinstance(unwrap(model), PathDecoupler):
+        return single
+    generator = control.generator()
+    parts = []
+    for batch in concept_batches(loader, survey, show_progress, "occlusion"):
+        images, places = (batch.slots < len(names)).nonzero(as_tuple=True)
+        # an image can have several masks: as many at a time as the batch has images
+        for start in range(0, len(images), len(batch.images)):
+            image, place = (index[start : start + len(batch.images)] for index in (images, places))
+            covered = batch.images[image], batch.masks[image, place]
+            result = cover_and_compare(model, *covered, layers, value, thresholds, control.draws, generator).summary()
+            slots = batch.slots[image, place].numpy()
+            parts.append(result.assign(concept=np.array(names)[slots[result.image]]))
+    keys = ["layer", "concept", "control"]
+    return single.merge(_of_concepts(pd.concat(parts), keys), on=keys, validate="one_to_one")
+
+
+def _of_concepts(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Means over images of `Occlusion.summary`, for each concept."""
+    rows = rows.assign(none=(rows.switched_off == 0).astype(float))
+    groups = rows.groupby(keys)
+    mean = groups.iou.mean()
+    half: Any = 1.96 * groups.iou.std() / np.sqrt(groups.iou.count())
+    columns = {"multiple_max": groups.iou.max(), "multiple_mean": mean, "low": mean - half, "high": mean + half}
+    columns |= {"switched_off": groups.switched_off.mean(), "none": groups.none.mean()}
+    frame = pd.DataFrame(columns).reset_index()
+    frame.loc[frame.control, ["multiple_max", "none"]] = np.nan
+    return frame
+
+
+def _decoupler(model: Any) -> PathDecoupler:
+    inner = unwrap(model)
     if not isinstance(inner, PathDecoupler):
-        raise OptionError(f"expected a PathDecoupler, got {type(given).__name__}; only its filters switch off")
+        raise OptionError(f"expected a PathDecoupler, got {type(model).__name__}; only its filters switch off")
     return inner
 
 
@@ -309,8 +392,8 @@ def _picked(
     images, filters = chosen.nonzero(as_tuple=True)
     some = max(1, CELLS // (size[0] * size[1]))
     for start in range(0, len(images), some):
-        image, each = images[start : start + some], filters[start : start + some]
-        yield image, each, receptive_fields(maps[image, each][None], thresholds[each], size)[0]
+        image, channel = images[start : start + some], filters[start : start + some]
+        yield image, channel, receptive_fields(maps[image, channel][None], thresholds[channel], size)[0]
 
 
 def _merged(maps: Tensor, thresholds: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:

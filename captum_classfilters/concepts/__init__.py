@@ -1,0 +1,21 @@
+"""What single filters stand for: where they respond, whether that is where a concept is, what its covering changes.
+
+`fields.py` reads maps and enlarges them, `scores.py` compares them with masks of concepts, `occlusion.py` covers these.
+"""
+
+from captum_classfilters.concepts.fields import activation_thresholds, field_iou, receptive_fields
+from captum_classfilters.concepts.occlusion import Occlusion, concept_representation, occlude, occlusion
+from captum_classfilters.concepts.scores import collate_concepts, concept_scores, layer_scores
+
+__all__ = [
+    "Occlusion",
+    "activation_thresholds",
+    "collate_concepts",
+    "concept_representation",
+    "concept_scores",
+    "field_iou",
+    "layer_scores",
+    "occlude",
+    "occlusion",
+    "receptive_fields",
+]
