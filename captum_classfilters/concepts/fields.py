@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.check import number
-from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
-from captum_classfilters.core.stream import unpack, value_to_model
-from captum_classfilters.core.training import refuse_iterators
+from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
 from captum_classfilters.decoupling import PathDecoupler
 
 # Numbers of enlarged maps that are held at once
@@ -124,10 +122,8 @@ def activation_thresholds(
         ShapeError, NonFiniteError: Images or maps are not as expected.
     """
     quantile = number(quantile, "quantile", 0, 1, open_ends=True, meaning="a share of the responses")
-    refuse_iterators(loader, "the loader")
-    total = sum(len(images) for images in _images(loader))
-    if not total:
-        raise EmptyLoaderError("the loader gave no image; expected at least one batch")
+    refuse_iterator(loader, "the loader")
+    total = sum(batch.size for batch in image_batches(loader))
     return _thresholds(model, loader, layers, quantile, total, show_progress)
 
 
@@ -135,19 +131,19 @@ def _thresholds(
     model: Any, loader: Iterable[Any], layers: Layers, quantile: float, total: int, show_progress: bool
 ) -> dict[str, Tensor]:
     """`activation_thresholds` of a loader whose ``total`` of images is known."""
-    samples, highest = 0, dict[str, Tensor]()
+    count, highest = 0, dict[str, Tensor]()
     with borrowed(network_of(model)) as borrow:
         reader = MapReader(model, layers, borrow)
-        for images in _images(loader, show_progress, "thresholds"):
-            samples += len(images)
-            for name, maps in reader.maps(images).items():
+        for batch in image_batches(loader, show_progress, "thresholds"):
+            count += batch.size
+            for name, maps in reader.maps(batch.inputs[0]).items():
                 values = maps.transpose(0, 1).flatten(1)
                 kept = 1 + max(1, math.floor(quantile * total * maps[0, 0].numel() + 1e-9))
                 values = torch.cat([highest[name], values], 1) if name in highest else values
                 highest[name] = values.topk(min(kept, values.shape[1])).values
-    if samples != total:
+    if count != total:
         raise OptionError(
-            f"the loader gave {total} images, and {samples} when read again; it must give the same each time"
+            f"the loader gave {total} images, and {count} when read again; it must give the same each time"
         )
     return {name: values[:, -1].clone() for name, values in highest.items()}
 
@@ -185,9 +181,8 @@ class MapReader:
         sites = {unit.conv: unit.site for unit in self.decoupler.units} if self.decoupler else {}
         for name in self.layers:
             borrow.after(self._modules[sites.get(name, name)], self._keeping(name))
-        first = next((weight for weight in self.model.parameters() if weight.is_floating_point()), None)
-        self.device = torch.device("cpu") if first is None else first.device
-        self._dtype = torch.get_default_dtype() if first is None else first.dtype
+        self._placement = Placement.of(self.model)
+        self.device = self._placement.device
 
     def _requested(self, layers: Layers) -> list[Any]:
         if layers is None and self.decoupler is not None:
@@ -218,18 +213,14 @@ class MapReader:
 
         return hook
 
-    def to_model(self, images: Tensor) -> Tensor:
-        """Images where the model is, and of its dtype if they are floating."""
-        moved: Tensor = value_to_model(images, self.device, self._dtype)
-        return moved
-
     def gates(self, images: Tensor) -> dict[str, Tensor]:
         """One forward's gates, ``(N, K)`` by layer; empty without a decoupler."""
         self._outputs.clear()
+        images = self._placement.move(images)
         if self.decoupler is None:
-            self.model(self.to_model(images))
+            self.model(images)
             return {}
-        _, gates = self.decoupler.gates(self.to_model(images))
+        _, gates = self.decoupler.gates(images)
         return {name: gates[self.decoupler.layers.index(name)] for name in self.layers}
 
     def read(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -265,35 +256,22 @@ def _network(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, PathDecoupler) else model
 
 
-def passed(loader: Iterable[Any], show_progress: bool, description: str) -> Iterator[Any]:
-    """The batches, under a tqdm bar."""
-    if not isinstance(loader, Iterable):
-        raise OptionError(f"expected a DataLoader or a list of batches, got {type(loader).__name__}")
-    # iter: of a loader tqdm.auto makes two iterators, each with its workers
-    with tqdm(iter(loader), desc=description, disable=not show_progress) as bar:
-        yield from bar
-
-
-def check_images(images: Any, size: tuple[int, int] | None, index: int) -> tuple[int, int]:
-    """H and W of a batch of images; all batches must have the same."""
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        got = str(tuple(images.shape)) if isinstance(images, Tensor) else type(images).__name__
-        raise ShapeError(
-            f"images must be a tensor (N, c, H, W), got {got} in batch {index}; stack them in the collate_fn"
-        )
-    height, width = images.shape[2:]
-    if size is not None and (height, width) != size:
-        raise ShapeError(
-            f"images must all have one size, got {(height, width)} in batch {index} after {size}; resize them in the "
-            "data set, with their masks"
-        )
-    return height, width
-
-
-def _images(loader: Iterable[Any], show_progress: bool = False, description: str = "") -> Iterator[Tensor]:
+def image_batches(loader: Iterable[Any], show_progress: bool = False, description: str = "") -> Iterator[Samples]:
+    """The loader's batches; their one input are images ``(N, c, H, W)``, all of one size."""
     size = None
-    for index, raw in enumerate(passed(loader, show_progress, description)):
-        (images, *_), _ = unpack(raw, False, index)
-        size = check_images(images, size, index)
-        if len(images):
-            yield images
+    with samples(loader, read_labels=False, show_progress=show_progress, description=description) as stream:
+        for batch in stream:
+            images = batch.inputs[0]
+            if not isinstance(images, Tensor) or images.dim() != 4:
+                got = str(tuple(images.shape)) if isinstance(images, Tensor) else type(images).__name__
+                raise ShapeError(
+                    f"images must be a tensor (N, c, H, W), got {got} in batch {batch.place}; stack them in the "
+                    "collate_fn"
+                )
+            size = size or images.shape[2:]
+            if images.shape[2:] != size:
+                raise ShapeError(
+                    f"images must all have one size, got {tuple(images.shape[2:])} in batch {batch.place} after "
+                    f"{tuple(size)}; resize them in the data set, with their masks"
+                )
+            yield batch

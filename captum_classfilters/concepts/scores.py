@@ -1,9 +1,9 @@
 """Do filters stand for concepts? The receptive field of each filter against masks of concepts that the loader brings.
 
-One filter at a time; what several do together, and covering a concept: `occlusion.py`. Loaders give batches
-``(images, masks)``: images ``(N, c, H, W)``, all of one size; masks a list of one ``{concept: (H, W)}`` for each image,
-or stacked, ``{concept: (N, H, W)}``. Masks are bool, or 0 and 1. Where the key is missing, or the mask is None or has
-no pixel, the image does not have the concept. N images, K filters of a layer, T concepts.
+One filter at a time; `occlusion.py` has what several do together. Loaders give batches ``(images, masks)``, or mappings
+with such keys: images ``(N, c, H, W)``, all of one size; masks a list of one ``{concept: (H, W)}`` for each image, or
+stacked, ``{concept: (N, H, W)}``. Masks are bool, or 0 and 1. Where the key is missing, or the mask is None or has no
+pixel, the image does not have the concept. N images, K filters of a layer, T concepts.
 """
 
 from collections import Counter
@@ -21,20 +21,19 @@ from captum_classfilters.concepts.fields import (
     Layers,
     MapReader,
     Thresholds,
-    check_images,
     check_thresholds,
     field_iou,
+    image_batches,
     network_of,
-    passed,
     receptive_fields,
     thresholds_of,
 )
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.control import Control
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError, ShapeError
+from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.intervals import draws_interval, mean_interval, wilson
-from captum_classfilters.core.training import refuse_iterators
+from captum_classfilters.core.stream import Samples, refuse_iterator
 
 
 def concept_scores(
@@ -176,41 +175,38 @@ class Tally(NamedTuple):
 
 def surveyed(loader: Iterable[Any], control: Control) -> Survey:
     """Count images and concepts, and refuse what is not as expected."""
-    refuse_iterators(loader, "the loader")
-    samples, size, counts = 0, None, Counter[str]()
-    for index, raw in enumerate(passed(loader, False, "")):
-        images, masks = _unpacked(raw, index)
-        size = check_images(images, size, index)
-        samples += len(images)
-        for concepts in masks:
-            counts.update(concepts.keys())
-    if size is None or not samples:
-        raise EmptyLoaderError("the loader gave no image; expected at least one batch")
+    refuse_iterator(loader, "the loader")
+    samples, counts = 0, Counter[str]()
+    for batch in image_batches(loader):
+        samples += batch.size
+        for masks in _masks_by_image(batch):
+            counts.update(masks.keys())
+    height, width = batch.inputs[0].shape[2:]
     if not counts:
         raise OptionError("no image has a concept: expected a mask with a pixel; see the head of concepts.scores")
     if samples < 2:
         raise OptionError("the control judges an image by another's masks: expected at least 2 images, got 1")
     if not all(isinstance(name, str) for name in counts):
         raise OptionError(f"concepts must have names, got {next(n for n in counts if not isinstance(n, str))!r}")
-    return Survey(samples, size, {name: counts[name] for name in sorted(counts)}, min(control.draws, samples - 1))
+    return Survey(
+        samples, (height, width), {name: counts[name] for name in sorted(counts)}, min(control.draws, samples - 1)
+    )
 
 
 def concept_batches(loader: Iterable[Any], survey: Survey, show_progress: bool, text: str) -> Iterator[ConceptBatch]:
     """The loader's batches with padded masks."""
     slot_of = {name: slot for slot, name in enumerate(survey.counts)}
     counts = Counter[str]()
-    for index, raw in enumerate(passed(loader, show_progress, text)):
-        images, masks_by_image = _unpacked(raw, index)
-        check_images(images, survey.size, index)
-        most = max(map(len, masks_by_image), default=0)
-        masks = torch.zeros(len(images), most, *survey.size, dtype=torch.bool)
-        slots = torch.full((len(images), most), len(slot_of))
+    for batch in image_batches(loader, show_progress, text):
+        masks_by_image = _masks_by_image(batch)
+        most = max(map(len, masks_by_image))
+        masks = torch.zeros(batch.size, most, *batch.inputs[0].shape[2:], dtype=torch.bool)
+        slots = torch.full((batch.size, most), len(slot_of))
         for n, concepts in enumerate(masks_by_image):
             counts.update(concepts.keys())
             for m, (name, mask) in enumerate(concepts.items()):
                 masks[n, m], slots[n, m] = mask, slot_of.get(name, len(slot_of))
-        if len(images):
-            yield ConceptBatch(images, masks, slots)
+        yield ConceptBatch(batch.inputs[0], masks, slots)
     if counts != survey.counts:
         raise OptionError("the loader gave other masks when read again; it must give the same each time")
 
@@ -300,32 +296,34 @@ def _grouped(images: Tensor, masks: Tensor, slots: Tensor, draws: int, nothing: 
     return ConceptBatch(images, torch.cat(shifted, 1), torch.cat(groups, 1))
 
 
-def _unpacked(raw: Any, index: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images, and for each its masks that have a pixel."""
-    if not isinstance(raw, list | tuple) or len(raw) < 2 or not isinstance(raw[0], Tensor):
+def _masks_by_image(batch: Samples) -> list[dict[str, Tensor]]:
+    """For each image its masks that have a pixel."""
+    images, extras, place = batch.inputs[0], batch.extras, batch.place
+    if isinstance(extras, Mapping):
+        extras = [extras[key] for key in ("mask", "masks") if key in extras]
+    masks = next(iter(extras), None)
+    if masks is None:
         raise ShapeError(
-            f"batch {index} is {type(raw).__name__}; expected (images, masks): a tensor (N, c, H, W) and a list of one "
+            f"batch {place} has no masks; expected (images, masks): a tensor (N, c, H, W) and a list of one "
             "{concept: (H, W) mask} for each image, or {concept: (N, H, W) masks}; collate_fn=collate_concepts makes "
             "such batches of samples (image, {concept: mask})"
         )
-    images, masks = raw[0], raw[1]
-    check_images(images, None, index)
     if isinstance(masks, Mapping):
-        masks = _by_image(masks, len(images), index)
+        masks = _by_image(masks, batch.size, place)
     if not isinstance(masks, list | tuple) or not all(isinstance(concepts, Mapping) for concepts in masks):
         raise ShapeError(
-            f"the masks of batch {index} must be a list of one {{concept: mask}} for each image, or "
+            f"the masks of batch {place} must be a list of one {{concept: mask}} for each image, or "
             f"{{concept: (N, H, W)}}, got {type(masks).__name__}"
         )
-    if len(masks) != len(images):
-        raise ShapeError(f"batch {index} has {len(images)} images and masks of {len(masks)}; give {{}} for one without")
+    if len(masks) != batch.size:
+        raise ShapeError(f"batch {place} has {batch.size} images and masks of {len(masks)}; give {{}} for one without")
     size = tuple(images.shape[2:])
     masks_by_image: list[dict[str, Tensor]] = [{} for _ in masks]
     for kept, concepts in zip(masks_by_image, masks, strict=True):
         for name, value in concepts.items():
-            if value is not None and bool((mask := _mask(value, name, size, index)).any()):
+            if value is not None and bool((mask := _mask(value, name, size, place)).any()):
                 kept[name] = mask
-    return images, masks_by_image
+    return masks_by_image
 
 
 def _by_image(stacks: Mapping[Any, Any], size: int, index: int) -> list[dict[Any, Any]]:

@@ -57,6 +57,7 @@ def samples(
     *,
     placement: Placement | None = None,
     need_labels: bool = True,
+    read_labels: bool = True,
     description: str = "",
     show_progress: bool = False,
     skip: int = 0,
@@ -71,6 +72,8 @@ def samples(
             are not needed. Inputs: a tensor, or a list or tuple of tensors for several.
         placement: Where inputs and labels are moved; None: they stay where they are.
         need_labels: Refuse batches without labels.
+        read_labels: False for loaders that give something else in the place of labels: this is then part of the
+            extras, and no batch needs labels.
         description: Label of the progress bar.
         show_progress: Show a tqdm bar.
         skip: So many batches at the start are read and not given.
@@ -86,13 +89,14 @@ def samples(
     # iter: of a loader tqdm.auto makes two iterators, each with its workers
     total = length_hint(loader) or None
     with tqdm(iter(loader), desc=description, disable=not show_progress, total=total) as bar:
-        yield _read(bar, placement, need_labels, skip, on_skipped)
+        yield _read(bar, placement, need_labels, read_labels, skip, on_skipped)
 
 
 def _read(
     loader: Iterable[Any],
     placement: Placement | None,
     need_labels: bool,
+    read_labels: bool,
     skip: int,
     on_skipped: Callable[[], None] | None,
 ) -> Iterator[Samples]:
@@ -103,17 +107,16 @@ def _read(
             if index == skip - 1 and on_skipped is not None:
                 on_skipped()
             continue
-        inputs, labels = unpack(raw, need_labels, index)
+        inputs, labels = unpack(raw, need_labels and read_labels, index)
         size = _size(inputs)
         if size == 0:
             continue
-        if labels is not None:
-            labels = check_labels(labels, size, index)
+        labels = check_labels(labels, size, index) if read_labels and labels is not None else None
         if placement is not None:
             inputs = tuple(placement.move(value) for value in inputs)
             labels = None if labels is None else labels.to(placement.device, non_blocking=True)
         empty = False
-        yield Samples(index, inputs, labels, _extras(raw), size)
+        yield Samples(index, inputs, labels, _extras(raw, 2 if read_labels else 1), size)
     if empty:
         raise EmptyLoaderError(
             "the loader gave no sample; expected at least one batch. An iterator that was read before is empty: pass "
@@ -161,9 +164,9 @@ def unpack(raw: Any, need_labels: bool, index: int = 0) -> tuple[tuple[Any, ...]
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), labels
 
 
-def _extras(raw: Any) -> Any:
+def _extras(raw: Any, start: int) -> Any:
     if isinstance(raw, list | tuple):
-        return tuple(raw[2:])
+        return tuple(raw[start:])
     return raw if isinstance(raw, Mapping) else ()
 
 

@@ -215,6 +215,7 @@ def test_masks_are_read_however_they_come(random_task):
     loaders = [
         [(x, stacked)],
         [(x, stacked | {"nowhere": None}, "labels")],
+        [{"image": x, "masks": stacked, "label": "labels"}],
         [[x[:0], []], [x, [{name: mask.numpy() for name, mask in each.items()} for each in masks]]],
         DataLoader(samples, batch_size=3, collate_fn=concepts.collate_concepts),
     ]
@@ -353,7 +354,7 @@ class SharedReLU(nn.Module):
 
 
 BAD_LOADERS = {
-    "no masks": (lambda x, m: [x], ShapeError, r"batch 0 is Tensor; expected \(images, masks\).*collate_concepts"),
+    "no masks": (lambda x, m: [x], ShapeError, r"batch 0 has no masks; expected \(images, masks\).*collate_concepts"),
     "a tensor": (lambda x, m: [(x, x)], ShapeError, "must be a list of one {concept: mask} for each image"),
     "too few": (lambda x, m: [(x, m[:3])], ShapeError, "has 7 images and masks of 3; give {}"),
     "too few in a stack": (

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from captum_classfilters.core.head_pass import batches
 from torch import nn
 
 from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
+from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.localisation import box_objects, mask_objects
 
 
@@ -37,6 +37,7 @@ def test_masks_and_boxes_are_read_wherever_they_stand(task):
     model, filters, (x, y), masks, boxes = task
     expected = metrics.localisation(model, filters, [(x, y)], 2, silhouette=lambda images: masks)
     assert expected.iou.nunique() > 1
+    names = ["filters", "control"]
     loaders = {
         "mask": [
             [(x, y, masks)],
@@ -57,7 +58,7 @@ def test_masks_and_boxes_are_read_wherever_they_stand(task):
     for silhouette, forms in loaders.items():
         for loader in forms:
             frame = metrics.localisation(model, filters, loader, 2, silhouette=silhouette)
-            np.testing.assert_allclose(frame.drop(columns="filters"), expected.drop(columns="filters"), atol=1e-12)
+            np.testing.assert_allclose(frame.drop(columns=names), expected.drop(columns=names), atol=1e-12)
 
 
 class Spot(nn.Module):
@@ -126,7 +127,7 @@ def test_a_box_that_is_the_object_and_one_that_is_not(spots):
 def test_real_images_have_their_controls():
     model, _ = load_demo_network()
     sample = load_images("test")
-    loader = sample.batches()[:2]
+    loader = sample.batches(100)[:2]
     tables = InfluentialFeatures(model).attribute(loader, selector=["histogram", "margin", "random"])
     frame = metrics.localisation(model, tables, loader, 5)
     assert list(frame.filters) == ["histogram", "margin", "all channels", "random"]
