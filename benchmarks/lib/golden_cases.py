@@ -1111,8 +1111,8 @@ def _() -> Mapping[str, Any]:
 
 @case("metrics/mutual_information")
 def _() -> Mapping[str, Any]:
-    score = functools.partial(call, metrics.mutual_information, network(), test())
-    found = score(max_samples=100, draws=2, seed=1, class_names=names())
+    head_pass = HeadPass(network(), test(), class_names=names())
+    found = metrics.mutual_information(head_pass, max_samples=100, draws=2, seed=1)
     return frames(found, "mutual_information")
 
 
@@ -1200,7 +1200,7 @@ def _() -> Mapping[str, Any]:
 
 @case("concepts/concept_scores")
 def _() -> Mapping[str, Any]:
-    found = call(metrics.concept_scores, decoupler(), _concept_loader(), _LAYERS, quantile=0.02)
+    found = call(metrics.concept_scores, decoupler(), _concept_loader(), _LAYERS, thresholds=0.02)
     plain = call(metrics.concept_scores, network(), _concept_loader(), ["layer3"], iou=0.1, min_images=2)
     return {
         "decoupled": Frame(found, "concept_scores"),
@@ -1211,7 +1211,7 @@ def _() -> Mapping[str, Any]:
 
 @case("concepts/concept_representation")
 def _() -> Mapping[str, Any]:
-    found = call(metrics.concept_representation, decoupler(), _concept_loader(16), _LAYERS, quantile=0.02, seed=1)
+    found = call(metrics.concept_representation, decoupler(), _concept_loader(16), _LAYERS, thresholds=0.02, seed=1)
     plain = call(metrics.concept_representation, network(), _concept_loader(16), ["layer3"])
     name = "concept_representation"
     return {"decoupled": Frame(found, name), "plain": Frame(plain, name)}
@@ -1222,7 +1222,7 @@ def _() -> Mapping[str, Any]:
     images = test()[0][0][:8]
     masks = metrics.foreground(images)
     masks[:, 14:] = False
-    seen = call(metrics.occlusion, decoupler(), images, masks, _LAYERS, quantile=0.02, value="black", draws=6, seed=1)
+    seen = call(metrics.occlusion, decoupler(), images, masks, _LAYERS, thresholds=0.02, value="black", draws=6, seed=1)
     return {
         "before": torch.cat(seen.before, 1),
         "after": torch.cat(seen.after, 1),

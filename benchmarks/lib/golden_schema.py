@@ -50,6 +50,14 @@ def _plain_attack(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def _elsewhere(frame: pd.DataFrame) -> pd.DataFrame:
+    """``low`` and ``high`` are those of the control; here they stand in the rows that it judges, as they once did."""
+    control = frame["control"].to_numpy()
+    if control.any():
+        frame.loc[~control, ["low", "high"]] = frame.loc[control, ["low", "high"]].to_numpy()
+    return frame
+
+
 def _three(name: str, value: str | None = None) -> dict[str, str]:
     value = value or name
     return {f"{name}_random": value, f"{name}_random_low": f"{value}_low", f"{name}_random_high": f"{value}_high"}
@@ -89,7 +97,7 @@ RULES: dict[str, Rule] = {
     "inter_class_correlation": Rule(("kind", "m"), {"random": "c_ic", **_INTERVAL, "shared_random": "shared"}),
     "layer_scores": Rule(("layer",), {"random": "score", **_INTERVAL}),
     "mutual_information": Rule(("channel",), {"random": "mi", **_INTERVAL}),
-    "occlusion_summary": Rule(("image", "layer"), {"elsewhere": "switched_off", "random_iou": "iou"}),
+    "occlusion_summary": Rule(("image", "layer"), {"elsewhere": "switched_off", "random_iou": "iou"}, also=_elsewhere),
     "overlap": Rule(
         ("filters", "class_a", "class_b"),
         {"random": "jaccard", **_INTERVAL},

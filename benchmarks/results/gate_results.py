@@ -155,16 +155,14 @@ def figures(network: Network, test: Loader) -> dict[str, Cell]:
             found[f"{control}density of its gate"] = (row.density, row.low, row.high)
     for absolute, what in ((False, ""), (True, ", magnitudes")):
         for row in metrics.inter_class_correlation(model, test, dominant, absolute=absolute).itertuples():
-            found[f"C_IC, {row.kind}{what}"] = (row.c_ic, row.low, row.high)
-            found[f"control C_IC, {row.kind}{what}"] = (row.random, row.random_low, row.random_high)
+            found[f"{'control ' * row.control}C_IC, {row.kind}{what}"] = (row.c_ic, row.low, row.high)
     for kind in ("weights", "activations"):
         matrix = metrics.filter_correlation(*((model, test) if kind == "weights" else (tail, maps)), kind=kind)
-        share = metrics.correlated_share(matrix, [0.3]).iloc[0]
-        found[f"pairs of {kind} correlated above .3"] = (share.share, share.low, share.high)
-        found[f"control pairs of {kind} correlated above .3"] = (share.random, share.random_low, share.random_high)
-    score = metrics.mutual_information(tail, maps, max_samples=2000).query("channel == 'all'").iloc[0]
-    found["mutual information score, nats"] = (score.mi, score.low, score.high)
-    found["control mutual information score, nats"] = (score.random, score.random_low, score.random_high)
+        for row in metrics.correlated_share(matrix, [0.3]).itertuples():
+            found[f"{'control ' * row.control}pairs of {kind} correlated above .3"] = (row.share, row.low, row.high)
+    score = metrics.mutual_information(tail, maps, max_samples=2000).query("channel == 'all'")
+    for row in score.itertuples():
+        found[f"{'control ' * row.control}mutual information score, nats"] = (row.mi, row.low, row.high)
     placed = metrics.localisation(model, all_channels(network), test, model.fc.in_features)  # type: ignore[union-attr, arg-type]
     row = placed[placed.filters == "all channels"].iloc[0]
     found["CAM: pointing at the silhouette"] = (row.pointing, row.low, row.high)

@@ -254,13 +254,13 @@ def _parts(name: str, mask: Tensor) -> dict[str, Tensor]:
     return {f"{name}, upper half": upper, f"{name}, lower half": lower}
 
 
-def _layer_cells(found: pd.DataFrame) -> dict[str, str]:
-    rows = found.reset_index()
+def _layer_cells(scores: pd.DataFrame) -> dict[str, str]:
+    rows, controls = (scores[scores.control == side].reset_index() for side in (False, True))
     picked = [0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1]
     cells = {}
     for place, name in zip(picked, ("first", "a third in", "two thirds in", "last"), strict=True):
         row = rows.iloc[place]
-        cells[name] = f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}], random {row.random:.3f}"
+        cells[name] = f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}], random {controls.score[place]:.3f}"
     return cells
 
 

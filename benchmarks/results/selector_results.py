@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.lib.recipes import Data, Loader, first, load
 from benchmarks.lib.report import interval, markdown, stamp
-from captum_classfilters import InfluentialFeatures, metrics, visualize
+from captum_classfilters import Control, InfluentialFeatures, metrics, visualize
 from captum_classfilters.assets import SEEDS, load_demo_network, load_network
 from captum_classfilters.influential import SELECTORS
 
@@ -127,7 +127,9 @@ def claims(model: torch.nn.Module, data: Data) -> None:
         "Stable? Jaccard index of a bootstrap replicate's top 5 and that of all 60,000 images, 20 replicates",
     )
     for weights in ("head", "ones"):
-        frame = metrics.localisation(model, tables, Loader(data.test), 5, channel_weights=weights, draws=10)
+        frame = metrics.localisation(
+            model, tables, Loader(data.test), 5, channel_weights=weights, control=Control(draws=10)
+        )
         rows = {
             row.filters: {
                 "pointing": interval(row.pointing, row.low, row.high),

@@ -20,11 +20,10 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
+from captum_classfilters.concepts import Occlusion, field_iou, occlude, receptive_fields
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head_pass import Batch, HeadPass
-from captum_classfilters.metrics.fields import field_iou, receptive_fields
-from captum_classfilters.metrics.occlusion import Occlusion, occlude
 from captum_classfilters.visualize.kit import (
     SMALL,
     Floats,
