@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Data, Loader, Split, calibration, first, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
-from captum_classfilters import LabelSensitiveGate, PathDecoupler, compare
+from captum_classfilters import Control, HeadPass, LabelSensitiveGate, PathDecoupler, compare
 
 KS = [1, 3, 5, 10]
 IMAGES, STEPS = 5_000, 5
@@ -68,21 +68,17 @@ def _table(name: str, model: nn.Module, train: Split, data: Data, gate: LabelSen
         ),
     }
     frame = compare(
-        model,
-        Loader(train),
-        Loader(data.test),
-        KS,
+        HeadPass(model, Loader(train), class_names=data.class_names),
+        test_loader=Loader(data.test),
+        ks=KS,
         gate=gate,
         attributions=attributions,  # type: ignore[arg-type]
-        class_names=data.class_names,
-        draws=10,
+        control=Control(10),
     )
     frame.to_csv(sys.stderr)
     markdown(_shown(frame, 5), f"{name}: k = 5 of {inner.fc.in_features}; all channels {frame.dense.iloc[0]:.3f}")
     keep = frame.assign(value=[interval(r.keep, r.keep_low, r.keep_high) for r in frame.itertuples()])
     pivot = keep.pivot(index="method", columns="k", values="value").loc[list(frame.method.unique())]
-    chance = frame.drop_duplicates("k").set_index("k")
-    pivot.loc["random"] = [interval(*chance.loc[k, ["keep_random", "keep_random_low", "keep_random_high"]]) for k in KS]
     markdown(pivot, f"{name}: accuracy with k channels for each class")
 
 
@@ -96,21 +92,9 @@ def _shown(frame: pd.DataFrame, k: int) -> pd.DataFrame:
             "classes overlap": f"{row.class_overlap:.3f}",
             "agrees with the others": f"{row.agreement:.2f}",
             "stability": "" if pd.isna(row.stability) else f"{row.stability:.2f}",
-            "sparsity": f"{row.sparsity:.2f}",
-            "passes": f"{row.passes:.2f}",
+            "sparsity": "" if row.control else f"{row.sparsity:.2f}",
+            "passes": "" if row.control else f"{row.passes:.2f}",
         }
-    rows["random"] = {
-        "kept: accuracy": interval(row.keep_random, row.keep_random_low, row.keep_random_high),
-        "own dropped (lower)": interval(row.drop_own_random, row.drop_own_random_low, row.drop_own_random_high),
-        "another class's dropped": interval(
-            row.drop_other_random, row.drop_other_random_low, row.drop_other_random_high
-        ),
-        "classes overlap": f"{row.overlap_random:.3f}",
-        "agrees with the others": f"{row.overlap_random:.2f}",
-        "stability": f"{row.overlap_random:.2f}",
-        "sparsity": "",
-        "passes": "",
-    }
     return pd.DataFrame(rows).T
 
 

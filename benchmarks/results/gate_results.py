@@ -26,6 +26,7 @@ from benchmarks.lib.recipes import Loader, Split, calibration, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
 from captum_classfilters import (
     ClassFilters,
+    Control,
     HeadMoments,
     InfluentialFeatures,
     LabelSensitiveGate,
@@ -288,7 +289,7 @@ def heads(networks: list[Network], train: Loader, test: Loader, names: tuple[str
         moments = HeadMoments.collect(network.model, train)
         for refit in (None, "least_squares"):
             given = {} if refit is None else {"refit": refit, "moments": moments}
-            curve = metrics.accuracy_curve(network.model, tables, test, KS, draws=10, seed=network.seed, **given)
+            curve = metrics.accuracy_curve(network.model, tables, test, KS, control=Control(10, network.seed), **given)
             found.append(curve[curve.class_name == "all"].assign(kind=network.kind, refit=refit or "none"))
     rows = pd.concat(found)
     rows = rows[(rows.filters != "dense") | (rows.refit == "none")]
@@ -315,12 +316,14 @@ def masking(networks: list[Network], some: Loader, test: Loader, names: tuple[st
             cases["of one class alone"] = ClassFilters(kept, kept, own.counts, "gate", own.layer, names)
         for what, filters in cases.items():
             frame = metrics.class_masking(network.model, filters, test, threshold=0.5)
-            frame = frame[(frame.class_name != "all") & (frame.masked != "none")]
+            frame = frame[frame.class_name != "all"]
+            frame, chance = frame[~frame.control], frame[frame.control]
             mine, others = frame[frame.masked == frame.class_name], frame[frame.masked != frame.class_name]
+            drawn = chance[chance.masked == chance.class_name]
             rows[f"{network.kind} {network.seed}, {what}"] = {
                 "channels": f"{mine.channels.mean():.1f} ({mine.channels.min()} to {mine.channels.max()})",
                 "own recall": interval(mine.recall.mean(), mine.recall.min(), mine.recall.max()),
-                "own, random channels": interval(mine.random.mean(), mine.random.min(), mine.random.max()),
+                "own, random channels": interval(drawn.recall.mean(), drawn.recall.min(), drawn.recall.max()),
                 "classes at or below 5 %": f"{int((mine.recall <= 0.05).sum())} of {len(mine)}",
                 "loss of the others": interval(others["drop"].mean(), others["drop"].min(), others["drop"].max()),
                 "others within 2 points": f"{(others['drop'].abs() <= 0.02).mean():.2f}",

@@ -22,7 +22,7 @@ from benchmarks.lib.recipes import Loader, Split, augment, calibration, degrade,
 from benchmarks.lib.report import interval, markdown, stamp
 from benchmarks.results.selector_results import NAMED
 from benchmarks.speed.head_speed import faster, random_head
-from captum_classfilters import ClassFilters, HeadMoments, InfluentialFeatures, decompose, metrics, recover
+from captum_classfilters import ClassFilters, Control, HeadMoments, InfluentialFeatures, decompose, metrics, recover
 from captum_classfilters.assets import SEEDS
 from captum_classfilters.metrics.intervals import wilson
 
@@ -111,7 +111,7 @@ def curves(title: str, tasks: Iterator[Task]) -> None:
         tables, moments = task.tables(NAMED), task.moments()
         for refit, filters in ((None, tables), ("least_squares", tables), ("omp", None)):
             given = {} if refit is None else {"refit": refit, "moments": moments}
-            curve = metrics.accuracy_curve(task.model, filters, task.test, KS, draws=10, seed=task.seed, **given)
+            curve = metrics.accuracy_curve(task.model, filters, task.test, KS, control=Control(10, task.seed), **given)
             curve = curve[curve.class_name == "all"]
             if refit == "omp":
                 curve = curve[curve.filters == "omp"]

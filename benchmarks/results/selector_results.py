@@ -63,7 +63,7 @@ def curves(networks: dict[int, torch.nn.Module], data: Data) -> None:
     found = []
     for seed, model in networks.items():
         tables = InfluentialFeatures(model).attribute(Loader(data.train), selector=NAMED, class_names=data.class_names)
-        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, draws=10, seed=seed)
+        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, control=Control(10, seed))
         found.append(curve[curve.class_name == "all"].assign(seed=seed))
         if seed == 0:
             visualize.class_filters(tables["histogram"], k=5)
@@ -108,7 +108,7 @@ def claims(model: torch.nn.Module, data: Data) -> None:
     chosen = ["histogram", "mean_activation", "contribution", "margin"]
     tables = InfluentialFeatures(model).attribute(Loader(data.train), selector=chosen, class_names=data.class_names)
     print("\n## The paper's other claims at k = 5, ResNet-20, seed 0\n")
-    ablation = metrics.class_ablation(model, tables["histogram"], Loader(data.test), 5, draws=10)
+    ablation = metrics.class_ablation(model, tables["histogram"], Loader(data.test), 5, control=Control(10))
     whole = ablation[ablation.class_name == "all"]
     cells = whole.assign(value=[interval(row.accuracy, row.low, row.high) for row in whole.itertuples()])
     markdown(
@@ -116,12 +116,13 @@ def claims(model: torch.nn.Module, data: Data) -> None:
         "Essential? Mean recall when a class's channels are overwritten (columns: which channels)",
     )
     pairs = metrics.overlap(tables, 5)
-    summary = pairs.groupby("filters").agg(
-        mean=("jaccard", "mean"), largest=("jaccard", "max"), random=("random", "first"), high=("random_high", "first")
-    )
+    summary = pairs[~pairs.control].groupby("filters").agg(mean=("jaccard", "mean"), largest=("jaccard", "max"))
+    (chance,) = pairs[pairs.control].itertuples()
+    summary = summary.assign(random=chance.jaccard, high=chance.high)
     markdown(summary.map("{:.3f}".format), "Exclusive? Jaccard index of two classes' top 5; random: mean, 97.5 % point")
     stable = metrics.stability(model, Loader(data.train), 5, selectors=chosen, draws=20)
     stable = stable[stable.class_name == "all"].set_index("filters")
+    stable = stable[~stable.control].assign(random=stable.jaccard["random"])
     markdown(
         stable[["jaccard", "low", "high", "random"]].map("{:.3f}".format),
         "Stable? Jaccard index of a bootstrap replicate's top 5 and that of all 60,000 images, 20 replicates",
@@ -152,7 +153,7 @@ def depth(runs: Path | None, depths: list[int], data: Data, device: str) -> None
         tables = InfluentialFeatures(model).attribute(
             Loader(data.train), selector=["histogram", "contribution"], class_names=data.class_names
         )
-        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, draws=10)
+        curve = metrics.accuracy_curve(model, tables, Loader(data.test), KS, control=Control(10))
         rows.append(curve[curve.class_name == "all"].assign(depth=layers))
     if not rows:
         return

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from benchmarks.lib.networks import Networks, add_networks_argument
 from benchmarks.lib.recipes import Loader, calibration, load, load_kanji
 from benchmarks.lib.report import interval, markdown, stamp
-from captum_classfilters import ALDSplitter, ClassFilters, InfluentialFeatures, metrics
+from captum_classfilters import ALDSplitter, ClassFilters, Control, InfluentialFeatures, metrics
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.splitting.evidence import CRITERIA
 
@@ -238,7 +238,7 @@ def terminal(networks: Networks, kanji: Path, only: str) -> None:
             for name, t in tables.items()
         }
         sizes = (tables["terminal +"].scores == 1).sum(1)
-        frame = metrics.channel_deletion(case.model, tables, case.test, sizes, draws=10)  # type: ignore[arg-type]
+        frame = metrics.channel_deletion(case.model, tables, case.test, sizes, control=Control(10))  # type: ignore[arg-type]
         last = frame[frame.share == 1.0]
         rows = {}
         for name in last.filters.unique():

@@ -91,7 +91,8 @@ def run_demo(out: Path) -> None:
     gate = LabelSensitiveGate.load(gate_file(0, "lsg")).class_filters(train.class_names)
     masked = metrics.class_masking(gated.to(device), gate, test.batches(), threshold=0.5)
     print("\nTrained with a gate: recall of each class as it is, without its own channels, without as many random ones")
-    own = masked[masked.masked == masked.class_name].set_index("class_name")
+    masked = masked[masked.masked == masked.class_name].set_index("class_name")
+    own = masked[~masked.control].assign(random=masked[masked.control].recall)
     print(own[["channels", "intact", "recall", "random"]].round(2).to_string())
 
     routed, about = load_demo_network(0, "decoupled")

@@ -14,7 +14,7 @@ import torchvision
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from captum_classfilters import InfluentialFeatures, metrics
+from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 
 
 def loader(folder: Path, transform: object, options: argparse.Namespace, limit: int | None) -> DataLoader:
@@ -37,7 +37,7 @@ def evaluate(name: str, options: argparse.Namespace) -> None:
         train, k1=options.k, selector=["histogram", "mean_activation", "contribution"], show_progress=True
     )
     test = loader(options.folder / "val", transform, options, None)
-    curve = metrics.accuracy_curve(model, found, test, [options.k], show_progress=True)
+    curve = metrics.accuracy_curve(HeadPass(model, test, show_progress=True), found, ks=[options.k])
     columns = ["filters", "k", "accuracy", "low", "high", "relative", "agreement"]
     print(
         f"\n{name}\n{curve[curve.class_name == 'all'][columns].to_string(index=False, float_format='%.4f')}", flush=True
