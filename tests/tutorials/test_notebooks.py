@@ -20,9 +20,11 @@ def test_there_are_notebooks():
 def test_notebook_runs(path, monkeypatch):
     # pictures go into the notebook, as they do for its reader
     monkeypatch.delenv("MPLBACKEND")
+    # notebooks run side by side, one thread each
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
-    # raises CellExecutionError, with the cell and its traceback, if one fails
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}).execute()
+    # the limit of each cell only catches hangs; raises CellExecutionError, with the cell and its traceback, if one fails
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert not [output for output in shown if output.get("name") == "stderr"]

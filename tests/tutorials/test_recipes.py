@@ -1,10 +1,16 @@
 """The training recipe and its data sets, up to what would be downloaded."""
 
+import argparse
+import contextlib
 import gzip
+import io
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,11 +19,12 @@ from PIL import Image
 
 from captum_classfilters import LabelSensitiveGate, PathDecoupler
 from captum_classfilters.assets import load_images, load_network
+from captum_classfilters.core.files import read
 
 RECIPES = Path(__file__).parents[2] / "tutorials" / "recipes"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory):
     """The shipped images as the four files of an MNIST-like set."""
     folder = tmp_path_factory.mktemp("idx")
@@ -37,9 +44,35 @@ def recipe_data(monkeypatch):
     return data
 
 
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run(script, *arguments):
-    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    """Run a recipe as ``python script arguments`` does, in this process: a new one would import torch again."""
+    out, errors, before = io.StringIO(), io.StringIO(), (sys.argv, sys.path[:])
+    sys.argv = [script, *map(str, arguments)]
+    sys.path.insert(0, str(RECIPES))
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
+            warnings.simplefilter("default")  # a recipe's warnings are no errors, here as there
+            runpy.run_path(str(RECIPES / script), run_name="__main__")
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        errors.write(error.code if isinstance(error.code, str) else "")
+    finally:
+        sys.argv, sys.path[:] = before
+    return Done(status, out.getvalue(), errors.getvalue())
+
+
+SMALL = ("--threads", 1, "--device", "cpu", "--precision", "float32", "--batch-size", 64)
+
+
+def train(folder, out, *arguments):
+    return run("train_fashion_mnist.py", "--data", folder, "--out", out, *SMALL, *arguments)
 
 
 def test_idx_files_are_read_as_they_are(idx_folder, recipe_data):
@@ -79,24 +112,23 @@ def test_cifar_goes_through_torchvision(name, kind, recipe_data, monkeypatch, tm
 
 
 def test_a_wrong_data_set_is_refused_in_words(tmp_path):
-    done = run("train_fashion_mnist.py", "--data", tmp_path, "--out", tmp_path / "run")
+    done = train(tmp_path, tmp_path / "run")
     assert done.returncode == 1
     assert "expected fashion_mnist, cifar10, cifar100, or a folder" in done.stderr
 
 
 @pytest.mark.parametrize("method", ["std", "lsg"])
 def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(method, idx_folder, tmp_path):
-    common = ["--data", idx_folder, "--depth", 8, "--limit", 512, "--threads", 1, "--lr", 0.2, "--device", "cpu"]
-    common += ["--method", method]
-    whole = run("train_fashion_mnist.py", *common, "--epochs", 3, "--out", tmp_path / "whole")
+    common = ["--depth", 8, "--limit", 256, "--lr", 0.1, "--method", method, "--epochs", 3]
+    whole = train(idx_folder, tmp_path / "whole", *common)
     assert whole.returncode == 0, whole.stderr
-    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
-    # that of a gated epoch, the second, has the penalty in it
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
+    # the second epoch is gated, and its loss has the penalty in it
     assert losses[-1] < losses[0]
-    stopped = run("train_fashion_mnist.py", *common, "--epochs", 3, "--stop-after", 1, "--out", tmp_path / "parts")
+    stopped = train(idx_folder, tmp_path / "parts", *common, "--stop-after", 1)
     assert stopped.returncode == 0, stopped.stderr
     assert not (tmp_path / "parts" / "network.safetensors").exists()
-    resumed = run("train_fashion_mnist.py", *common, "--epochs", 3, "--out", tmp_path / "parts")
+    resumed = train(idx_folder, tmp_path / "parts", *common)
     assert "epoch 1/3" not in resumed.stdout
     first, second = (load_network(tmp_path / name / "network.safetensors")[0] for name in ("whole", "parts"))
     for key, value in first.state_dict().items():
@@ -106,29 +138,28 @@ def test_training_learns_and_a_stopped_run_resumes_to_the_same_weights(method, i
     if method == "lsg":
         first, second = map(LabelSensitiveGate.load, gates)
         assert torch.equal(first.weight, second.weight)
-        assert first.counts.sum() == 512
+        assert first.counts.sum() == 256
         noise = LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(0))
         assert not torch.equal(first.weight, noise.weight)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(idx_folder, tmp_path_factory):
     """A network to begin with, hardly trained."""
     folder = tmp_path_factory.mktemp("std")
-    common = ["--data", idx_folder, "--depth", 8, "--limit", 256, "--threads", 1, "--device", "cpu", "--out", folder]
-    assert run("train_fashion_mnist.py", *common, "--epochs", 1).returncode == 0
+    assert train(idx_folder, folder, "--depth", 8, "--limit", 128, "--epochs", 1).returncode == 0
     return folder / "network.safetensors"
 
 
 def test_decoupling_starts_from_a_network_and_a_stopped_run_resumes_to_the_same_gates(trained, idx_folder, tmp_path):
-    common = ["--data", idx_folder, "--limit", 256, "--threads", 1, "--lr", 0.05, "--device", "cpu", "--epochs", 2]
+    common = ["--limit", 128, "--lr", 0.05, "--epochs", 2]
     common += ["--method", "decoupled", "--from", trained, "--sparsity-weight", 0.02, "--target-rate", 0.25]
-    whole = run("train_fashion_mnist.py", *common, "--out", tmp_path / "whole")
+    whole = train(idx_folder, tmp_path / "whole", *common)
     assert whole.returncode == 0, whole.stderr
-    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", whole.stdout)]
     assert losses[1] < losses[0]
-    assert run("train_fashion_mnist.py", *common, "--stop-after", 1, "--out", tmp_path / "parts").returncode == 0
-    assert "epoch 1/2" not in run("train_fashion_mnist.py", *common, "--out", tmp_path / "parts").stdout
+    assert train(idx_folder, tmp_path / "parts", *common, "--stop-after", 1).returncode == 0
+    assert "epoch 1/2" not in train(idx_folder, tmp_path / "parts", *common).stdout
     found = []
     for name in ("whole", "parts"):
         model, meta = load_network(tmp_path / name / "network.safetensors")
@@ -138,16 +169,16 @@ def test_decoupling_starts_from_a_network_and_a_stopped_run_resumes_to_the_same_
     assert (meta["target_rate"], meta["information_weight"]) == (0.25, 1.0)
     # what the recipe tells is the gated network's accuracy
     sample = load_images("test")
-    predicted = found[0].paths([sample.images[:256].float() / 255]).predictions
-    assert meta["test_accuracy"] == pytest.approx(float((predicted == sample.labels[:256]).double().mean()), abs=0.01)
+    predicted = found[0].paths([sample.images[:128].float() / 255]).predictions
+    assert meta["test_accuracy"] == pytest.approx(float((predicted == sample.labels[:128]).double().mean()), abs=0.01)
 
 
 def test_settling_trains_the_network_and_leaves_its_controllers_as_they_are(trained, idx_folder, tmp_path):
-    common = ["--data", idx_folder, "--limit", 128, "--threads", 1, "--device", "cpu", "--epochs", 1]
-    first = [*common, "--method", "decoupled", "--target-rate", 0.4, "--from", trained, "--out", tmp_path / "first"]
-    assert run("train_fashion_mnist.py", *first).returncode == 0
+    common = ["--limit", 128, "--epochs", 1]
+    first = [*common, "--method", "decoupled", "--target-rate", 0.4, "--from", trained]
+    assert train(idx_folder, tmp_path / "first", *first).returncode == 0
     start = tmp_path / "first" / "network.safetensors"
-    done = run("train_fashion_mnist.py", *common, "--method", "settled", "--from", start, "--out", tmp_path / "then")
+    done = train(idx_folder, tmp_path / "then", *common, "--method", "settled", "--from", start)
     assert done.returncode == 0, done.stderr
     before, after = (
         PathDecoupler(load_network(tmp_path / name / "network.safetensors")[0]).load(
@@ -163,10 +194,8 @@ def test_settling_trains_the_network_and_leaves_its_controllers_as_they_are(trai
 
 
 def test_l1_pruning_closes_filters_for_good_down_to_the_macs_asked_for(trained, idx_folder, tmp_path):
-    done = run(
-        "train_fashion_mnist.py", "--data", idx_folder, "--method", "l1", "--from", trained, "--macs", 0.6,
-        "--limit", 128, "--epochs", 1, "--threads", 1, "--device", "cpu", "--out", tmp_path,
-    )  # fmt: skip
+    small = ["--limit", 64, "--epochs", 1]
+    done = train(idx_folder, tmp_path, "--method", "l1", "--from", trained, "--macs", 0.6, *small)
     assert done.returncode == 0, done.stderr
     model, meta = load_network(tmp_path / "network.safetensors")
     gates = [gate.bool() for gate in torch.load(tmp_path / "gates.pt", weights_only=True)]
@@ -176,31 +205,123 @@ def test_l1_pruning_closes_filters_for_good_down_to_the_macs_asked_for(trained, 
 
 
 def test_decoupling_without_a_network_to_begin_with_is_refused(idx_folder, tmp_path):
-    done = run("train_fashion_mnist.py", "--data", idx_folder, "--method", "decoupled", "--out", tmp_path / "run")
+    done = train(idx_folder, tmp_path / "run", "--method", "decoupled")
     assert done.returncode == 1
     assert "give its file with --from" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "kind"), [("vgg", "SmallVGG"), ("inception", "SmallInception")])
 def test_the_other_families_train(name, kind, idx_folder, tmp_path):
-    done = run(
-        "train_fashion_mnist.py", "--data", idx_folder, "--network", name, "--limit", 128, "--epochs", 1,
-        "--threads", 1, "--device", "cpu", "--out", tmp_path,
-    )  # fmt: skip
+    done = train(idx_folder, tmp_path, "--network", name, "--limit", 64, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     assert type(load_network(tmp_path / "network.safetensors")[0]).__name__ == kind
 
 
 def test_the_other_network_and_a_gate_set_by_hand(idx_folder, tmp_path):
-    done = run(
-        "train_fashion_mnist.py", "--data", idx_folder, "--network", "alexnet", "--method", "fixed-gate",
-        "--exclusive", 25, "--limit", 128, "--epochs", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path,
-    )  # fmt: skip
+    gated = ["--method", "fixed-gate", "--exclusive", 25]
+    done = train(idx_folder, tmp_path, "--network", "alexnet", *gated, "--limit", 64, "--epochs", 2)
     assert done.returncode == 0, done.stderr
     model, meta = load_network(tmp_path / "network.safetensors")
     assert (type(model).__name__, meta["method"]) == ("SmallAlexNet", "fixed-gate")
     gate = LabelSensitiveGate.load(tmp_path / "gate.safetensors")
     assert torch.equal(gate.weight, LabelSensitiveGate.fixed(10, 256, exclusive=25).weight)
+
+
+@pytest.fixture
+def make_networks(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    import make_networks
+
+    return make_networks
+
+
+def called_in_process(command):
+    """In the place of ``subprocess.run``: what `make_networks` calls."""
+    _, script, *arguments = command
+    return run(Path(script).name, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "method"),
+    [
+        ("resnet20_lsg_s1", {"gate_lsg_s1"}, "lsg"),
+        ("resnet20_fixed_gate_s3", {"gate_fixed_gate_s3"}, "fixed-gate"),
+        ("resnet20_decoupled_r0_s0", {"paths_resnet20_decoupled_r0_s0"}, "decoupled"),
+        ("inception_decoupled_s0", {"paths_inception_decoupled_s0"}, "decoupled"),
+    ],
+)
+def test_networks_are_made_by_name(name, files, method, idx_folder, tmp_path, make_networks, monkeypatch):
+    monkeypatch.setattr(make_networks.subprocess, "run", called_in_process)
+    trial = [*map(str, SMALL), "--data", str(idx_folder), "--limit", "64", "--epochs", "1"]
+    made = make_networks.make(name, tmp_path / "networks", tmp_path / "runs", trial, check=False)
+    assert {path.stem for path in (tmp_path / "networks").iterdir()} == {name, *files}
+    model, meta = load_network(made)
+    assert (meta["method"], meta["seed"]) == (method, int(name[-1]))
+    if method == "decoupled":
+        assert (meta["settled"], meta["target_rate"]) == (True, 0.0 if "r0" in name else 0.5)
+        PathDecoupler(model).load(tmp_path / "networks" / f"paths_{name}.safetensors")
+    else:
+        LabelSensitiveGate.load(tmp_path / "networks" / f"{files.pop()}.safetensors")
+    # a second call trains nothing
+    monkeypatch.setattr(make_networks.subprocess, "run", None)
+    assert make_networks.make(name, tmp_path / "networks", tmp_path / "runs", trial, check=False) == made
+
+
+def test_a_failed_decoupling_is_refused(trained, idx_folder, tmp_path, make_networks):
+    small = ["--method", "decoupled", "--from", trained, "--limit", 64, "--epochs", 1]
+    assert train(idx_folder, tmp_path, *small).returncode == 0
+    with pytest.raises(SystemExit, match="the training failed: expected a cross-entropy"):
+        make_networks.check_paths(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet50_s0", "resnet20_lsg", "kanji"])
+def test_an_unknown_name_is_refused_before_any_training(name, make_networks, tmp_path):
+    with pytest.raises(SystemExit, match=f"no recipe for '{name}'; expected kanji_resnet14 or"):
+        make_networks.trainings(name, tmp_path)
+
+
+def test_the_kanji_network_is_made_by_its_recipe(make_networks, tmp_path):
+    (training,) = make_networks.trainings("kanji_resnet14", tmp_path)
+    assert training == ("kanji.py", (), "kanji-s0")
+
+
+def test_the_sample_that_ships_is_stratified(idx_folder, tmp_path):
+    done = run("make_assets.py", "--data", idx_folder, "--each", 3, "--images-only", "--to", tmp_path)
+    assert done.returncode == 0, done.stderr
+    tensors, meta = read(tmp_path / "fashion_mnist_sample.safetensors", kind="ImageSample", version=2)
+    assert tensors["train_labels"].bincount().tolist() == tensors["test_labels"].bincount().tolist() == [3] * 10
+    assert meta["image_shape"] == [1, 28, 28]
+
+
+def test_the_faster_precision_is_found_kept_and_can_be_set(trained, idx_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    import training
+
+    model, images = load_network(trained)[0].train(), load_images("test").images[:8]
+    options = argparse.Namespace(precision="auto", out=tmp_path)
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    for fast, slow in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        seconds = {training.PRECISIONS[fast]: 1.0, training.PRECISIONS[slow]: 2.0}
+        monkeypatch.setattr(training, "_seconds_of_a_step", lambda model, images, dtype, s=seconds: s[dtype])
+        assert training.precision_of(options, model, images) == fast
+        # a resumed run keeps it, whatever is faster now
+        monkeypatch.setattr(training, "_seconds_of_a_step", None)
+        assert training.precision_of(options, model, images) == fast
+        (tmp_path / "precision.txt").unlink()
+    options.precision = "bfloat16"
+    assert training.precision_of(options, model, images) == "bfloat16"
+    monkeypatch.undo()
+    assert training._seconds_of_a_step(model, images, torch.bfloat16) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_command_line_works_as_it_is_written(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "train_fashion_mnist.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--precision" in done.stdout
 
 
 def test_imagenet_recipe_runs_up_to_the_download(tmp_path):
@@ -211,20 +332,8 @@ def test_imagenet_recipe_runs_up_to_the_download(tmp_path):
             for index in range(2):
                 pixels = generator.integers(0, 255, (64, 64, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.JPEG")
-    done = run(
-        "imagenet.py",
-        tmp_path,
-        "resnet18",
-        "--random-weights",
-        "--k",
-        5,
-        "--limit",
-        3,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-    )
+    small = ["--random-weights", "--k", 5, "--limit", 3, "--workers", 0, "--device", "cpu"]
+    done = run("imagenet.py", tmp_path, "resnet18", *small)
     assert done.returncode == 0, done.stderr
     assert re.search(r"histogram\s+5\s+0\.\d+", done.stdout)
     assert re.search(r"random\s+5", done.stdout)

@@ -10,7 +10,8 @@ r"""Train a small network, with or without gates; stops and resumes without loss
 
 Writes ``OUT/network.safetensors`` (what `captum_classfilters.assets.load_network` reads) and, after every epoch,
 ``OUT/resume.pt``. The network is the one of the last epoch; test images are looked at once, at the end.
-About 45 s an epoch for ResNet-20 on two CPU cores with bfloat16; ``--device cuda`` where there is one.
+About 45 s an epoch for ResNet-20 on two CPU cores with fast bfloat16; ``--device cuda`` where there is one.
+``--precision`` says float32 or bfloat16; without it the faster one is found by timing a step of each.
 """
 
 import argparse

@@ -7,6 +7,7 @@ the end.
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from captum_classfilters.assets import Network, save_network
 from captum_classfilters.core.training import Checkpoint, Task, Training
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0.1) -> None:
     parser.add_argument("--epochs", type=int, default=epochs)
@@ -31,8 +34,49 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, lr: float = 0
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="auto: the faster one, by timing a step of each",
+    )
     parser.add_argument("--limit", type=int, default=None, help="only so many images of each split (for a trial)")
     parser.add_argument("--stop-after", type=int, default=None, help="stop after so many epochs; a later call resumes")
+
+
+def precision_of(options: argparse.Namespace, model: nn.Module, images: Tensor) -> str:
+    """The precision that ``--precision`` names; for ``auto`` that of the run that is resumed, or the faster one.
+
+    Autocast to bfloat16 is fast on a GPU and on a CPU with AVX-512 or AMX. On other CPUs a step takes ten times as
+    long as in float32.
+    """
+    kept = options.out / "precision.txt"
+    if options.precision != "auto":
+        precision = options.precision
+    elif kept.is_file():
+        precision = kept.read_text().strip()
+    else:
+        seconds = {name: _seconds_of_a_step(model, images, PRECISIONS[name]) for name in PRECISIONS}
+        precision = min(seconds, key=seconds.__getitem__)
+        print(f"a step takes {', '.join(f'{value:.3f} s in {name}' for name, value in seconds.items())}")
+    print(f"precision: {precision}", flush=True)
+    kept.write_text(precision + "\n")
+    return precision
+
+
+def _seconds_of_a_step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> float:
+    """Forward and backward pass of one batch on a copy of the network; the first of two passes warms up."""
+    copied = copy.deepcopy(model)
+    device = next(copied.parameters()).device
+    inputs = as_input(images, device)
+    with torch.random.fork_rng():  # dropout draws nothing from the training's own numbers
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = copied(inputs).float().square().mean()
+            loss.backward()
+            float(loss.detach())  # waits for a GPU
+    return time.perf_counter() - started
 
 
 class Method(Protocol):
@@ -141,15 +185,18 @@ class _Batches:
 
 
 class _RecipeTask(Task):
-    """A `Method` under autocast, with a schedule that steps after every batch."""
+    """A `Method` in the chosen precision, with a schedule that steps after every batch."""
 
     name = "recipe"
 
-    def __init__(self, method: Method, schedule: torch.optim.lr_scheduler.LRScheduler, device: torch.device) -> None:
-        self._method, self._schedule, self._device = method, schedule, device
+    def __init__(
+        self, method: Method, schedule: torch.optim.lr_scheduler.LRScheduler, device: torch.device, precision: str
+    ) -> None:
+        self._method, self._schedule = method, schedule
+        self._device, self._dtype = device, PRECISIONS[precision]
 
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self._method.loss(inputs[0], labels, epoch)
 
     def after_step(self) -> None:
@@ -198,6 +245,7 @@ def train(
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     del pixels
     model = network(len(data.class_names), mean, std).to(device).to(memory_format=torch.channels_last)
+    precision = precision_of(options, model, images[: options.batch_size])
     way = method(model)
     optimizer = optimiser(model, way, options)
     count = min(len(images), images_per_epoch or len(images))
@@ -206,8 +254,9 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
     loader = _Batches((images, labels), count, options.batch_size, device, generator, augment)
     agreed = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
+    agreed["precision"] = precision
     training = Training(
-        model, _RecipeTask(way, schedule, device), [optimizer],
+        model, _RecipeTask(way, schedule, device, precision), [optimizer],
         checkpoint=Checkpoint(options.out / "resume.pt"), options=agreed,
     )  # fmt: skip
     training.resume(loader)
@@ -230,6 +279,7 @@ def train(
         "batch_size": options.batch_size,
         "lr": options.lr,
         "weight_decay": options.weight_decay,
+        "precision": precision,
         "torch": torch.__version__,
         "test_accuracy": accuracy(way.predictor(), *(part[: options.limit] for part in data.test), device),
         **(meta or {}),
