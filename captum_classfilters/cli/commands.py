@@ -12,6 +12,7 @@ from captum_classfilters.cli.prepare import Job, working
 from captum_classfilters.cli.writing import as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import replacing
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.heads import DecomposedLinear, HeadMoments
 from captum_classfilters.heads import decompose as make_small
 from captum_classfilters.heads.decompose import Pointwise
@@ -112,7 +113,9 @@ def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilt
 
 def _moments(job: Job, options: Any) -> HeadMoments:
     try:
-        moments = HeadMoments.collect(job.model, job.loader, layer=options.layer, show_progress=not options.quiet)
+        moments = HeadMoments.collect(
+            HeadPass(job.model, job.loader, layer=options.layer, show_progress=not options.quiet)
+        )
     except BaseException as error:
         if (partial := getattr(error, "partial_result", None)) is not None:
             _keep_partial(job, "moments", partial, partial.count)

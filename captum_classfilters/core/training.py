@@ -1,6 +1,6 @@
 """The training loop of this package and its checkpoint: stops and resumes to the same bits.
 
-`Training` is the loop. A `Task` says what is minimised. `heads/recover.py` and `gating/training.py` hold tasks.
+`Training` is the loop. A `Task` says what is minimised. `heads/recover.py` and `gating/label_sensitive.py` hold tasks.
 """
 
 import copy

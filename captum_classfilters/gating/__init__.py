@@ -2,7 +2,7 @@
 
 from captum_classfilters.gating.ambiguity import FilterAmbiguity, filter_ambiguity
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
-from captum_classfilters.gating.training import GateSchedule, LabelSensitiveTraining
+from captum_classfilters.gating.label_sensitive import GateSchedule, LabelSensitiveTraining
 
 __all__ = [
     "FilterAmbiguity",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import NonFiniteError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, density_penalty, gated, project
 
 # Rows of features that are gated at a time: bounds what is kept for gradients
@@ -53,14 +53,13 @@ class FilterAmbiguity:
 @torch.inference_mode(False)
 def filter_ambiguity(
     model: Any,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     *,
     penalty: GatePenalty = GatePenalty(),
     steps: int = 300,
     lr: float = 0.1,
     anneal: bool = True,
     layer: nn.Module | str | None = None,
-    show_progress: bool = False,
 ) -> FilterAmbiguity:
     """Phi of a network, trained with a gate or without: the best gate for it as it is, and what is left to lose.
 
@@ -78,15 +77,14 @@ def filter_ambiguity(
     The head's inputs of all samples are kept: N x K numbers.
 
     Args:
-        model: The network; borrowed.
-        loader: Batches ``(inputs, labels)``.
+        model: The network, borrowed; or a `HeadPass`.
+        loader: Batches ``(inputs, labels)``; left out with a `HeadPass`.
         penalty: The density that is wanted, and what a deviation costs.
         steps: Steps of Adam.
         lr: Adam's learning rate at the start.
         anneal: The penalty's slope rises geometrically from almost nothing to a during the search. False: the slope is
             a from the start; G then stays near the constant it began with, and the result depends on a and on steps.
-        layer: The head, if it cannot be found.
-        show_progress: A tqdm bar for the pass over the loader.
+        layer: The head, if it cannot be found; left out with a `HeadPass`.
 
     Raises:
         OptionError: An option is out of range.
@@ -95,7 +93,7 @@ def filter_ambiguity(
         NonFiniteError: Features are NaN or infinite, or no gate gave a finite loss.
     """
     steps, lr = integer(steps, "steps", 1), number(lr, "lr", 0)
-    features, labels, head = _collect(model, loader, layer, penalty, show_progress)
+    features, labels, head = _collect(HeadPass.of(model, loader, layer), penalty)
     density = penalty.density_for(head.num_classes)
     weight, parts = _search(features, labels, head, density, penalty, steps=steps, lr=lr, anneal=anneal)
     if not math.isfinite(sum(parts)):
@@ -116,11 +114,9 @@ def filter_ambiguity(
     )  # fmt: skip
 
 
-def _collect(
-    model: Any, loader: Iterable[Any], layer: nn.Module | str | None, penalty: GatePenalty, show_progress: bool
-) -> tuple[Tensor, Tensor, Head]:
+def _collect(head_pass: HeadPass, penalty: GatePenalty) -> tuple[Tensor, Tensor, Head]:
     features, labels, head = [], [], None
-    with batches(model, loader, layer=layer, show_progress=show_progress, description="filter_ambiguity") as stream:
+    with head_pass.batches(description="filter_ambiguity") as stream:
         for batch in stream:
             if head is None:
                 head = batch.head

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
 from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
 from captum_classfilters.core.head import Head, find_head, has_layer
 from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
@@ -44,10 +45,10 @@ def decompose(
     Source: Badola et al. 2022, section 3.2: ``z_y = sum of W_yj f_j over the class's k features + b_y``. Beyond the
     paper: heads that are really cheaper, and refits without SGD.
 
-    Faster is the head under ``torch.no_grad`` or ``inference_mode``; its output can then be a transposed view. To load
+    The head is faster under ``torch.no_grad`` or ``inference_mode``; its output can then be a transposed view. To load
     a state dict of such a network, decompose with the same k and backend first.
 
-    The head is a minute share of a network's work: this makes a head that is small and can be read, not a fast network.
+    The head is a very small share of a network's work: this makes a head that people can read, not a fast network.
 
     Args:
         model: The network; not changed.
@@ -56,29 +57,28 @@ def decompose(
         refit: None keeps the weights as they are. ``"least_squares"`` gives the kept features the weights that come
             nearest to the full head's logits; ``"omp"`` chooses the features, too (`refits.py`). Both need ``moments``
             and add a bias where the head has none.
-        moments: `HeadMoments` of this network, collected on many *different* training images; crops of a few fit those
-            few. Judge a refit on other images (`metrics.accuracy_curve`).
-        backend: Of `DecomposedLinear`; or ``"dense"``, a plain ``nn.Linear`` with zeros. ``"auto"``: a sparse form
-            where it won at every batch size (CPU, float32 or float64, at least 2^17 weights of which at most an
+        moments: `HeadMoments` of this network, collected on many *different* training images: a refit on crops of a few
+            images fits those few. Judge a refit on other images (`metrics.accuracy_curve`).
+        backend: A backend of `DecomposedLinear`; or ``"dense"``, a plain ``nn.Linear`` with zeros. ``"auto"``: a sparse
+            form where it won at every batch size (CPU, float32 or float64, at least 2^17 weights of which at most an
             eighth is kept), else dense.
         unseen: Classes without samples in the table: ``"refuse"``, or ``"dense"``, which keeps all their weights.
-        layer: The head, where it bears another name than in the table and moments.
+        layer: The head, if it has another name than in the table and moments.
 
     Returns:
         The copy, in the same mode and on the same device.
 
     Raises:
-        OptionError: k out of range, classes without samples, too few samples for a refit, options that do not fit.
-        ShapeError: Table or moments of another shape or layer; names both. (Those of another network with the same
-            shape and names cannot be told apart.)
+        OptionError: k is out of range, a class has no samples, a refit has too few, or options do not fit together.
+        ShapeError: The table or the moments have another shape or layer than the head. (Those of another network with
+            the same shape and names cannot be told apart.)
         HeadError: The layer asked for is not in the model, or is not a plain ``nn.Linear`` or 1x1 convolution.
 
     Warns:
-        SingularMomentsWarning: Some classes' features follow from one another; a ridge decided.
+        SingularMomentsWarning: Some classes' features are linear combinations of one another; a ridge decided.
     """
-    for name, given, known in (("backend", backend, (*BACKENDS, "dense")), ("unseen", unseen, ("refuse", "dense"))):
-        if given not in known:
-            raise OptionError(f"{name} must be one of {list(known)}, got {given!r}")
+    one_of(backend, "backend", (*BACKENDS, "dense"))
+    one_of(unseen, "unseen", ("refuse", "dense"))
     check_refit(refit, filters, moments)
     if refit != "omp":
         one_table(filters)
@@ -103,7 +103,7 @@ def decompose(
 
 
 class _Dense(NamedTuple):
-    """A head as it is to become, with all its weights."""
+    """The new head, with all its weights."""
 
     weight: Tensor  # (C, K)
     bias: Tensor | None  # (C,)
@@ -115,16 +115,15 @@ def _layer_of(made: Any, model: nn.Module) -> str:
     layer: str = made.layer
     if not has_layer(model, layer):
         raise ShapeError(
-            f"the {type(made).__name__} are of layer {layer!r}, which this network has not; use those made with this "
-            "model, or name its head with layer="
+            f"the {type(made).__name__} are of layer {layer!r}, which this network does not have; use those made with "
+            "this model, or name its head with layer="
         )
     return layer
 
 
 def check_refit(refit: Any, filters: Any, moments: Any) -> None:
-    """Refuse a refit that is unknown, or lacks what it needs, or has what it does not."""
-    if refit not in REFITS:
-        raise OptionError(f"refit must be one of {list(REFITS)}, got {refit!r}")
+    """Refuse an unknown refit, one without moments, and arguments that the refit does not read."""
+    one_of(refit, "refit", REFITS)
     if refit is None and moments is not None:
         raise OptionError('moments without a refit; pass refit="least_squares" or refit="omp", or leave them out')
     if refit is not None and not isinstance(moments, HeadMoments):
@@ -141,8 +140,8 @@ def _chosen(filters: Any, head: Head, k: int, unseen: str) -> Tensor:
     if missing and unseen == "refuse":
         shown = ", ".join(missing[:10]) + (f", ... ({len(missing)} in all)" if len(missing) > 10 else "")
         raise OptionError(
-            f"no sample of class {shown}: nothing is known of its features; show some, or keep all weights of such "
-            'classes with unseen="dense"'
+            f"no sample of class {shown}: its features cannot be ranked; make the table from images of all classes, "
+            'or keep all weights of such classes with unseen="dense"'
         )
     mask: Tensor = filters.mask(k) | ~filters.seen[:, None]
     return mask.to(head.weight.device)
@@ -153,33 +152,33 @@ def _refitted(head: Head, mask: Tensor, seen: Tensor, k: int, moments: Any) -> _
     check_moments(moments, head.name, head.num_features)
     rows = seen.nonzero().flatten().to(mask.device)
     indices = mask[rows].nonzero()[:, 1].view(len(rows), k)
-    found = least_squares(moments, head.weight[rows], head.bias[rows], indices)
+    solution = least_squares(moments, head.weight[rows], head.bias[rows], indices)
     weight, bias = head.weight.clone(), head.bias.clone()
-    weight[rows], bias[rows] = _spread(found, weight), found.bias.to(bias.dtype)
-    _warn_singular(found, moments)
+    weight[rows], bias[rows] = _spread(solution, weight), solution.bias.to(bias.dtype)
+    _warn_singular(solution, moments)
     return _Dense(weight, bias, mask)
 
 
 def _pursued(head: Head, k: int, moments: Any) -> _Dense:
     check_moments(moments, head.name, head.num_features)
-    found = omp(moments, head.weight, head.bias, k)
-    _warn_singular(found, moments)
-    mask = torch.zeros_like(head.weight, dtype=torch.bool).scatter_(1, found.indices, True)
-    return _Dense(_spread(found, head.weight), found.bias.to(head.weight.dtype), mask)
+    solution = omp(moments, head.weight, head.bias, k)
+    _warn_singular(solution, moments)
+    mask = torch.zeros_like(head.weight, dtype=torch.bool).scatter_(1, solution.indices, True)
+    return _Dense(_spread(solution, head.weight), solution.bias.to(head.weight.dtype), mask)
 
 
-def _spread(found: Refit, like: Tensor) -> Tensor:
-    weight = like.new_zeros(len(found.indices), like.shape[1])
-    return weight.scatter_(1, found.indices, found.weight.to(like.dtype))
+def _spread(solution: Refit, like: Tensor) -> Tensor:
+    weight = like.new_zeros(len(solution.indices), like.shape[1])
+    return weight.scatter_(1, solution.indices, solution.weight.to(like.dtype))
 
 
-def _warn_singular(found: Refit, moments: HeadMoments) -> None:
-    singular = int((found.ridge > 0).sum())
+def _warn_singular(solution: Refit, moments: HeadMoments) -> None:
+    singular = int((solution.ridge > 0).sum())
     if singular:
         warnings.warn(
-            f"for {singular} of {len(found.ridge)} classes the kept features follow from one another over the "
-            f"{moments.count} samples; a ridge of {float(found.ridge.max()):.0e} shared their weight out. More samples "
-            "or a smaller k avoid it",
+            f"for {singular} of {len(solution.ridge)} classes the kept features follow from one another over the "
+            f"{moments.count} samples; a ridge of {float(solution.ridge.max()):.0e} shared their weight out. More "
+            "samples or a smaller k avoid it",
             SingularMomentsWarning,
             stacklevel=4,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import FileFormatError, OptionError, ShapeError
 
 BACKENDS = ("auto", "csr", "bag", "gather")
@@ -40,8 +41,8 @@ class DecomposedLinear(nn.Module):
         backend: ``"csr"``: sparse matrix product, best for few samples; on the CPU float32 and float64 only. ``"bag"``:
             ``embedding_bag`` over the transposed batch, best for many. ``"gather"``: plain indexing; slow, exports
             anywhere. ``"auto"``: csr below 16 samples, bag from there on.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: The parameters' device.
+        dtype: The parameters' dtype.
 
     Shape:
         ``(..., K)`` to ``(..., C)``, in the dtype that ``nn.Linear`` would give. The result of csr and bag can be a
@@ -78,8 +79,7 @@ class DecomposedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if backend not in BACKENDS:
-            raise OptionError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+        one_of(backend, "backend", BACKENDS)
         mask = as_mask(indices, out_features, in_features)
         self.in_features, self.out_features, self.backend = in_features, out_features, backend
         # int32: what the sparse product computes with; all else it would convert in every call
@@ -158,7 +158,7 @@ class DecomposedLinear(nn.Module):
         return inputs.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _sparse(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        # what a module's attributes cost shows at this size: each is read once
+        # each attribute is read once: at this size, reading a module's attributes costs time that shows
         form, bias = self._form(inputs), self.bias
         if form == "csr":
             return csr(inputs, weight, self.indices, self.offsets, bias)
@@ -196,8 +196,8 @@ class DecomposedLinear(nn.Module):
             )
         if offsets is not None and not torch.equal(offsets.cpu(), self.offsets.cpu()):
             raise FileFormatError(
-                f"{prefix}offsets say that other numbers of features are kept for each class; decompose with the k of "
-                "the saved network first, then load"
+                f"{prefix}offsets keep another number of features for each class; decompose with the k of the saved "
+                "network first, then load"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -212,7 +212,7 @@ def csr(inputs: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor, bias: 
     shape = (len(offsets) - 1, inputs.shape[1])
     matrix = torch.sparse_csr_tensor(offsets, indices, weight, shape, check_invariants=False)
     if inputs.shape[0] == 1:
-        # in one call: at this size calls are what costs
+        # one call: at this size the number of calls decides the time
         product = torch.mv(matrix, inputs[0]) if bias is None else torch.addmv(bias, matrix, inputs[0])
         return product.unsqueeze(0)
     table = transposed(inputs)
@@ -281,7 +281,7 @@ def blank_linear(features: int, classes: int, bias: bool, like: Tensor) -> nn.Li
 
 
 def _no_draws(device: torch.device) -> AbstractContextManager[None]:
-    """First values that are overwritten at once shall not move torch's random state."""
+    """The first values are overwritten at once, so they must not move torch's random state."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -292,7 +292,7 @@ def _exporting() -> bool:
 
 
 def _quiet_csr() -> None:
-    """Torch says once in a process that sparse matrices are in beta; let that be here."""
+    """Torch warns once in a process that sparse matrices are in beta; here nobody sees it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), (1, 1))

@@ -14,7 +14,7 @@ from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.files import check_folder, replacing
 
-# The exporter has its operators from here on; asked for less, it says so in a log and writes this
+# The exporter writes no older operator set than this; for an older one it logs a message and writes this one
 _LOWEST = 18
 
 
@@ -28,7 +28,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str],
         opset: ONNX operator set, 18 or newer.
 
     Raises:
-        OptionError: An operator set that the exporter cannot write.
+        OptionError: The exporter cannot write this operator set.
         ImportError: onnx or onnxscript is missing, or torch is older than 2.6.
     """
     try:
@@ -48,7 +48,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str],
             f"this is {torch.__version__}"
         )
     module = unwrap(model)
-    # one sample would be taken for a fixed size
+    # two samples: the exporter would take one for a fixed size
     example = torch.cat([example, example]) if len(example) == 1 else example
     with borrowed(module), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -67,7 +67,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str],
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """The exporter's loggers, silent for a while."""
+    """Silence the exporter's loggers for a while."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

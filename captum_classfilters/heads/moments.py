@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import read, write
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.core.ranks import Ranks, group_of, sum_over
 
 _KIND, _VERSION = "HeadMoments", 1
@@ -74,54 +74,45 @@ class HeadMoments:
     def collect(
         cls,
         model: Any,
-        loader: Iterable[Any],
+        loader: Iterable[Any] | None = None,
         *,
         layer: nn.Module | str | None = None,
-        additional_forward_args: Any = None,
         distributed: Ranks = None,
-        show_progress: bool = False,
     ) -> "HeadMoments":
         """One pass over a loader; labels are not needed.
 
         Args:
-            model: The network; borrowed, given back as it was.
+            model: The network, borrowed; or a `HeadPass`.
             loader: Batches of inputs, or ``(inputs, labels)``: images on which the smaller head will not be judged.
-            layer: The head, if it cannot be found.
-            additional_forward_args: Passed on to every forward pass.
+                Left out with a `HeadPass`.
+            layer: The head, if it cannot be found; left out with a `HeadPass`.
             distributed: As for `InfluentialFeatures.attribute`.
-            show_progress: A tqdm bar.
 
         Raises:
-            HeadError, ShapeError, EmptyLoaderError, NonFiniteError, MergeError: As their messages say. What ends the
-                pass early carries the sums of the batches before it as ``error.partial_result``.
+            HeadError, ShapeError, EmptyLoaderError, NonFiniteError: The head or a batch cannot be read.
+            MergeError: The ranks' sums do not belong together.
+
+        Whatever ends the pass early carries the sums of the batches before it as ``error.partial_result``.
         """
         group = group_of(distributed)
         sums = _Sums()
         try:
-            with batches(
-                model,
-                loader,
-                layer=layer,
-                need_labels=False,
-                forward_args=additional_forward_args,
-                show_progress=show_progress,
-                description="HeadMoments",
-            ) as stream:
+            with HeadPass.of(model, loader, layer).batches(need_labels=False, description="HeadMoments") as stream:
                 for batch in stream:
                     sums.add(batch.features, batch.head.name)
         except EmptyLoaderError:
             if group is None:
                 raise
         except BaseException as error:
-            if (found := sums.moments()) is not None:
-                error.partial_result = found  # type: ignore[attr-defined]
+            if (partial := sums.moments()) is not None:
+                error.partial_result = partial  # type: ignore[attr-defined]
             raise
         mine = sums.moments()
         return mine if group is None else _all_ranks(mine, group)  # type: ignore[return-value]
 
     @staticmethod
     def merge(*parts: "HeadMoments") -> "HeadMoments":
-        """Put moments of disjoint shards together: those of one pass over all of them, but for rounding (1e-12).
+        """Put moments of disjoint shards together: the same as one pass over all of them, up to rounding (1e-12).
 
         Raises:
             MergeError: No parts, or parts of different layers or numbers of features.

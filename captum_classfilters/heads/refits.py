@@ -35,10 +35,10 @@ class Refit(NamedTuple):
 
 
 class Refitter:
-    """A head and the moments of its input; what every refit of it needs is computed once.
+    """A head and the moments of its input; computes once what every refit of the head needs.
 
     Args:
-        moments: Of the head's input.
+        moments: Moments of the head's input.
         weight: ``(C, K)``, the full head's.
         bias: ``(C,)``.
     """
@@ -59,7 +59,7 @@ class Refitter:
         step = max(1, _CELLS // indices.shape[1] ** 2)
         parts = torch.split(torch.arange(len(indices)), step)
         solved = [_solve(self._covariance, self._cross[part], self._scale, indices[part]) for part in parts]
-        fitted, ridge = (torch.cat(found) for found in zip(*solved, strict=True))
+        fitted, ridge = (torch.cat(blocks) for blocks in zip(*solved, strict=True))
         return fitted, self._mean_logit - (self._mean[indices] * fitted).sum(1), ridge
 
     def pursue(self, k: int) -> Tensor:
@@ -80,7 +80,7 @@ class Refitter:
         missing = self._weight.scatter_add(1, indices, -fitted)
         lost = (missing @ self._covariance * missing).sum(1)
         variance = (self._cross * self._weight).sum(1)
-        # a logit that never varies lacks nothing
+        # a logit that never varies is fully explained
         deviation = self._moments.second.diagonal().to(self._weight.device).sqrt()
         varies = variance > _ROUNDING * (self._weight.abs() @ deviation).square()
         return Refit(indices, fitted, bias, torch.where(varies, 1 - lost / variance, 1.0), ridge)
@@ -94,7 +94,7 @@ def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: T
     retrain with SGD.
 
     Args:
-        moments: Of the head's input.
+        moments: Moments of the head's input.
         weight: ``(C, K)``, the full head's.
         bias: ``(C,)``.
         indices: ``(C, k)``, the features kept for each class, different in each row.
@@ -118,7 +118,7 @@ def omp(moments: HeadMoments, weight: Tensor, bias: Tensor, k: int) -> Refit:
     are scaled to unit variance for the choice.
 
     Args:
-        moments: Of the head's input.
+        moments: Moments of the head's input.
         weight: ``(C, K)``, the full head's.
         bias: ``(C,)``.
         k: Features for each class, in ``[1, K]``.
@@ -150,22 +150,22 @@ def _pursue(correlation: Tensor, goal: Tensor, usable: Tensor, k: int) -> Tensor
 
 def _solve(covariance: Tensor, cross: Tensor, scale: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Normal equations on each row's features: weights ``(C, k)`` and the ridge each row needed ``(C,)``."""
-    own = scale[indices]
-    constant = own == 0
-    own = own.masked_fill(constant, 1.0)
-    gram = covariance[indices[:, :, None], indices[:, None, :]] / (own[:, :, None] * own[:, None, :])
+    deviation = scale[indices]
+    constant = deviation == 0
+    deviation = deviation.masked_fill(constant, 1.0)
+    gram = covariance[indices[:, :, None], indices[:, None, :]] / (deviation[:, :, None] * deviation[:, None, :])
     gram = gram.masked_fill(constant[:, :, None] | constant[:, None, :], 0.0)
     gram.diagonal(dim1=1, dim2=2).fill_(1.0)
-    goal = (cross.gather(1, indices) / own).masked_fill(constant, 0.0).unsqueeze(2)
+    goal = (cross.gather(1, indices) / deviation).masked_fill(constant, 0.0).unsqueeze(2)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    # squares on the diagonal: what of a feature's variance the ones before it leave
+    # squares on the diagonal: the share of each feature's variance that the ones before it do not explain
     left = factor.diagonal(dim1=1, dim2=2).square().amin(1)
     singular = (failed > 0) | ~(left > _SINGULAR)
     ridge = torch.where(singular, _RIDGE, 0.0).double()
     if bool(singular.any()):
         gram[singular] += _RIDGE * torch.eye(indices.shape[1], dtype=gram.dtype, device=gram.device)
         factor[singular] = torch.linalg.cholesky(gram[singular])
-    fitted = torch.cholesky_solve(goal, factor).squeeze(2) / own
+    fitted = torch.cholesky_solve(goal, factor).squeeze(2) / deviation
     return fitted.masked_fill(constant, 0.0), ridge
 
 

@@ -4,7 +4,6 @@ The fit is in `laplace.py`, the split in `splits.py`. N samples, K neurons (chan
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters.class_filters import ClassFilters, names_of
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
+from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import HeadError, NonFiniteError, OptionError, quoted
 from captum_classfilters.core.head import Head, find_head, last_head
 from captum_classfilters.core.head_pass import Batch, batches
@@ -54,7 +54,7 @@ class ALDSplitter(LayerAttribution):
 
     def __init__(self, forward_func: Callable[..., Any], layer: nn.Module | str | None = None) -> None:
         super().__init__(forward_func, layer)
-        # now: a wrong layer is refused before anything is asked of it
+        # a wrong layer is refused here, before any work
         head_weights(forward_func, layer)
 
     @property
@@ -76,8 +76,8 @@ class ALDSplitter(LayerAttribution):
                 ``min_size`` (20), as in `splits.split_weights`.
 
         Raises:
-            LabelError: A class out of range.
-            OptionError: An option is not among what it may be, or the head has fewer features than ``min_size``.
+            LabelError: A class is out of range.
+            OptionError: An option is out of range, or the head has fewer features than ``min_size``.
             NonFiniteError: NaN or infinity among the weights.
 
         Warns:
@@ -85,7 +85,7 @@ class ALDSplitter(LayerAttribution):
         """
         one = getattr(target, "ndim", None) == 0 or not (target is None or isinstance(target, Iterable))
         splits = self._splits([target] if one else target, options)
-        trees = {known: ALDTree(splits, row) for row, known in enumerate(splits.targets)}
+        trees = {number: ALDTree(splits, row) for row, number in enumerate(splits.targets)}
         return trees[splits.targets[0]] if one else trees
 
     def splits(self, **options: Any) -> Splits:
@@ -154,8 +154,7 @@ class ALDSplitter(LayerAttribution):
             OptionError: A class has no such stage, or no weights on that side.
             LabelError: A target out of range.
         """
-        if channel_weights not in ("head", "ones"):
-            raise OptionError(f'channel_weights must be "head" or "ones", got {channel_weights!r}')
+        one_of(channel_weights, "channel_weights", ("head", "ones"))
         name, _ = head_weights(self.forward_func, self.layer)
         with batches(
             self.forward_func,
@@ -185,16 +184,14 @@ class ALDSplitter(LayerAttribution):
         if stage is None:
             least = depths
         else:
-            if isinstance(stage, bool) or not isinstance(stage, Integral) or stage < 1:
-                raise OptionError(f"stage must be an integer of at least 1, or None for the last; got {stage!r}")
-            least = torch.full_like(depths, int(stage))
+            least = torch.full_like(depths, integer(stage, "stage", 1, meaning="or None for the last"))
         short = [
-            (known, depth) for known, depth, want in zip(wanted, depths, least, strict=True) if depth < max(want, 1)
+            (number, depth) for number, depth, want in zip(wanted, depths, least, strict=True) if depth < max(want, 1)
         ]
         if short:
-            known, depth = (int(number) for number in short[0])
+            number, depth = map(int, short[0])
             what = f"{depth} stages on the {branch} side, so no stage {stage}" if depth else f"no {branch} weights"
-            raise OptionError(f"class {known} has {what}; see print(splitter.split({known}))")
+            raise OptionError(f"class {number} has {what}; see print(splitter.split({number}))")
         return (splits.stages(branch) >= least[:, None])[places]
 
     def _splits(self, targets: Iterable[Any] | None, options: dict[str, Any]) -> Splits:
@@ -204,8 +201,8 @@ class ALDSplitter(LayerAttribution):
         wanted = list(targets)
         if not wanted:
             raise OptionError("target is empty; pass a class, several, or None for all")
-        known = tuple(dict.fromkeys(classes_of(wanted, len(wanted), len(weights), torch.device("cpu")).tolist()))
-        return split_weights(weights[list(known)], targets=known, layer=name, **options)
+        rows = tuple(dict.fromkeys(classes_of(wanted, len(wanted), len(weights), torch.device("cpu")).tolist()))
+        return split_weights(weights[list(rows)], targets=rows, layer=name, **options)
 
 
 # -- the head's weights, read without any data: dense, decomposed, sparse or quantised --------------------------------
@@ -223,14 +220,14 @@ def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor
         NonFiniteError: NaN or infinity among its weights.
     """
     module = unwrap(model)
-    known = module if isinstance(module, nn.Module) else None
-    if known is None and not isinstance(layer, nn.Module):
+    network = module if isinstance(module, nn.Module) else None
+    if network is None and not isinstance(layer, nn.Module):
         raise HeadError("a bare function does not show its layers: pass layer= with the nn.Linear that is its head")
-    small = _decomposed(known, layer)
+    small = _decomposed(network, layer)
     if small is not None:
         name, weight = small
     else:
-        head = _head(known, layer)
+        head = _head(network, layer)
         name, weight = head.name, head.module.weight.detach()
         weight = (weight if weight.layout == torch.strided else weight.to_dense()).flatten(1)
     if weight.is_meta:

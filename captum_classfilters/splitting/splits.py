@@ -7,7 +7,6 @@ deepest tree.
 
 import warnings
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import DegenerateFitWarning, NonFiniteError, OptionError, ShapeError, quoted
 from captum_classfilters.splitting.laplace import AsymmetricLaplace, Floats, fit_mle
 
@@ -44,7 +44,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What is known of C classes.
+    """The splits of C classes.
 
     Attributes:
         weights: ``(C, K)``.
@@ -52,7 +52,7 @@ class Splits:
         first: ``(C,)`` float64, the first threshold: 0, or the row's mean.
         zeros: ``(C,)``, weights that are exactly 0 and were dropped.
         positive: The nodes of what lies above the first threshold.
-        negative: Of what lies below it.
+        negative: The nodes of what lies below it.
         laplace: The fit by maximum likelihood; None where it was not asked for.
         likelihood: ``(C,)``, its log-likelihood.
         min_size: A node with fewer neurons is not split.
@@ -79,7 +79,7 @@ class Splits:
     def distances(self, branch: str) -> Tensor:
         """``(C, K)`` float64: how far each weight lies beyond the first threshold, on the branch's side positive."""
         away = self.weights.double() - torch.from_numpy(self.first)[:, None]
-        # exact zeros belong to nobody, wherever the threshold is
+        # exact zeros belong to neither branch, wherever the threshold is
         away = away if branch == "positive" else -away
         return away.masked_fill(self.weights == 0, -torch.inf)
 
@@ -139,8 +139,8 @@ def split_weights(
         layer: Name of the head.
 
     Raises:
-        OptionError: An option is not among what it may be, or no row could be split.
-        ShapeError: Not one row for each class.
+        OptionError: An option is out of range, or no row could be split.
+        ShapeError: There is not one row for each class.
         NonFiniteError: NaN or infinity among the weights.
 
     Warns:
@@ -162,25 +162,24 @@ def split_weights(
     else:
         first, away = np.zeros(len(ordered)), ordered
     laplace, likelihood = fit_mle(ordered) if fit == "mle" else (None, None)
-    known = tuple(range(len(weights))) if targets is None else targets
+    classes = tuple(range(len(weights))) if targets is None else targets
     if laplace is not None and np.isnan(laplace.location).any():
-        rows = [known[row] for row in np.flatnonzero(np.isnan(laplace.location))]
+        rows = [classes[row] for row in np.flatnonzero(np.isnan(laplace.location))]
         warnings.warn(
             f"classes {quoted(rows)} have no two different weights, so no distribution can be fitted: its parameters "
             'are NaN; fit="loglinear" needs none',
             DegenerateFitWarning,
             stacklevel=4,  # past `ALDSplitter.split`, to its caller
         )
-    return Splits(weights, known, first, zeros, *split_sides(away, min_size), laplace, likelihood, int(min_size), layer)
+    return Splits(
+        weights, classes, first, zeros, *split_sides(away, min_size), laplace, likelihood, int(min_size), layer
+    )
 
 
 def _check(weights: Tensor, fit: Any, first_threshold: Any, min_size: Any) -> None:
-    if fit not in FITS:
-        raise OptionError(f"fit must be one of {list(FITS)}, got {fit!r}")
-    if first_threshold not in FIRST:
-        raise OptionError(f"first_threshold must be one of {list(FIRST)}, got {first_threshold!r}")
-    if isinstance(min_size, bool) or not isinstance(min_size, Integral) or int(min_size) < 2:
-        raise OptionError(f"min_size must be an integer of at least 2, got {min_size!r}")
+    one_of(fit, "fit", FITS)
+    one_of(first_threshold, "first_threshold", FIRST)
+    integer(min_size, "min_size", 2)
     if weights.dim() != 2 or not len(weights):
         raise ShapeError(f"weights must have shape (C, K), one row for each class; got {tuple(weights.shape)}")
     if weights.shape[1] < int(min_size):

@@ -10,6 +10,7 @@ from torch import nn
 
 from captum_classfilters import GatePenalty, LabelSensitiveGate, filter_ambiguity
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, LabelError, NonFiniteError, OptionError
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating.ambiguity import _search
 from captum_classfilters.gating.gate import project
 
@@ -176,6 +177,13 @@ def test_it_is_the_same_each_time_and_for_every_batch_size_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_head_pass_stands_for_model_and_loader():
+    model, features, labels = problem()
+    loader = batches_of(features, labels)
+    found = filter_ambiguity(HeadPass(model, loader).cached(), steps=5)
+    assert torch.equal(found.gate.weight, filter_ambiguity(model, loader, steps=5).gate.weight)
+
+
 def test_rows_that_are_gated_at_a_time_do_not_change_it(monkeypatch):
     model, features, labels = problem()
     whole = filter_ambiguity(model, batches_of(features, labels), steps=30)
@@ -235,7 +243,6 @@ def test_the_search_stays_on_the_model_s_device(device, assert_close, monkeypatc
             r"density must be a number in \[0.25, 1\], .*got 0.2",
         ),
     ],
-    ids=str,
 )
 def test_bad_options_are_refused_before_the_second_batch(options, message):
     model, features, labels = problem()

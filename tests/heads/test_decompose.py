@@ -332,7 +332,7 @@ FITTED = {"refit": "least_squares"}
         (table(channels=9), 2, {}, ShapeError, r"4 classes x 9 channels of layer 'fc', the head 'fc' is 4 x 6"),
         (table(classes=3), 2, {}, ShapeError, r"3 classes x 6 channels .* the head 'fc' is 4 x 6"),
         (table(4, 5, layer="head"), 2, {"layer": "fc"}, ShapeError, r"4 classes x 5 .* the head 'fc' is 4 x 6"),
-        (table(layer="head"), 2, {}, ShapeError, "ClassFilters are of layer 'head', which this network has not"),
+        (table(layer="head"), 2, {}, ShapeError, "ClassFilters are of layer 'head', which this network does not"),
         (table(layer="bn2"), 2, {}, HeadError, "must be an nn.Linear or a 1x1 convolution"),
         ({"histogram": table()}, 2, {}, OptionError, r"got dict; of \['histogram'\] pass one"),
         (None, 2, {}, OptionError, "filters must be a ClassFilters, got NoneType"),

@@ -286,7 +286,7 @@ def with_first(value):
         (broken("indices", with_first(K)), r"indices must lie in \[0, 12\), got .* to 12; the file is broken"),
         (broken("indices", with_first(-1)), r"indices must lie in \[0, 12\), got -1 to"),
         (broken("indices", lambda found: found.float().fill_(torch.nan)), r"indices must lie in \[0, 12\)"),
-        (broken("offsets", with_first(1)), "other numbers of features are kept for each class"),
+        (broken("offsets", with_first(1)), "another number of features for each class"),
         (lambda: DecomposedLinear(K, C, even(k=4)).state_dict(), "decompose with the k of the saved network first"),
         (lambda: small("ragged")[0].state_dict(), "decompose with the k of the saved network first"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from captum_classfilters import ClassFilters, HeadMoments
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, MergeError, NonFiniteError, ShapeError
 from captum_classfilters.core.files import write
+from captum_classfilters.core.head_pass import HeadPass
 
 SIZES = (4, 1, 6)  # ragged
 
@@ -60,7 +61,7 @@ def test_sums_of_a_half_precision_network_are_kept_in_float64(small_cnn, data):
 def test_the_head_and_further_arguments_may_be_named(small_cnn, data):
     model = small_cnn()
     model.forward = lambda images, scale: model.fc(model.penultimate(images)) * scale
-    moments = HeadMoments.collect(model, data, layer="fc", additional_forward_args=(2.0,))
+    moments = HeadMoments.collect(HeadPass(model, data, layer="fc", additional_forward_args=(2.0,)))
     del model.forward
     assert_same(moments, HeadMoments.collect(model, data))
 

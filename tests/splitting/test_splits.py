@@ -181,8 +181,8 @@ def test_deviations_are_the_residuals_of_each_side():
     ("weights", "options", "error", "message"),
     [
         (torch.ones(2, 3), {"min_size": 4}, OptionError, "the head has 3 features, fewer than min_size=4"),
-        (torch.ones(2, 30), {"min_size": 1}, OptionError, "min_size must be an integer of at least 2, got 1"),
-        (torch.ones(2, 30), {"min_size": 2.5}, OptionError, "min_size must be an integer of at least 2, got 2.5"),
+        (torch.ones(2, 30), {"min_size": 1}, OptionError, "min_size must be an integer of at least 2; got 1"),
+        (torch.ones(2, 30), {"min_size": 2.5}, OptionError, "min_size must be an integer of at least 2; got 2.5"),
         (torch.ones(2, 30), {"min_size": True}, OptionError, "min_size must be an integer"),
         (torch.ones(2, 30), {"fit": "ols"}, OptionError, r"fit must be one of \['loglinear', 'mle'\], got 'ols'"),
         (torch.ones(2, 30), {"first_threshold": 0}, OptionError, r"first_threshold must be one of \['zero', 'mean'\]"),

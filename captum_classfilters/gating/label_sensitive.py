@@ -18,7 +18,7 @@ from captum_classfilters.core.borrow import borrowed, process_group, unwrap, wit
 from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
@@ -310,8 +310,7 @@ class LabelSensitiveTraining:
         if self._head is None:
             # NaN is replaced here: the check of the loss reports it, on all ranks at once
             few = tuple(part[:2].nan_to_num(0, 0, 0) if isinstance(part, Tensor) else part for part in inputs)
-            with batches(self._network, [(few, None)], layer=self._layer, need_labels=False) as stream:
-                head = next(stream).head
+            head = single_batch(self._network, few, layer=self._layer).head
             if (head.num_classes, head.num_features) != self.gate.weight.shape:
                 raise ShapeError(
                     f"the head {head.name!r} is {head.num_classes} classes x {head.num_features} channels, the gate "
