@@ -1,8 +1,12 @@
 """The house's plan, read from the imports: floors, rooms, and what the package keeps away from."""
 
 import ast
+import inspect
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,7 @@ FLOORS = {
     "__init__": 6,
     "__main__": 6,
 }
+MOST_NAMES = 92
 # Rooms of these floors know nothing of one another
 APART = (2, 3)
 PRIVATE_CAPTUM = "core/captum_compat.py"
@@ -136,6 +141,53 @@ def test_a_cycle_is_found(edges, expected):
     assert cycle(edges) == expected
 
 
+def test_no_name_stands_twice():
+    """One file of a name, one class of a name: a reader who is told of it finds it."""
+    stems, classes = Counter(), Counter()
+    for path in FILES:
+        stems[path.stem] += not path.stem.startswith("__")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            classes[getattr(node, "name", "")] += isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    assert {name for name, times in classes.items() if times > 1} == set()
+    assert {name for name, times in stems.items() if times > 1} == set()
+
+
+def public_calls():
+    """Every public function, class and method of the rooms' ``__all__``, by its dotted name."""
+    for room in sorted(FLOORS):
+        module = import_module(f"{PACKAGE}.{room}") if room not in ("__init__", "__main__", "_version") else None
+        for name in getattr(module, "__all__", ()) if module else ():
+            value = getattr(module, name)
+            if isinstance(value, type):
+                yield f"{room}.{name}", value.__init__, value
+                for method, function in vars(value).items():
+                    function = getattr(function, "__func__", function)
+                    if not method.startswith("_") and callable(function):
+                        yield f"{room}.{name}.{method}", function, value
+            elif callable(value):
+                yield f"{room}.{name}", value, None
+
+
+def test_no_public_call_takes_more_than_eight_parameters():
+    """Captum's own signatures, those of ``attribute``, are the exception."""
+    long = {}
+    for name, function, owner in public_calls():
+        if name.endswith(".attribute"):
+            continue
+        parameters = list(inspect.signature(inspect.unwrap(function)).parameters)
+        count = len(parameters) - (owner is not None and parameters[:1] in (["self"], ["cls"]))
+        if count > 8 and not (owner is not None and is_dataclass(owner)):
+            long[name] = count
+    assert long == {}
+
+
+def test_public_names_are_few():
+    """Whatever a room's ``__all__`` gains is one more concept for every reader: look for one that it can replace."""
+    rooms = [import_module(f"{PACKAGE}.{name}") for name in FLOORS if name[0] != "_"]
+    names = [f"{room.__name__}.{name}" for room in rooms for name in getattr(room, "__all__", ())]
+    assert len(names) <= MOST_NAMES, f"{len(names)} public names: {names}"
+
+
 def test_imports_are_read_wherever_they_stand():
     source = """
 import captum.log
@@ -165,7 +217,7 @@ if TYPE_CHECKING:
         ("influential", "captum_classfilters.gating.Gate", False),
         ("influential", "captum_classfilters.metrics", False),
         ("influential", "captum_classfilters.InfluentialFeatures", False),
-        ("influential", "captum_classfilters.influential.tables.Tables", True),
+        ("influential", "captum_classfilters.influential.running_sums.Tables", True),
         ("heads", "captum_classfilters.cam.Cam", False),
         ("core", "captum_classfilters.class_filters.ClassFilters", False),
         ("metrics", "captum_classfilters.visualize.curve", False),

@@ -24,7 +24,7 @@ from benchmarks.results.selector_results import NAMED
 from benchmarks.speed.head_speed import faster, random_head
 from captum_classfilters import ClassFilters, Control, HeadMoments, InfluentialFeatures, decompose, metrics, recover
 from captum_classfilters.assets import SEEDS
-from captum_classfilters.metrics.intervals import wilson
+from captum_classfilters.core.intervals import wilson
 
 KS = [1, 2, 3, 5, 10, 20]
 RECOVERED = {"fashion": [1, 5], "kanji": [3, 5]}

@@ -26,8 +26,8 @@ from benchmarks.lib.report import markdown, stamp
 from captum_classfilters import PathDecoupler, metrics
 from captum_classfilters.assets import load_network
 from captum_classfilters.core.borrow import borrowed
+from captum_classfilters.core.intervals import wilson
 from captum_classfilters.decoupling import Paths
-from captum_classfilters.metrics.intervals import wilson
 
 PARTS = ["table", "controls", "states", "information", "embedding", "scores"]
 PUBLISHED = (

@@ -9,9 +9,9 @@ from benchmarks.lib.timing import interleaved, ratio
 from benchmarks.lib.workload import Settings, Workload, inference, resnet18, resnet20
 from captum_classfilters import InfluentialFeatures
 from captum_classfilters.core.errors import UnseenClassWarning
-from captum_classfilters.core.head_pass import Batch, batches
+from captum_classfilters.core.head_pass import Batch, HeadPass
+from captum_classfilters.influential.running_sums import Options, Tables
 from captum_classfilters.influential.selectors import SELECTORS
-from captum_classfilters.influential.tables import Options, Tables
 
 TARGET = 1.05
 ROUNDS = 9
@@ -47,7 +47,7 @@ def _pass(table: Table, workload: Workload, device: str) -> None:
 def _sums(table: Table, workload: Workload, device: str) -> None:
     """The running sums alone, over features kept for the purpose."""
     name, model, loader = workload
-    with batches(model, loader) as stream:
+    with HeadPass(model, loader).batches() as stream:
         kept = list(stream)
     runs = {
         "bare": lambda: inference(model, loader, device),

@@ -21,8 +21,8 @@ from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head import Head, shows_features
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating import LabelSensitiveGate
+from captum_classfilters.influential.running_sums import Options, Tables
 from captum_classfilters.influential.selectors import STATIC
-from captum_classfilters.influential.tables import Options, Tables
 from captum_classfilters.splitting import ALDSplitter
 
 # Alone, or with what `aggregate` passes on to it, such as {"n_steps": 10}

@@ -4,11 +4,11 @@
 """
 
 from captum_classfilters.concepts.fields import activation_thresholds, field_iou, receptive_fields
-from captum_classfilters.concepts.occlusion import Occlusion, concept_representation, occlude, occlusion
+from captum_classfilters.concepts.occlusion import Occlusion as Occlusion
+from captum_classfilters.concepts.occlusion import concept_representation, occlude, occlusion
 from captum_classfilters.concepts.scores import collate_concepts, concept_scores, layer_scores
 
 __all__ = [
-    "Occlusion",
     "activation_thresholds",
     "collate_concepts",
     "concept_representation",

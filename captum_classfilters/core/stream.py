@@ -219,8 +219,3 @@ def _size(inputs: tuple[Any, ...]) -> int:
             "set's transform"
         )
     return first.shape[0] if first.dim() else 1
-
-
-def value_to_model(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Old form of `Placement.move`; goes away."""
-    return Placement(device, dtype).move(value)

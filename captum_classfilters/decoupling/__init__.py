@@ -1,9 +1,9 @@
 """Calculation paths: gates that open and close channels for every image."""
 
 from captum_classfilters.decoupling.attribution import PathAttribution
-from captum_classfilters.decoupling.controller import DecouplingLoss
-from captum_classfilters.decoupling.costs import Costs
+from captum_classfilters.decoupling.controller import DecouplingLoss as DecouplingLoss
+from captum_classfilters.decoupling.costs import Costs as Costs
 from captum_classfilters.decoupling.decoupler import PathDecoupler
 from captum_classfilters.decoupling.paths import Paths
 
-__all__ = ["Costs", "DecouplingLoss", "PathAttribution", "PathDecoupler", "Paths"]
+__all__ = ["PathAttribution", "PathDecoupler", "Paths"]

@@ -1,7 +1,7 @@
 """`InfluentialFeatures`: a Captum layer attribution whose loader form finds the features that decide each class.
 
 Tensors in: what each feature adds to the logit. A loader in: a `ClassFilters` table from one pass. What a batch adds to
-the table is in `selectors.py`, the sums are in `tables.py`.
+the table is in `selectors.py`, the sums are in `running_sums.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ from captum_classfilters.core.errors import EmptyLoaderError, OptionError
 from captum_classfilters.core.head_pass import Batch, HeadPass, single_batch
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
-from captum_classfilters.influential.tables import K1, Options, Tables
+from captum_classfilters.influential.running_sums import K1, Options, Tables
 
 
 class InfluentialFeatures(LayerAttribution):

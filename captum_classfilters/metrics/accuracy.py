@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from captum_classfilters.class_filters import ClassFilters, check_table, named_tables, names_of
 from captum_classfilters.core.check import integers
 from captum_classfilters.core.control import Control
-from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import chance_shares, shares, with_all
@@ -208,9 +207,3 @@ def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refitter: Refitte
         fitted, shifted, _ = refitter.fit(indices)
         weight, bias = fitted.to(weight.dtype), torch.where(seen, shifted.to(bias.dtype), bias)
     return _Small(indices, weight * seen[:, None], bias)
-
-
-def check_draws(draws: int) -> None:
-    """Old form of `Control`; goes away."""
-    if draws < 5:
-        raise OptionError(f"draws must be at least 5, got {draws}; fewer say too little of what chance does")

@@ -17,8 +17,8 @@ from captum_classfilters.class_filters import ClassFilters, check_k, names_of
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.influential.running_sums import Options, Tables
 from captum_classfilters.influential.selectors import STATIC
-from captum_classfilters.influential.tables import Options, Tables
 
 
 def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.DataFrame:

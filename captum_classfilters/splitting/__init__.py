@@ -1,6 +1,7 @@
 """Splits each class's final-layer weights into the most discriminative and the most confusing neurons."""
 
 from captum_classfilters.splitting.ald_splitter import ALDSplitter
-from captum_classfilters.splitting.ald_tree import ALDNode, ALDTree
+from captum_classfilters.splitting.ald_tree import ALDNode as ALDNode
+from captum_classfilters.splitting.ald_tree import ALDTree
 
-__all__ = ["ALDNode", "ALDSplitter", "ALDTree"]
+__all__ = ["ALDSplitter", "ALDTree"]

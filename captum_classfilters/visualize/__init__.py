@@ -5,6 +5,13 @@ or saves a figure, or changes matplotlib's settings. The only room that imports 
 pictures share; each other file is one family of pictures.
 """
 
+from captum_classfilters.visualize.calculation_paths import (
+    filter_states,
+    gate_strip,
+    integral_paths,
+    path_embedding,
+    path_profiles,
+)
 from captum_classfilters.visualize.curves import (
     accuracy_curve,
     auc_matrix,
@@ -16,7 +23,6 @@ from captum_classfilters.visualize.curves import (
 from captum_classfilters.visualize.gates import cluster_centres, confusion, correlation, gate, similarity
 from captum_classfilters.visualize.images import branch_maps, filter_cards, occlusion
 from captum_classfilters.visualize.images import switched_off as switched_off
-from captum_classfilters.visualize.paths import filter_states, gate_strip, integral_paths, path_embedding, path_profiles
 from captum_classfilters.visualize.splitting import ald_fit, ald_tree
 from captum_classfilters.visualize.tables import class_filters, overlap
 

@@ -128,7 +128,7 @@ def correlated_share(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     columns = ["correlation", "threshold", "share", "low", "high"]
     check_frame(frame, columns, "metrics.correlated_share")
-    judged, control = judged_and_control(frame, "correlation", "share")
+    judged, control = judged_and_control(frame, "correlation")
     for rows in (judged, control):
         check_unique(rows, ["correlation", "threshold"])
     ax = axes_or_new(ax, (7.5, 4.2))

@@ -162,7 +162,7 @@ def similarity(frame: pd.DataFrame, outcome: str = "TP", ax: Axes | None = None)
     """
     columns = ["outcome", "class_name", "gate_row", "similarity", "samples"]
     check_frame(frame, columns, "metrics.gate_similarity")
-    judged, _ = judged_and_control(frame, value="similarity")
+    judged, _ = judged_and_control(frame)
     rows = judged[judged["outcome"] == outcome]
     if rows.empty:
         raise OptionError(f"outcome must be one of {quoted(judged['outcome'].unique())}, got {outcome!r}")
@@ -259,7 +259,7 @@ def cluster_centres(
         [[2.0, 1.0], [0.0, 3.0]]
     """
     check_frame(frame, ["class_name", "cosine", "ami", "channel 0"], "metrics.feature_clusters")
-    judged, control = judged_and_control(frame, value="cosine")
+    judged, control = judged_and_control(frame)
     check_unique(judged, ["class_name"])
     whole, rows = judged[judged["class_name"] == "all"], judged[judged["class_name"] != "all"].set_index("class_name")
     if whole.empty or rows.empty:

@@ -318,19 +318,13 @@ def check_unique(rows: pd.DataFrame, keys: list[str], name: str = "frame") -> No
         raise OptionError(f"{name} has several rows of {cell}; draw one run at a time")
 
 
-def judged_and_control(
-    frame: pd.DataFrame, names: str | None = None, value: str = ""
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def judged_and_control(frame: pd.DataFrame, names: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows that are judged, and the rows of their random control.
 
     Args:
         frame: With a bool column ``control``; without it, rows called ``"random"`` are the control.
         names: The column that names tables or methods.
-        value: The column that a frame with the control in columns ``random``, ``random_low``, ``random_high`` judges.
     """
-    if "control" not in frame.columns and "random" in frame.columns:
-        chance = frame.drop(columns=[value, "low", "high"], errors="ignore")
-        return frame, chance.rename(columns={"random": value, "random_low": "low", "random_high": "high"})
     if "control" in frame.columns:
         is_control = frame["control"].astype(bool)
     else:

@@ -1,11 +1,22 @@
 """How these tests read a head: networks whose logits tell images apart, and the first batch of the stream."""
 
+from contextlib import contextmanager
+
 import timm
 import torch
 import torchvision
 from torch import nn
 
-from captum_classfilters.core.head_pass import batches
+from captum_classfilters.core.head_pass import HeadPass
+
+
+@contextmanager
+def batches(model, loader, *, need_labels=True, need_maps=False, num_classes=None, description="", **options):
+    """One pass over a loader: ``with batches(model, loader) as stream``; ``options`` are those of `HeadPass`."""
+    head_pass = HeadPass(model, loader, **options)
+    wanted = {"need_labels": need_labels, "need_maps": need_maps, "num_classes": num_classes}
+    with head_pass.batches(**wanted, description=description) as stream:
+        yield stream
 
 
 def read(model, *inputs, need_maps=False, **options):

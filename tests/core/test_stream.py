@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from reading import batches
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -17,7 +18,6 @@ from captum_classfilters.core.errors import (
     OptionError,
     ShapeError,
 )
-from captum_classfilters.core.head_pass import batches
 
 SIZES = (4, 4, 3)  # ragged
 
@@ -144,10 +144,10 @@ def test_several_inputs(small_cnn, data):
     inner = small_cnn()
     model = Fusion(inner)
     pairs = [((x, torch.full((len(x),), 0.5)), y) for x, y in data]
-    features, _, _ = consume(model, pairs, forward_args="as they come")
+    features, _, _ = consume(model, pairs, additional_forward_args="as they come")
     torch.testing.assert_close(features, inner.penultimate(torch.cat([x for x, _ in data]) + 0.5).detach())
     assert model.options == [("as they come",)] * 3
-    consume(model, pairs, forward_args=(1, 2))
+    consume(model, pairs, additional_forward_args=(1, 2))
     assert model.options[-1] == (1, 2)
 
 

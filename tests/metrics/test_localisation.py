@@ -12,7 +12,6 @@ from torch import nn
 from captum_classfilters import HeadPass, InfluentialFeatures, metrics
 from captum_classfilters.assets import load_demo_network, load_images
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
-from captum_classfilters.core.head_pass import batches
 from captum_classfilters.metrics.localisation import box_objects, mask_objects
 
 
@@ -226,7 +225,7 @@ def test_the_stream_gives_what_else_a_batch_had(small_cnn, images):
     x, y = images(2), torch.tensor([0, 1])
     given = {"image": x, "label": y, "name": "a"}
     for raw, expected in (((x, y), ()), ([x, y, 1, "b"], (1, "b")), (given, given), (x, ())):
-        with batches(small_cnn(), [raw], need_labels=False) as stream:
+        with HeadPass(small_cnn(), [raw]).batches(need_labels=False) as stream:
             assert [batch.extras for batch in stream] == [expected]
 
 

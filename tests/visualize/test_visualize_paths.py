@@ -10,7 +10,7 @@ from path_bits import drawn, legend, paths_of, random, texts
 
 from captum_classfilters import visualize
 from captum_classfilters.core.errors import LabelError, OptionError, ShapeError
-from captum_classfilters.visualize.paths import POINTS, STATES
+from captum_classfilters.visualize.calculation_paths import POINTS, STATES
 
 
 @pytest.fixture
