@@ -314,6 +314,23 @@ def single_batch(
         return next(stream)
 
 
+def class_map(batch: Batch, classes: Tensor, chosen: Tensor, channel_weights: str) -> Tensor:
+    """The feature map behind the head, summed over chosen channels alone.
+
+    Args:
+        batch: With maps.
+        classes: Whose weights each sample takes, ``(N,)`` int64.
+        chosen: Channels of each sample, ``(N, K)`` bool.
+        channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
+
+    Returns:
+        ``(N, 1, h, w)``, signed.
+    """
+    maps: Tensor = batch.maps  # type: ignore[assignment]
+    weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
+    return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)
+
+
 def _check_device(owner: Any, device: torch.device | str | None) -> None:
     first = next(owner.parameters(), None)
     if device is None or first is None:
@@ -325,27 +342,3 @@ def _check_device(owner: Any, device: torch.device | str | None) -> None:
             f"the model is on {first.device}, but device={str(asked)!r} was asked for; move it yourself, "
             f"model.to({str(asked)!r}): batches follow the model, the model is never moved"
         )
-
-
-@contextmanager
-def batches(
-    model: Any,
-    loader: Iterable[Any],
-    *,
-    layer: nn.Module | str | None = None,
-    need_labels: bool = True,
-    need_maps: bool = False,
-    num_classes: int | None = None,
-    forward_args: Any = None,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    description: str = "",
-) -> Iterator[Iterator[Batch]]:
-    """Old form of ``HeadPass(...).batches(...)``; goes away."""
-    head_pass = HeadPass(
-        model, loader, layer=layer, additional_forward_args=forward_args, device=device, show_progress=show_progress
-    )
-    with head_pass.batches(
-        need_labels=need_labels, need_maps=need_maps, num_classes=num_classes, description=description
-    ) as stream:
-        yield stream

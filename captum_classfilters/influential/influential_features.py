@@ -7,7 +7,6 @@ the table is in `selectors.py`, the sums are in `running_sums.py`.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
-import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from captum_classfilters.class_filters import (
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError
-from captum_classfilters.core.head_pass import Batch, HeadPass, single_batch
+from captum_classfilters.core.head_pass import Batch, HeadPass, class_map, single_batch
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.running_sums import K1, Options, Tables
@@ -236,9 +235,7 @@ class InfluentialFeatures(LayerAttribution):
             raise OptionError(
                 f"classes {unseen} have no samples in the table, so no filters to show; choose another target"
             )
-        maps = batch.maps
-        weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
-        return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)  # type: ignore[union-attr]
+        return class_map(batch, classes, chosen, channel_weights)
 
     # -- one batch -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import HeadError, NonFiniteError, OptionError, quoted
 from captum_classfilters.core.head import Head, find_head, last_head
-from captum_classfilters.core.head_pass import Batch, batches
+from captum_classfilters.core.head_pass import class_map, single_batch
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.heads import DecomposedLinear
@@ -156,15 +156,13 @@ class ALDSplitter(LayerAttribution):
         """
         one_of(channel_weights, "channel_weights", ("head", "ones"))
         name, _ = head_weights(self.forward_func, self.layer)
-        with batches(
+        batch = single_batch(
             self.forward_func,
-            [(inputs, None)],
+            inputs,
             layer=self.layer,
-            need_labels=False,
+            additional_forward_args=additional_forward_args,
             need_maps=True,
-            forward_args=additional_forward_args,
-        ) as stream:
-            batch: Batch = next(iter(stream))
+        )
         if batch.head.name != name:
             raise HeadError(
                 f"the last layer with a matrix is {name}, but the logits come from {batch.head.name}; pass "
@@ -172,9 +170,7 @@ class ALDSplitter(LayerAttribution):
             )
         classes = classes_of(target, len(batch.features), batch.head.num_classes, batch.features.device)
         chosen = self._chosen(classes, branch, stage, options).to(batch.features.device)
-        weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
-        maps: Tensor = batch.maps  # type: ignore[assignment]
-        return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)
+        return class_map(batch, classes, chosen, channel_weights)
 
     def _chosen(self, classes: Tensor, branch: str, stage: int | None, options: dict[str, Any]) -> Tensor:
         """The neurons of each sample's class, ``(N, K)`` bool."""
