@@ -76,9 +76,9 @@ def test_open_ends_leave_the_bounds_out(value):
 
 
 def test_integers_are_sorted_and_each_is_there_once():
-    for values in ((5, 1, 5), np.array([5, 1]), iter([1, 5]), {5, 1}):
+    for values in ((8, 1, 8), np.array([8, 1]), iter([1, 8]), {8, 1}):
         found = integers(values, "ks", 1, 64)
-        assert found == [1, 5]
+        assert found == [1, 8]
         assert {type(value) for value in found} == {int}
 
 

@@ -12,9 +12,9 @@ from captum_classfilters.core.errors import OptionError, ShapeError
 def trained():
     """The same, of a network that has learned something."""
     model, _ = load_demo_network()
-    loader = load_images("train").batches()[:2]
+    loader = load_images("train").batches()[:1]
     tables = InfluentialFeatures(model).attribute(loader, selector=["histogram", "margin"])
-    return model, tables, HeadMoments.collect(model, loader), load_images("test").batches()[:1]
+    return model, tables, HeadMoments.collect(model, loader), load_images("test").batches(100)[:1]
 
 
 @pytest.fixture

@@ -40,8 +40,14 @@ def features(model, test_images):
 
 
 @pytest.fixture(scope="module")
-def curve(model, tables, test_images):
-    return metrics.accuracy_curve(model, tables, test_images.batches(), [5, 1, 64])
+def judged(model, test_images):
+    """The network over the test images, run once for all tests here."""
+    return HeadPass(model, test_images.batches()).cached()
+
+
+@pytest.fixture(scope="module")
+def curve(judged, tables):
+    return metrics.accuracy_curve(judged, tables, ks=[5, 1, 64])
 
 
 def row(frame, **wanted):
@@ -103,14 +109,14 @@ def test_few_influential_channels_beat_as_many_random_ones_on_real_images(curve)
     assert own.low > chance.high + 0.2
 
 
-def test_a_control_is_always_there_and_scatters(model, tables, test_images, curve):
+def test_a_control_is_always_there_and_scatters(judged, tables, curve):
     control = curve[curve.control]
     assert set(control.filters) == {"random"}
     assert set(curve[~curve.control].filters) == {"dense", "histogram", "margin"}
     assert set(control.k) == {1, 5, 64}
     at_5 = row(control, k=5, class_name="all")
     assert at_5.low < at_5.accuracy < at_5.high
-    again = metrics.accuracy_curve(model, tables, test_images.batches()[:1], [5], control=Control(6, seed=1))
+    again = metrics.accuracy_curve(judged, tables, ks=[5], control=Control(6, seed=1))
     assert row(again, filters="random", class_name="all").accuracy != at_5.accuracy
 
 
@@ -131,43 +137,47 @@ def test_relative_accuracy_to_nothing_is_nan(model, tables, test_images):
     assert np.isnan(row(frame, filters="histogram", class_name="coat").relative)
 
 
-def test_many_settings_are_counted_in_slices(model, tables, test_images, curve, monkeypatch):
+def test_many_settings_are_counted_in_slices(judged, tables, curve, monkeypatch):
     monkeypatch.setattr("captum_classfilters.metrics.accuracy._CELLS", 640 * 4)
-    sliced = metrics.accuracy_curve(model, tables, test_images.batches(), [5, 1, 64])
+    sliced = metrics.accuracy_curve(judged, tables, ks=[5, 1, 64])
     np.testing.assert_allclose(sliced.accuracy, curve.accuracy, atol=2e-3)
 
 
-def test_curves_refuse_what_they_cannot_use(model, tables, test_images):
-    loader, own = test_images.batches()[:1], {"histogram": tables["histogram"]}
-    with pytest.raises(
-        OptionError, match=r"each of ks must be an integer in \[1, 64\], the number of channels; got 65"
-    ):
-        metrics.accuracy_curve(model, own, loader, [65])
-    with pytest.raises(OptionError, match=r"ks must be a list of integers, such as \[1, 3, 5\]; got 5"):
-        metrics.accuracy_curve(model, own, loader, 5)
-    with pytest.raises(OptionError, match="got list"):
-        metrics.accuracy_curve(model, [tables["histogram"]], loader, [5])
-    with pytest.raises(OptionError, match="not different as text"):
-        metrics.accuracy_curve(model, {1: tables["histogram"], "1": tables["margin"]}, loader, [5])
-    renamed = replace(tables["margin"], class_names=tuple("abcdefghij"))
-    with pytest.raises(OptionError, match="name their classes differently"):
-        metrics.accuracy_curve(model, {**own, "margin": renamed}, loader, [5])
-    with pytest.raises(OptionError, match="no table was given"):
-        metrics.accuracy_curve(model, {"random": tables["random"]}, loader, [5])
-    with pytest.raises(OptionError, match="ks must be a list"):
-        metrics.accuracy_curve(model, own, loader, [])
-    with pytest.raises(OptionError, match="may not be named 'dense'"):
-        metrics.accuracy_curve(model, {"dense": tables["histogram"]}, loader, [5])
-    short = replace(tables["histogram"], scores=torch.rand(10, 9), mass=torch.rand(10, 9))
-    with pytest.raises(ShapeError, match=r"the table is 10 classes x 9 channels of .* the head 'fc' is 10 x 64"):
-        metrics.accuracy_curve(model, {"short": short}, loader, [5])
+@pytest.mark.parametrize(
+    ("make", "ks", "error", "message"),
+    [
+        (dict, [65], OptionError, r"each of ks must be an integer in \[1, 64\], the number of channels; got 65"),
+        (dict, 5, OptionError, r"ks must be a list of integers, such as \[1, 3, 5\]; got 5"),
+        (dict, [], OptionError, "ks must be a list of at least one integer"),
+        (lambda own: [own["votes"]], [5], OptionError, "got list"),
+        (lambda own: {1: own["votes"], "1": own["margin"]}, [5], OptionError, "not different as text"),
+        (
+            lambda own: {**own, "margin": replace(own["margin"], class_names=tuple("abcdefghij"))},
+            [5],
+            OptionError,
+            "name their classes differently",
+        ),
+        (lambda own: {"x": replace(own["votes"], method="random")}, [5], OptionError, "no table was given"),
+        (lambda own: {"dense": own["votes"]}, [5], OptionError, "may not be named 'dense'"),
+        (
+            lambda own: {"short": replace(own["votes"], scores=torch.rand(10, 9), mass=torch.rand(10, 9))},
+            [5],
+            ShapeError,
+            r"the table is 10 classes x 9 channels of .* the head 'fc' is 10 x 64",
+        ),
+    ],
+)
+def test_curves_refuse_what_they_cannot_use(judged, tables, make, ks, error, message):
+    own = {"votes": tables["histogram"], "margin": tables["margin"]}
+    with pytest.raises(error, match=message):
+        metrics.accuracy_curve(judged, make(own), ks=ks)
 
 
 # -- the "essential" test ----------------------------------------------------------------------------------------------
 
 
-def test_zeroing_is_the_full_head_without_those_features(model, tables, test_images, features):
-    frame = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["zero", "mean"])
+def test_zeroing_is_the_full_head_without_those_features(judged, model, tables, test_images, features):
+    frame = metrics.class_ablation(judged, tables["histogram"], modes=["zero", "mean"])
     chosen = tables["histogram"].mask(5)[test_images.labels]
     means = tables["histogram"].mass.sum(0).float() / 1000
 
@@ -188,19 +198,19 @@ def test_zeroing_is_the_full_head_without_those_features(model, tables, test_ima
     assert hit["drop"] == pytest.approx(intact.accuracy - hit.accuracy)
 
 
-def test_noise_on_its_own_channels_hurts_a_class_more_than_on_random_ones(model, tables, test_images):
-    frame = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["noise"])
+def test_noise_on_its_own_channels_hurts_a_class_more_than_on_random_ones(judged, tables):
+    frame = metrics.class_ablation(judged, tables["histogram"], modes=["noise"])
     own, chance = (row(frame, channels=name, class_name="all") for name in ("influential", "random"))
     assert own.high < chance.low
     assert set(frame.channels) == {"none", "influential", "random", "rest"}
 
 
-def test_a_class_the_table_has_not_seen_is_left_out_of_the_test(model, tables, test_images):
+def test_a_class_the_table_has_not_seen_is_left_out_of_the_test(judged, tables):
     counts = tables["histogram"].counts.clone()
     counts[4] = 0
     partial = replace(tables["histogram"], counts=counts)
-    frame = metrics.class_ablation(model, partial, test_images.batches(), 5, modes="zero")
-    whole = metrics.class_ablation(model, tables["histogram"], test_images.batches(), 5, modes=["zero"])
+    frame = metrics.class_ablation(judged, partial, modes="zero")
+    whole = metrics.class_ablation(judged, tables["histogram"], modes=["zero"])
     assert np.isnan(row(frame, class_name="coat", channels="influential").accuracy)
     assert row(frame, class_name="all", channels="influential").samples == 900
     same = {"class_name": "shirt", "channels": "influential"}
@@ -223,19 +233,25 @@ def test_ablation_takes_a_model_with_autocast_inside(model, tables, test_images)
     np.testing.assert_allclose(frame.accuracy, plain.accuracy, atol=0.2)
 
 
-def test_ablation_refuses_what_it_cannot_do(model, tables, test_images):
-    loader = test_images.batches()[:1]
-    with pytest.raises(OptionError, match="modes must be some of"):
-        metrics.class_ablation(model, tables["histogram"], loader, 5, modes=["shuffle"])
-    with pytest.raises(OptionError, match=r"of \['votes'\] pass one"):
-        metrics.class_ablation(model, {"votes": tables["histogram"]}, loader, 5)
-    with pytest.raises(ShapeError, match=r"means must be a tensor of shape \(64,\)"):
-        metrics.class_ablation(model, tables["histogram"], loader, 5, means=torch.zeros(3))
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (lambda table: table, {"modes": ["shuffle"]}, OptionError, "modes must be some of"),
+        (lambda table: table, {"k": 65}, OptionError, r"k must be an integer in \[1, 64\]"),
+        (lambda table: table, {"means": torch.zeros(3)}, ShapeError, r"means must be a tensor of shape \(64,\)"),
+        (lambda table: {"votes": table}, {}, OptionError, r"of \['votes'\] pass one"),
+        (lambda table: replace(table, layer="2"), {}, ShapeError, "64 channels of layer '2', the head 'fc' is 10 x 64"),
+    ],
+)
+def test_ablation_refuses_what_it_cannot_do(judged, tables, make, options, error, message):
+    with pytest.raises(error, match=message):
+        metrics.class_ablation(judged, make(tables["histogram"]), **options)
+
+
+def test_means_of_features_that_can_be_negative_must_be_given(tables, test_images):
     torch.manual_seed(0)
     signed = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Linear(64, 10))
-    with pytest.raises(ShapeError, match="64 channels of layer 'fc', the head '2' is 10 x 64"):
-        metrics.class_ablation(signed, tables["histogram"], loader, 5)
-    renamed = replace(tables["histogram"], layer="2")
+    loader, renamed = test_images.batches()[:1], replace(tables["histogram"], layer="2")
     with pytest.raises(OptionError, match="features of layer '2' can be negative"):
         metrics.class_ablation(signed, renamed, loader, 5, modes=["mean"])
     frame = metrics.class_ablation(signed, renamed, loader, 5, modes=["mean"], means=torch.zeros(64))
@@ -276,7 +292,7 @@ def test_stability_is_one_when_nothing_can_change_and_lower_when_samples_are_few
     all_channels = metrics.stability(model, few, 64, draws=5)
     assert row(all_channels[~all_channels.control], class_name="all").jaccard == 1
     scarce = metrics.stability(HeadPass(model, few, class_names=sample.class_names), k=5, draws=20, seed=3)
-    plenty = metrics.stability(model, sample.batches(), 5, draws=20, seed=3)
+    plenty = metrics.stability(model, sample.batches()[:2], 5, draws=20, seed=3)
     scarce, chance = scarce[~scarce.control], scarce[scarce.control]
     plenty = plenty[~plenty.control]
     found = row(scarce, class_name="all")
