@@ -13,6 +13,8 @@ from captum_classfilters.class_filters import ClassFilters
 @pytest.fixture(autouse=True)
 def clean_matplotlib(monkeypatch):
     mpl.use("agg")
+    # doctests, which may have run in this process before, leave theirs open
+    plt.close("all")
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: pytest.fail("plt.show was called"))
     before = dict(mpl.rcParams)
     yield
