@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from torch.utils.data import Subset
 
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import class_correlation
-from captum_classfilters.core.errors import FileFormatError, MergeError, OptionError, ShapeError, UnseenClassWarning
+from captum_classfilters.core.errors import (
+    FileFormatError,
+    MergeError,
+    OptionError,
+    ShapeError,
+    UnseenClassWarning,
+    quoted,
+)
 from captum_classfilters.core.files import read, write
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.ranks import sum_over
@@ -326,8 +334,8 @@ def check_k(k: Any, channels: int, name: str = "k") -> int:
 def check_names(names: Sequence[str]) -> None:
     """Refuse repeated class names, and the one that the metrics use themselves."""
     if len(set(names)) != len(names):
-        twice = sorted({name for name in names if list(names).count(name) > 1})
-        raise OptionError(f"class names must be unique, got {twice} more than once; number them apart")
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        raise OptionError(f"class names must be unique, got {quoted(twice)} more than once; number them apart")
     if "all" in names:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
@@ -336,42 +344,93 @@ def names_of(requested: Sequence[str] | None, classes: int, loader: Any = None) 
     """The class names that were asked for, checked; else those of the loader's data set; else numbers.
 
     Args:
-        requested: C names; None: others stand in.
+        requested: C names in the order of the class indices, or a dict of names and indices; None: others stand in.
         classes: C.
-        loader: A DataLoader whose data set may have ``.classes``; None: nobody else names the classes.
+        loader: A DataLoader whose data set may have ``.classes``: names, numbers, a dict, their count, or a method
+            that returns one of these. A class called ``"all"`` there gets its index behind it. None: nobody else
+            names the classes.
 
     Raises:
         OptionError: ``requested`` has not C names, or repeats one.
     """
-    names = requested if requested is not None else _dataset_names(loader, classes)
-    if names is None:
+    names = _dataset_names(loader, classes) if requested is None else _in_index_order(requested)
+    if names is None and requested is None:
         return tuple(map(str, range(classes)))
+    if names is None:
+        raise OptionError(
+            f"class_names must be {classes} names in the order of the class indices, or a dict of names and indices; "
+            f"got {requested!r:.80}"
+        )
     if len(names) != classes:
         raise OptionError(f"class_names must be {classes}, one for each class; got {len(names)}")
-    names = tuple(map(str, names))
     check_names(names)
     return names
 
 
 def _dataset_names(loader: Any, classes: int) -> tuple[str, ...] | None:
+    """The names that a data set has, told apart; None where it has none, or not as many as the head has outputs."""
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", None)
-    if names is None:
-        return None
-    if len(names) != classes:
+    if callable(names) and not isinstance(names, type):
+        try:
+            names = names()
+        except Exception:  # a method of the user's that does something else
+            return None
+    in_order = _in_index_order(names)
+    count = len(in_order) if in_order is not None else names
+    if isinstance(count, int) and not isinstance(count, bool) and count != classes:
         warnings.warn(
-            f"the data set names {len(names)} classes, the head has {classes} outputs: its labels may not be the "
+            f"the data set names {count} classes, the head has {classes} outputs: its labels may not be the "
             "head's class indices; pass class_names= if they are",
             UserWarning,
             stacklevel=8,
         )
         return None
-    # torchvision's ImageNet has tuples of synonyms, and two cranes
-    plain = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
-    repeated = {name for name, times in Counter(plain).items() if times > 1}
-    return tuple(f"{name} ({index})" if name in repeated else name for index, name in enumerate(plain))
+    return None if in_order is None else _told_apart(in_order)
+
+
+def _in_index_order(names: Any) -> tuple[str, ...] | None:
+    """Names as text, in the order of the class indices; None for what is no list of names.
+
+    A dict is read by its indices, ``{name: index}`` or ``{index: name}``: its own order says nothing.
+    """
+    if isinstance(names, Mapping):
+        pairs = list(names.items())
+        expected = set(range(len(pairs)))
+        for index_of, name_of in ((1, 0), (0, 1)):
+            indices = [pair[index_of] for pair in pairs]
+            if all(isinstance(index, Integral) for index in indices) and set(map(int, indices)) == expected:
+                return tuple(_as_text(pair[name_of]) for pair in sorted(pairs, key=lambda pair: int(pair[index_of])))
+        return None
+    if hasattr(names, "tolist"):
+        names = names.tolist()
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+        return None
+    return tuple(map(_as_text, names))
+
+
+def _as_text(name: Any) -> str:
+    """One name; torchvision's ImageNet has tuples of synonyms."""
+    if isinstance(name, bytes):
+        return name.decode("utf-8", errors="replace")
+    return ", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name)
+
+
+def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names with their index behind those that repeat (ImageNet has two cranes), and behind ``"all"``."""
+    repeated = {name for name, times in Counter(names).items() if times > 1} | {"all"}
+    taken = set(names)
+    result = []
+    for index, name in enumerate(names):
+        if name in repeated:
+            name = f"{name} ({index})"
+            while name in taken:
+                name += "'"
+            taken.add(name)
+        result.append(name)
+    return tuple(result)
 
 
 def one_table(filters: Any) -> ClassFilters:

@@ -91,3 +91,15 @@ def quoted(names: Iterable[object], most: int = 10) -> str:
     """The first names of many, for a message."""
     known = list(names)
     return ", ".join(repr(name) for name in known[:most]) + (", ..." if len(known) > most else "")
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes for what a terminal or a font cannot show: control characters, half of a letter.
+
+    Example:
+        >>> printable("red\x1b[31m")
+        'red\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -3,6 +3,7 @@
 Nothing here knows what a picture means; the other files of this room do. C classes, K channels.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
 from typing import Any, cast
@@ -19,7 +20,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from captum_classfilters.core.errors import OptionError, ShapeError, quoted
+from captum_classfilters.core.errors import OptionError, ShapeError, printable, quoted
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -127,8 +128,19 @@ def longest(names: Sequence[str]) -> int:
 
 
 def shortened(name: str) -> str:
-    """A name of at most 24 characters."""
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    """A name of at most 24 characters, as `literal` text."""
+    return literal(name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…")
+
+
+def literal(text: str) -> str:
+    r"""Text that matplotlib draws as it stands: a pair of dollars is no formula, a control character no box.
+
+    Example:
+        >>> literal("price_$10_$20"), literal(literal("$"))
+        ('price_\\$10_\\$20', '\\$')
+    """
+    lines = (printable(line) for line in text.split("\n"))
+    return re.sub(r"(?<!\\)\$", r"\$", "\n".join(lines))
 
 
 def thinned(count: int, fits: float) -> list[int]:
@@ -160,7 +172,7 @@ def spaced(places: Sequence[float], needed: float, first: Iterable[int] = ()) ->
 def write_title(ax: Axes, text: str) -> None:
     """A title in as many lines as it needs."""
     # 0.8: the layout may take some of the width away later
-    ax.set_title(fill(text, max(20, int(0.8 * room(ax)[0] / 6))), fontsize="medium")
+    ax.set_title(fill(literal(text), max(20, int(0.8 * room(ax)[0] / 6))), fontsize="medium")
 
 
 def legend_beside(ax: Axes, handles: Sequence[Any] | None = None) -> Any:
@@ -173,7 +185,9 @@ def legend_beside(ax: Axes, handles: Sequence[Any] | None = None) -> Any:
 
 def legend_marker(name: str, colour: str, shape: str) -> Line2D:
     """A marker for a legend."""
-    return Line2D([], [], color=colour, marker=shape, linestyle="none", markersize=7, markeredgewidth=1.5, label=name)
+    return Line2D(
+        [], [], color=colour, marker=shape, linestyle="none", markersize=7, markeredgewidth=1.5, label=literal(name)
+    )
 
 
 # -- heat maps ---------------------------------------------------------------------------------------------------------
@@ -292,7 +306,7 @@ def line_with_band(
     """A line, with its interval as a pale band behind it."""
     if band is not None:
         ax.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0, zorder=order - 1)
-    return ax.plot(x, y, color=colour, label=label, zorder=order, **style)[0]
+    return ax.plot(x, y, color=colour, label=literal(label), zorder=order, **style)[0]
 
 
 # -- what is drawn -----------------------------------------------------------------------------------------------------
