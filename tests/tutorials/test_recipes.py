@@ -248,6 +248,7 @@ def called_in_process(command):
         ("resnet20_fixed_gate_s3", {"gate_fixed_gate_s3"}, "fixed-gate"),
         ("resnet20_decoupled_r0_s0", {"paths_resnet20_decoupled_r0_s0"}, "decoupled"),
         ("inception_decoupled_s0", {"paths_inception_decoupled_s0"}, "decoupled"),
+        ("vgg_decoupled_s0", {"paths_vgg_decoupled_s0"}, "decoupled"),
     ],
 )
 def test_networks_are_made_by_name(name, files, method, idx_folder, tmp_path, make_networks, monkeypatch):
