@@ -1,5 +1,6 @@
 """What each command does, from top to bottom."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from captum_classfilters.class_filters import ClassFilters, check_table
 from captum_classfilters.cli.prepare import Job, working
-from captum_classfilters.cli.writing import as_json, top_csv, top_lines
+from captum_classfilters.cli.writing import as_csv, as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import replacing
 from captum_classfilters.core.head_pass import HeadPass
@@ -101,7 +102,7 @@ def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilt
             selector=selectors,
             k1=options.k1,
             class_names=job.class_names,
-            show_progress=not options.quiet,
+            show_progress=_bars(options),
         )
     except BaseException as error:
         for name, table in getattr(error, "partial_result", {}).items():
@@ -114,7 +115,7 @@ def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilt
 def _moments(job: Job, options: Any) -> HeadMoments:
     try:
         moments = HeadMoments.collect(
-            HeadPass(job.model, job.loader, layer=options.layer, show_progress=not options.quiet)
+            HeadPass(job.model, job.loader, layer=options.layer, show_progress=_bars(options))
         )
     except BaseException as error:
         if (partial := getattr(error, "partial_result", None)) is not None:
@@ -123,6 +124,11 @@ def _moments(job: Job, options: Any) -> HeadMoments:
     with job.output.into("moments.safetensors") as path:
         moments.save(path)
     return moments
+
+
+def _bars(options: Any) -> bool:
+    """Progress bars are for people at a terminal."""
+    return not options.quiet and sys.stderr.isatty()
 
 
 def _keep_partial(job: Job, stem: str, partial: Any, images: int) -> None:
@@ -148,11 +154,11 @@ def _judge(
         job.judge,  # type: ignore[arg-type]
         layer=options.layer,
         class_names=job.class_names,
-        show_progress=not options.quiet,
+        show_progress=_bars(options),
     )
     curve = metrics.accuracy_curve(judged, tables, ks=ks, refit=refit, moments=moments)
     stem = "accuracy_curve" if draw else "accuracy"
-    job.output.text(f"{stem}.csv", curve.to_csv(index=False, lineterminator="\n"))
+    job.output.text(f"{stem}.csv", as_csv(curve))
     if draw:
         job.output.picture(f"{stem}.png", lambda: visualize.accuracy_curve(curve))
     overall = curve[curve.class_name == "all"].drop(columns="class_name")

@@ -6,24 +6,32 @@ there is, and what to do. Then come preprocessing, and a loader that skips, coun
 
 import gzip
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from captum_classfilters.core.errors import FileFormatError, OptionError, quoted
+from captum_classfilters.class_filters import check_names
+from captum_classfilters.core.errors import FileFormatError, OptionError, printable, quoted
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+
+# Pixels along a side, and in all after the shorter side was resized: more take gigabytes for one image
+_LARGEST_SIDE, _MOST_PIXELS = 8192, 100_000_000
 
 # Mean and standard deviation that networks for ImageNet usually take
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,6 +47,7 @@ class Source(NamedTuple):
     channels: int  # 1 where all are grey
     size: int  # the side that networks for such images usually take
     whole: bool = False  # images of that size already: nothing is cut off
+    left_out: Mapping[str, str] = MappingProxyType({})  # files that are not read, and why
 
 
 def open_source(text: str, split: str | None, *, judging: bool = False) -> Source:
@@ -74,19 +83,37 @@ def first_of_each(source: Source, most: int | None) -> Source:
     return source._replace(images=[source.images[i] for i in kept], labels=[source.labels[i] for i in kept])
 
 
+def interleaved(source: Source) -> Source:
+    """The first image of each class, then the second of each, and so on: a pass that ends early saw all classes."""
+    seen = [0] * len(source.class_names)
+    ranks = []
+    for label in source.labels:
+        ranks.append(seen[label])
+        seen[label] += 1
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    return source._replace(images=[source.images[i] for i in order], labels=[source.labels[i] for i in order])
+
+
 def in_order_of(source: Source, path: Path | None) -> Source:
     """The source with the classes that a file lists, one a line, in the network's order; some may have no images."""
     if path is None:
         return source
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    names = tuple(name for name in names if name)
-    unknown = [name for name in source.class_names if name not in names]
+    # utf-8-sig: editors on Windows put a mark before the first name; surrogateescape: as folder names are read
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    lines = [printable(line.strip()) for line in lines]
+    listed = tuple(line for line in lines if line)
+    # a folder's name may begin or end with blanks, which a line of the file may lack
+    folders = {name.strip(): name for name in source.class_names}
+    names = tuple(folders.get(name, name) for name in listed)
+    check_names(names)
+    position = {name: index for index, name in enumerate(names)}
+    unknown = [name for name in source.class_names if name not in position]
     if unknown:
         raise OptionError(
             f"{path} lists {len(names)} classes, but not {quoted(unknown, 5)} of {source.about}; name the folders as "
             "the list does, one name a line"
         )
-    place = [names.index(name) for name in source.class_names]
+    place = [position[name] for name in source.class_names]
     return source._replace(class_names=names, labels=[place[label] for label in source.labels])
 
 
@@ -108,8 +135,9 @@ def _folder(root: Path, split: str | None) -> Source:
         raise OptionError(f"{root} is empty; expected one folder of images for each class, such as {root}/cat/1.jpg")
     images: list[Path] = []
     labels: list[int] = []
+    left_out: dict[str, str] = {}
     for label, folder in enumerate(folders):
-        files = _images(folder, deep=True)
+        files = _images(folder, deep=True, left_out=left_out)
         images += files
         labels += [label] * len(files)
     if not images:
@@ -118,15 +146,33 @@ def _folder(root: Path, split: str | None) -> Source:
             f"{', '.join(EXTENSIONS)}"
         )
     _refuse_splits(root, folders)
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or path not in folders:
+            left_out[str(path)] = "hidden" if path.name.startswith(".") else "not in a class folder"
     # resolved: a folder has one name, however the path is written
-    return Source(f"folder {root.resolve()}", tuple(folder.name for folder in folders), images, labels, 3, 224)
+    return Source(
+        f"folder {root.resolve()}",
+        tuple(printable(folder.name) for folder in folders), images, labels, 3, 224, left_out=left_out,
+    )  # fmt: skip
+
+
+_SPLIT_WORDS = frozenset(
+    ("train", "training", "trn", "val", "valid", "validation", "dev", "eval", "test", "testing", "tst", "holdout")
+)
+_BESIDE_SPLIT = frozenset(("set", "data", "dataset", "images", "imgs", "split", "part", "fold"))
+
+
+def _is_split(name: str) -> bool:
+    """Whether a folder is called as part of a data set is: ``Train``, ``training_set``, ``test2017``."""
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    joined = re.sub(r"(set|data|images)$", "", "".join(words))
+    is_split = any(word in _SPLIT_WORDS for word in words) and set(words) <= _SPLIT_WORDS | _BESIDE_SPLIT
+    return is_split or joined in _SPLIT_WORDS
 
 
 def _refuse_splits(root: Path, folders: list[Path]) -> None:
     """``pets/train/cat/1.jpg`` given as ``pets``: the classes would be train and val."""
-    if {folder.name for folder in folders} <= {"train", "val", "valid", "validation", "test"} and not any(
-        _images(folder, deep=False) for folder in folders
-    ):
+    if all(_is_split(folder.name) for folder in folders) and not any(_images(folder, deep=False) for folder in folders):
         name = folders[0].name
         raise OptionError(
             f"the folders in {root} are splits ({_listed(folders)}), not classes; expected one folder per class: "
@@ -148,10 +194,36 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _images(folder: Path, deep: bool) -> list[Path]:
-    paths = folder.rglob("*") if deep else folder.iterdir()
-    # "._cat.jpg" and the like, which macOS leaves behind, are not images
-    return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+def _images(folder: Path, deep: bool, left_out: dict[str, str] | None = None) -> list[Path]:
+    """The images in a folder, sorted; other files are put into ``left_out``, with the reason."""
+    images: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    # followed: torchvision's ImageFolder follows links, too
+    for place, inner, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            inner.clear()  # a link to a folder above it
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        hidden = [name for name in inner if name.startswith(".")]
+        if not deep:
+            inner.clear()
+        # ".ipynb_checkpoints" holds copies of images, "._cat.jpg" is what macOS leaves behind
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        reasons = dict.fromkeys(hidden, "hidden folder")
+        for name in names:
+            path = Path(place, name)
+            if name.startswith("."):
+                reasons[name] = "hidden file"
+            elif path.suffix.lower() not in EXTENSIONS:
+                reasons[name] = f"not among {', '.join(EXTENSIONS)}"
+            elif path.exists() and not path.is_file():
+                reasons[name] = "not a regular file"
+            else:
+                images.append(path)
+        if left_out is not None:
+            left_out.update({str(Path(place, name)): why for name, why in reasons.items()})
+    return sorted(images)
 
 
 def _example(root: Path) -> str:
@@ -224,7 +296,8 @@ def _imagenet(root: Path, split: str) -> Source:
 def _synonyms(classes: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Unique names: ImageNet has two classes called crane."""
     plain = [", ".join(names) for names in classes]
-    return tuple(f"{name} ({index})" if plain.count(name) > 1 else name for index, name in enumerate(plain))
+    times = Counter(plain)
+    return tuple(f"{name} ({index})" if times[name] > 1 else name for index, name in enumerate(plain))
 
 
 _NAMED = {
@@ -247,13 +320,15 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    exif: bool = False  # turned upright as the camera noted; ImageFolder does not
 
     def __str__(self) -> str:
         colours = "grey" if self.channels == 1 else "RGB"
         numbers = ["(" + ", ".join(f"{x:g}" for x in values) + ")" for values in (self.mean, self.std)]
         plain = set(self.mean) == {0.0} and set(self.std) == {1.0}
+        turned = "turned as EXIF says" if self.exif else "EXIF rotation ignored"
         scaled = "pixels in [0, 1]" if plain else f"pixels in [0, 1] minus {numbers[0]} over {numbers[1]}"
-        return f"{colours}, shorter side to {self.resize}, centre {self.crop} x {self.crop}, {scaled}"
+        return f"{colours}, {turned}, shorter side to {self.resize}, centre {self.crop} x {self.crop}, {scaled}"
 
     def facts(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -284,6 +359,11 @@ def choose_preprocessing(
         mean, std = published.mean, published.std
         larger = round(published.resize * size / published.crop)
     chosen = options.resize or larger
+    if max(chosen, size) > _LARGEST_SIDE:
+        raise OptionError(
+            f"--resize and --image-size may be at most {_LARGEST_SIDE} pixels, got {max(chosen, size)}; pass the size "
+            "that the network was trained with"
+        )
     if chosen < size:
         raise OptionError(f"--resize must be at least the image size, {size}, got {chosen}; the crop is cut out of it")
     return Preprocessing(
@@ -293,6 +373,7 @@ def choose_preprocessing(
         _numbers("--mean", options.mean, mean),
         _numbers("--std", options.std, std),
         published.interpolation if published else "bilinear",
+        options.exif,
     )
 
 
@@ -325,13 +406,19 @@ class Loader:
 
     Attributes:
         skipped: What could not be read, and why.
+        left_out: Files that are not read at all, and why.
     """
 
     def __init__(self, source: Source, preprocessing: Preprocessing, batch_size: int, workers: int, strict: bool):
         self._images = _Images(source, preprocessing)
+        self.left_out = source.left_out
         self._strict = strict
         self._loader: DataLoader[Any] = DataLoader(
-            self._images, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
+            self._images,
+            min(batch_size, max(1, len(self._images))),
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
         )
         self.skipped: dict[str, str] = {}
 
@@ -354,6 +441,12 @@ class Loader:
             name, why = next(iter(self.skipped.items()))
             raise FileFormatError(f"none of the {len(self._images)} images could be read; the first: {name} ({why})")
 
+    def left_out_words(self) -> str:
+        """How many files are not read, and the first of them."""
+        shown = ", ".join(f"{name} ({why.split(' among')[0]})" for name, why in list(self.left_out.items())[:3])
+        count = len(self.left_out)
+        return f"{count} file{'s' * (count > 1)} left out: {shown}{', ...' * (count > 3)}"
+
     def skipped_words(self) -> str:
         """How many were skipped, and the first of them."""
         count = len(self.skipped)
@@ -368,6 +461,7 @@ class _Images(Dataset[Any]):
     def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
         self._source, self._transform = source, preprocessing.transform()
         self._mode = "L" if preprocessing.channels == 1 else "RGB"
+        self._resize, self._exif = preprocessing.resize, preprocessing.exif
 
     def __len__(self) -> int:
         return len(self._source.labels)
@@ -375,18 +469,41 @@ class _Images(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[str, str]:
         image_or_path = self._source.images[index]
         try:
-            image = self._decoded(image_or_path)
+            return self._transform(self._decoded(image_or_path)), self._source.labels[index]
         except Exception as error:  # a broken file can raise anything
             is_path = isinstance(image_or_path, Path)
             name = image_or_path if is_path else f"image {index} of {self._source.about}"
             return str(name), str(error) or type(error).__name__
-        return self._transform(image), self._source.labels[index]
 
     def _decoded(self, image_or_path: Any) -> Image.Image:
         if not isinstance(image_or_path, Path):
             return Image.fromarray(image_or_path).convert(self._mode)
+        # asked first: opening a pipe waits for ever
+        if not image_or_path.is_file():
+            raise FileFormatError("no regular file")
         with Image.open(image_or_path) as file:
-            return file.convert(self._mode)
+            shorter, longer = sorted(file.size)
+            if longer * self._resize**2 > _MOST_PIXELS * shorter:
+                raise FileFormatError(
+                    f"{file.size[0]} x {file.size[1]} pixels are too narrow: with the shorter side at {self._resize} "
+                    f"the image would have more than {_MOST_PIXELS} pixels"
+                )
+            image = _eight_bits(file)
+            if self._exif:
+                image = ImageOps.exif_transpose(image)
+            return image.convert(self._mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits: Pillow's own conversion cuts everything above 255 off."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        pixels = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        grey.info, grey._exif = image.info, image.getexif()
+        return grey
+    if image.mode in ("I", "F"):
+        raise FileFormatError(f"pixels of mode {image.mode} have no known range; save the image with 8 or 16 bits")
+    return image
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:

@@ -249,6 +249,8 @@ def _from_callable(options: Any) -> Network:
 
 
 def _callable(module_name: str, path: str) -> Callable[[], Any]:
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise OptionError(f"{module_name}:{path} names no callable; expected package.module:callable")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as python -m has it
@@ -299,8 +301,10 @@ def _content(path: Path) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise FileFormatError(f"{path} is truncated ({error}); copy or save it again") from error
     except SafetensorError as error:
         raise FileFormatError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
     except Exception as error:  # torch.load raises what the content makes it

@@ -135,6 +135,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--resize", type=_count, metavar="N", help="shorter side before that (default: 8/7 of it)")
     data.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted from pixels in [0, 1]")
     data.add_argument("--std", type=_positive, nargs="+", metavar="X", help="and divided by")
+    data.add_argument("--exif", action="store_true", help="turn photographs as EXIF says; else as torchvision, not")
     data.add_argument("--batch-size", type=_count, default=64, metavar="N", help="default: 64")
     data.add_argument("--workers", type=_natural, default=0, metavar="N", help="processes that read (default: 0)")
     data.add_argument("--strict", action="store_true", help="an unreadable image is an error, not skipped")

@@ -1,5 +1,6 @@
 """Find everything that a command line names, and refuse what is wrong before a pass over the images starts."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from captum_classfilters.cli.data import (
     choose_preprocessing,
     first_of_each,
     in_order_of,
+    interleaved,
     open_source,
 )
 from captum_classfilters.cli.models import Network, find_device, find_model
@@ -48,12 +50,17 @@ def working(options: Any, files: Iterable[str]) -> Iterator[Job]:
         options: The command line.
         files: Names of the files that the command will write.
     """
-    job = _prepare(options, files)
+    output = Output(options.out, files)
     try:
+        job = _prepare(options, output)
+        for part in (job.loader, job.judge):
+            if part is not None and part.left_out:
+                job.console.note(part.left_out_words())
         yield job
     except BaseException:
-        if job.output.written:
-            job.console.note(f"written before that: {', '.join(map(str, job.output.written))}")
+        if output.written:
+            print(f"note: written before that: {', '.join(map(str, output.written))}", file=sys.stderr)
+        output.remove_if_empty()
         raise
     skipped = [part for part in (job.loader, job.judge) if part is not None and part.skipped]
     for part in skipped:
@@ -61,13 +68,16 @@ def working(options: Any, files: Iterable[str]) -> Iterator[Job]:
     names = ", ".join(path.name for path in job.output.written)
     job.console.say(f"\nIn {job.output.folder.resolve()}: {names}")
     job.console.facts["skipped"] = [name for part in skipped for name in part.skipped]
+    parts = [part for part in (job.loader, job.judge) if part is not None]
+    job.console.facts["left_out"] = [name for part in parts for name in part.left_out]
+    if old := job.output.from_before():
+        job.console.note(f"from an earlier run, not of this one: {', '.join(old)} in {job.output.folder}")
     job.console.facts["files"] = job.output.written
     job.console.finish()
 
 
-def _prepare(options: Any, files: Iterable[str]) -> Job:
+def _prepare(options: Any, output: Output) -> Job:
     console = Console(options.json, options.quiet)
-    output = Output(options.out, files)
     device = find_device(options.device)
     source, judge = _sources(options)
     network = find_model(options, len(source.class_names))
@@ -122,7 +132,7 @@ def _sources(options: Any) -> tuple[Source, Source | None]:
 
 def _source(options: Any, text: str, split: str | None, judging: bool = False) -> Source:
     source = in_order_of(open_source(text, split, judging=judging), options.classes)
-    return first_of_each(source, options.limit)
+    return interleaved(first_of_each(source, options.limit))
 
 
 def _head(network: Network, preprocessing: Preprocessing, layer: str | None) -> Head:

@@ -2,17 +2,25 @@
 
 import json
 import math
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.core.errors import printable
 from captum_classfilters.core.files import check_folder, replacing
+
+_OURS = re.compile(
+    r"(filters|moments|small|class_filters|overlap|accuracy_curve|accuracy|top|decompose)(_\w+)?(\.partial)?"
+    r"\.(safetensors|csv|png|json)"
+)
 
 
 class Console:
@@ -30,16 +38,24 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line of prose."""
         if not self._silent:
-            print(text)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
+            print("\n".join(map(printable, text.split("\n"))), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough: the files are still wanted
+            self._silent = True
+            with open(os.devnull, "w") as nowhere, suppress(OSError):  # not every stdout is a file
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def note(self, text: str) -> None:
         """A note on stderr, whatever the output."""
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {printable(text)}", file=sys.stderr)
 
     def finish(self) -> None:
         """Print the facts, if JSON was asked for."""
         if self._as_json:
-            print(as_json(self.facts))
+            self._print(as_json(self.facts))
 
 
 def as_json(value: Any) -> str:
@@ -71,15 +87,30 @@ class Output:
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
         self.written: list[Path] = []
+        # this run's names, and the folders that it makes, innermost first
+        self._names = set(names)
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in names:
+            for name in self._names:
                 check_folder(folder / name)
             # only writing shows whether one can write; permissions do not tell it all
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"\0")
         except OSError as error:
+            self.remove_if_empty()
             raise OSError(f"cannot write to {folder}: {_why(error)}; choose another folder with --out") from error
+
+    def remove_if_empty(self) -> None:
+        """Take the folders away that were made for nothing."""
+        with suppress(OSError):  # not empty
+            for path in self._made:
+                path.rmdir()
+
+    def from_before(self) -> list[str]:
+        """Files that look like this command line's, and are of an earlier run."""
+        mine = {path.name for path in self.written}
+        return sorted(p.name for p in self.folder.iterdir() if _OURS.fullmatch(p.name) and p.name not in mine)
 
     @contextmanager
     def into(self, name: str) -> Iterator[Path]:
@@ -149,7 +180,17 @@ def top_csv(tables: Mapping[str, ClassFilters], k: int) -> str:
                 share = max(score, 0.0) / positive if positive else float("nan")
                 rows.append((selector, table.class_names[index], rank, channel, score, per_image, share, images))
     columns = ["selector", "class", "rank", "channel", "score", "per_image", "share", "images"]
-    return str(pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
+    return as_csv(pd.DataFrame(rows, columns=columns))
+
+
+def as_csv(frame: Any) -> str:
+    """CSV whose text cells are no formulas: spreadsheets would run a folder's name that begins with ``=``."""
+    harmless = frame.apply(lambda column: column.map(_no_formula))
+    return str(harmless.to_csv(index=False, lineterminator="\n"))
+
+
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and re.match(r"[=+@\t\r]|-(?!\d+(\.\d+)?$)", cell) else cell
 
 
 def top_lines(table: ClassFilters, k: int, most: int = 20) -> list[str]:

@@ -53,7 +53,7 @@ def test_the_printed_lines_load_the_small_network(run, shared_images, checkpoint
     assert found.status == 0, found.err
     told = json.loads(found.out)
     assert told == json.loads((tmp_path / "decompose.json").read_text()) | {
-        "files": told["files"], "skipped": [],
+        "files": told["files"], "skipped": [], "left_out": [],
     }  # fmt: skip
     assert (told["kept_weights"], told["total_weights"]) == (9, 1536)
     assert told["backend"] == ("dense" if backend == "auto" else backend)

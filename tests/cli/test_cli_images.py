@@ -221,7 +221,7 @@ def test_any_kind_of_image_becomes_what_the_network_takes(pets, mode, channels):
 )
 def test_published_preprocessing_keeps_its_proportions(pets, size, resize, expected):
     published = Preprocessing(3, 232, 224, (0.5,) * 3, (0.2,) * 3, "bicubic")
-    options = SimpleNamespace(image_size=size, resize=resize, mean=None, std=None)
+    options = SimpleNamespace(image_size=size, resize=resize, mean=None, std=None, exif=False)
     found = choose_preprocessing(open_source(str(pets), None), published, torch.nn.Conv2d(3, 1, 1), options)
     assert (found.resize, found.crop) == expected
     assert (found.mean, found.std, found.interpolation) == (published.mean, published.std, "bicubic")

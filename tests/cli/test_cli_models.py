@@ -31,7 +31,7 @@ def refused(run, shared_images, tmp_path):
         assert found.status == 1
         assert found.out == ""
         assert "Traceback" not in found.err
-        assert not list(out.iterdir())
+        assert not out.exists()
         assert found.err.startswith("captum-classfilters: error: ")
         return found.err
 

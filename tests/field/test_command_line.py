@@ -1,0 +1,266 @@
+"""The command line on folders, files and shells as people have them: nothing is lost without a word."""
+
+import csv
+import errno
+import io
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from captum_classfilters import ClassFilters
+from captum_classfilters.__main__ import main
+from captum_classfilters.cli import commands
+from captum_classfilters.cli.data import Loader, Preprocessing, open_source
+
+HOW = Preprocessing(3, 8, 8, (0.0,) * 3, (1.0,) * 3)
+NETWORK = """
+import os, signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.calls = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), 0
+
+    def forward(self, images):
+        return self.fc(self.conv(images).relu().mean((2, 3)))
+
+class Asserting(Net):
+    def forward(self, images):
+        assert len(images) < 2, "one at a time"
+        return super().forward(images)
+
+class Killed(Net):
+    def forward(self, images):
+        self.calls += 1
+        if self.calls == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(images)
+"""
+
+
+@pytest.fixture
+def field(tmp_path, monkeypatch, capsys):
+    """A folder of two classes, a network beside it, and the command line run on them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(commands, "_draw", lambda *_: None)
+    name = f"field_net_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    root = draw(tmp_path / "pets", ("cat", "dog"))
+
+    def call(*words, model="Net", folder=root, size=("--image-size", "8")):
+        capsys.readouterr()
+        status = main(["attribute", f"{name}:{model}", str(folder), "--out", "out", *size, *map(str, words)])
+        return status, *capsys.readouterr()
+
+    call.root, call.out = root, tmp_path / "out"
+    yield call
+    sys.modules.pop(name, None)
+
+
+def draw(root, names, count=3):
+    generator = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def read(root, how=HOW):
+    loader = Loader(open_source(str(root), None), how, 64, 0, False)
+    return loader, list(loader)
+
+
+# -- pixels ------------------------------------------------------------------------------------------------------------
+
+
+def test_16_bit_images_keep_their_brightness(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8)).astype(np.uint16)
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "cat" / "1.png")
+    Image.fromarray(pixels).save(tmp_path / "cat" / "2.tiff")
+    _, batches = read(tmp_path)
+    expected = torch.from_numpy(pixels.astype(np.float64) / 65535).float()
+    for image in batches[0][0]:
+        assert (image - expected).abs().max() < 0.5 / 255 + 1e-6
+
+
+def test_pixels_without_a_known_range_are_skipped_and_named(field):
+    for number, kind in enumerate((np.int32, np.float32)):
+        Image.fromarray(np.full((12, 12), 1000, kind)).save(field.root / "cat" / f"deep{number}.tiff")
+    status, out, err = field("--json")
+    assert status == 0
+    assert "2 images could not be read and were skipped" in err
+    assert json.loads(out)["skipped"] == [f"{field.root}/cat/deep{n}.tiff" for n in (0, 1)]
+
+
+def test_exif_rotation_is_followed_on_demand_and_said(field, tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "turned" / "cat").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "turned" / "cat" / "1.png", exif=exif)
+    upright = Preprocessing(3, 8, 8, (0.0,) * 3, (1.0,) * 3, exif=True)
+    expected = torch.from_numpy(pixels / 255).float().permute(2, 0, 1)
+    assert torch.equal(read(tmp_path / "turned")[1][0][0][0], expected)
+    assert torch.equal(read(tmp_path / "turned", upright)[1][0][0][0], expected.rot90(-1, (1, 2)))
+    assert "EXIF rotation ignored" in field()[1]
+    assert "turned as EXIF says" in field("--exif")[1]
+
+
+def test_a_strip_and_a_pipe_are_skipped_and_counted(field):
+    Image.new("L", (1, 65000)).save(field.root / "cat" / "strip.png")
+    os.mkfifo(field.root / "cat" / "pipe.png")
+    status, out, err = field("--json", size=("--image-size", "64"))
+    assert status == 0
+    assert json.loads(out)["skipped"] == [f"{field.root}/cat/strip.png"]
+    assert "pipe.png (not a regular file)" in err
+
+
+@pytest.mark.parametrize("option", ["--resize", "--image-size"])
+def test_sizes_are_bounded(field, option):
+    status, _, err = field(option, "200000")
+    assert status == 1
+    assert "may be at most 8192 pixels, got 2" in err
+
+
+# -- files and folders -------------------------------------------------------------------------------------------------
+
+
+def test_hidden_copies_links_and_other_files(field, tmp_path):
+    cat = field.root / "cat"
+    (cat / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "3.jfif", "notes.psd"):
+        (cat / name).write_bytes((cat / "0.png").read_bytes())
+    draw(tmp_path / "elsewhere", ("many",), count=2)
+    (field.root / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "many")
+    (cat / "loop").symlink_to(field.root / "cat")
+    (field.root / "eel").symlink_to(tmp_path / "elsewhere" / "many")
+    source = open_source(str(field.root), None)
+    assert source.class_names == ("cat", "dog", "eel")
+    assert [list(source.labels).count(label) for label in range(3)] == [4, 5, 2]
+    assert set(source.left_out) == {str(cat / ".ipynb_checkpoints"), str(cat / "notes.psd")}
+    (field.root / "eel").unlink()
+    (field.root / "stray.png").write_bytes(b"")
+    status, out, err = field("--json")
+    assert status == 0
+    assert "3 files left out" in err
+    assert set(json.loads(out)["left_out"]) == {*source.left_out, str(field.root / "stray.png")}
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training_set", "test_set"), ("TrainData", "val2017")])
+def test_splits_of_any_spelling_are_no_classes(field, tmp_path, names):
+    for name in names:
+        draw(tmp_path / "parts" / name, ("cat", "dog"))
+    status, _, err = field(folder=tmp_path / "parts")
+    assert status == 1
+    assert "are splits" in err
+
+
+def test_classes_called_like_words_of_splits_stay_classes(tmp_path):
+    for name in ("train station", "tram", "testudo"):
+        draw(tmp_path / name, ("one",))
+    assert len(open_source(str(tmp_path), None).class_names) == 3
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"red\x1b[31m", b"=cmd|x", b"price_$10_$20"])
+def test_odd_folder_names_reach_no_terminal_and_no_spreadsheet(field, name):
+    (field.root / "dog").rename(os.fsdecode(os.fsencode(field.root / "") + b"/" + name))
+    status, out, err = field()
+    assert status == 0, err
+    text = (field.out / "top.csv").read_text(encoding="utf-8")
+    assert "\x1b" not in out + err + text
+    cells = {row["class"] for row in csv.DictReader(io.StringIO(text))}
+    assert len(cells) == 2
+    assert not any(cell.startswith("=") for cell in cells)
+
+
+def test_a_list_of_classes_with_a_mark_and_blanks(field, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfdog \r\n cat\t\r\n\r\n")
+    status, _, err = field("--classes", tmp_path / "list.txt")
+    assert status == 0, err
+    assert ClassFilters.load(field.out / "filters.safetensors").class_names == ("dog", "cat")
+
+
+# -- runs that end early, and what stays -------------------------------------------------------------------------------
+
+
+def test_sigterm_keeps_a_table_of_all_classes(field):
+    before = signal.getsignal(signal.SIGTERM)
+    status, _, err = field("--batch-size", "2", model="Killed")
+    assert status == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    kept = ClassFilters.load(field.out / "filters.partial.safetensors")
+    # class by class, the first two batches would be cats alone
+    assert kept.seen.all()
+    assert "ended early" in err
+
+
+def test_a_failed_run_leaves_no_folder(field):
+    assert field("--k", "99")[0] == 1
+    assert not field.out.exists()
+
+
+def test_files_of_an_earlier_run_are_named(field):
+    field.out.mkdir()
+    for name in ("filters_margin.safetensors", "notes.txt"):
+        (field.out / name).write_text("")
+    err = field()[2]
+    assert "from an earlier run, not of this one: filters_margin.safetensors in" in err
+
+
+def test_an_error_of_the_users_network_is_told_in_words(field):
+    status, _, err = field(model="Asserting")
+    assert status == 1
+    assert "AssertionError: one at a time (raised in " in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_stops_only_the_prose(field, monkeypatch):
+    class Head(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Head())
+    assert field()[0] == 0
+    assert (field.out / "filters.safetensors").is_file()
+
+
+def test_bars_at_a_terminal_and_none_into_a_pipe(field, monkeypatch):
+    assert "100%" not in field()[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "100%" in field()[2]
+    assert "100%" not in field("--quiet")[2]
+
+
+def test_a_batch_size_without_end(field):
+    assert field("--batch-size", 10**30)[0] == 0
+
+
+@pytest.mark.parametrize("model", [":two", "..:x", "a.:b", "a:b..c"])
+def test_odd_model_names(field, tmp_path, capsys, model):
+    assert main(["attribute", model, str(field.root), "--out", str(field.out)]) == 1
+    assert "expected" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_named(field, tmp_path):
+    torch.save(nn.Linear(300, 300).state_dict(), tmp_path / "net.pt")
+    whole = (tmp_path / "net.pt").read_bytes()
+    for size in (len(whole) // 2, 100, len(whole) - 30):
+        (tmp_path / "net.pt").write_bytes(whole[:size])
+        status, _, err = field("--weights", tmp_path / "net.pt")
+        assert status == 1
+        assert str(tmp_path / "net.pt") in err
