@@ -19,14 +19,13 @@ from torch.utils.data import Subset
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import class_correlation
 from captum_classfilters.core.errors import (
-    FileFormatError,
     MergeError,
     OptionError,
     ShapeError,
     UnseenClassWarning,
     quoted,
 )
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.files import checked_tensor, contents, read, text, texts, write
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.ranks import sum_over
 
@@ -279,15 +278,21 @@ class ClassFilters:
             FileFormatError: Broken, truncated, foreign, or of another schema version.
         """
         tensors, about = read(path, kind=_KIND, version=(_VERSION, _OLD_VERSION))
-        try:
-            about["class_names"] = tuple(about["class_names"])
+        with contents(path, "a whole table"):
+            about["class_names"] = texts(about["class_names"], "class_names")
+            for name in ("method", "layer"):
+                text(about[name], name)
+            if not isinstance(about["meta"], dict):
+                raise TypeError("meta must be a table")
             if "merge_rule" not in about:
                 old_rule = about["meta"].pop("merge", "sum")
                 about["merge_rule"] = old_rule if old_rule in ("sum", "same") else "none"
+            shape = (len(about["class_names"]), tensors["scores"].shape[-1])
+            checked_tensor(tensors, "counts", torch.int64, shape[0])
+            for name in tensors.keys() - {"counts"}:
+                checked_tensor(tensors, name, torch.float64, *shape)
             sums = {name.removeprefix("sums "): tensors.pop(name) for name in list(tensors) if name[:5] == "sums "}
             return cls(**{**tensors, **about, "sums": sums})
-        except (AttributeError, KeyError, TypeError, ShapeError, OptionError) as error:
-            raise FileFormatError(f"{path} does not hold a whole table ({error!r}); save it again") from error
 
     def _check_k(self, k: int) -> None:
         check_k(k, self.num_channels, "k")

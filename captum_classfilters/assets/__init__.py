@@ -5,6 +5,7 @@ What ships is what the demo, the tutorials and the tests use. `networks.py` hold
 needs, and `load_network` reads it.
 """
 
+import math
 import os
 import zlib
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from captum_classfilters.assets.networks import SmallAlexNet, SmallInception, SmallResNet, SmallVGG
-from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.check import integer, number, one_of
+from captum_classfilters.core.errors import OptionError, quoted
+from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
 
 _HERE = Path(__file__).parent
 # The kind was named when there was one architecture.
@@ -125,10 +127,28 @@ def load_images(split: str = "test") -> ImageSample:
     """
     if split not in ("train", "test"):
         raise OptionError(f'split must be "train" or "test", got {split!r}')
-    tensors, meta = read(_HERE / "fashion_mnist_sample.safetensors", kind=_IMAGES, version=_IMAGES_VERSION)
-    pixels = zlib.decompress(tensors[f"{split}_images"].numpy().tobytes())
-    images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, *meta["image_shape"])
-    return ImageSample(images, tensors[f"{split}_labels"], tuple(meta["class_names"]))
+    path = _HERE / "fashion_mnist_sample.safetensors"
+    tensors, meta = read(path, kind=_IMAGES, version=_IMAGES_VERSION)
+    with contents(path, "images of this package"):
+        names, packed = texts(meta["class_names"], "class_names"), tensors[f"{split}_images"]
+        count = len(tensors[f"{split}_labels"])
+        labels = checked_tensor(tensors, f"{split}_labels", torch.int64, count)
+        checked_tensor(tensors, f"{split}_images", torch.uint8, len(packed))
+        shape = [integer(size, "image_shape", 1, 2**16) for size in meta["image_shape"]]
+        if len(shape) != 3 or not count or bool((labels >= len(names)).any()):
+            raise ValueError("expected images of three axes, and a name for each label")
+        size = count * math.prod(shape)
+        # a few bytes can unpack to gigabytes: never more than the header announces
+        unpacker = zlib.decompressobj()
+        try:
+            pixels = unpacker.decompress(packed.numpy().tobytes(), size)
+            more = unpacker.decompress(unpacker.unconsumed_tail, 1)
+        except zlib.error as error:
+            raise ValueError(f"the pixels cannot be unpacked: {error}") from error
+        if len(pixels) != size or more or not unpacker.eof:
+            raise ValueError(f"expected {size} pixels")
+        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
+        return ImageSample(images, labels, names)
 
 
 def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSample) -> None:
@@ -156,9 +176,37 @@ def save_network(model: Network, path: str | os.PathLike[str], meta: dict[str, A
 
 
 def load_network(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """Load what `save_network` and the recipes saved: ``(model, meta)``, in eval mode, on the CPU."""
+    """Load what `save_network` and the recipes saved: ``(model, meta)``, in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError, FileFormatError: There is no such file, or it holds no network of this package.
+    """
     tensors, meta = read(path, kind=_NETWORK, version=_NETWORK_VERSION)
-    config = dict(meta["config"])
-    model = _ARCHITECTURES[config.pop("architecture", "SmallResNet")](**config)
-    model.load_state_dict(tensors)
+    with contents(path, "a whole network"):
+        config = dict(meta["config"])
+        architecture = one_of(config.pop("architecture", "SmallResNet"), "architecture", list(_ARCHITECTURES))
+        for name, value in config.items():
+            _check_config(name, value, most=len(tensors))
+        # the meta device: shapes are compared before any memory is taken for them
+        with torch.device("meta"):
+            model = _ARCHITECTURES[architecture](**config)
+        expected = model.state_dict()
+        if expected.keys() != tensors.keys():
+            raise ValueError(f"it lacks or adds {quoted(sorted(expected.keys() ^ tensors.keys()), 3)}")
+        for name, value in expected.items():
+            checked_tensor(tensors, name, None if value.is_floating_point() else value.dtype, *value.shape)
+            tensors[name] = tensors[name].to(value.dtype)
+        model.load_state_dict(tensors, assign=True)
     return model.eval(), meta
+
+
+def _check_config(name: str, value: Any, most: int) -> None:
+    """What a file says of a network; every number in a list and every layer stands for a tensor that the file has."""
+    if isinstance(value, list):
+        integer(len(value), f"the length of {name}", 1, most)
+        for entry in value:
+            _check_config(name, entry, most)
+    elif name in ("mean", "std"):
+        number(value, name)
+    else:
+        integer(value, name, 1, most if name == "depth" else 2**20)

@@ -103,3 +103,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def brief(value: object, most: int = 300) -> str:
+    """``value`` as text for a message, cut in the middle where it is long: a file may hold megabytes.
+
+    Example:
+        >>> brief("abcdefghij", 7)
+        'ab...ij'
+    """
+    text = str(value)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

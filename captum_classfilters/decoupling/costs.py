@@ -18,11 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.calls import KEEP_ZERO, Call, Calls, changes_in_place
+from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.decoupling.units import Unit
 
 # ["all", n] | ["gate", l] | ["or", a, b] | ["cat", a, b, ...]; None: not even the number of channels is known
 Expression = list[Any]
+
+# Channels of a layer, and of all gated layers together, that a file may speak of: its tables take memory for each
+MOST_CHANNELS = 2**20
 
 _SUMS = frozenset(("add", "iadd", "sub", "isub"))
 _PRODUCTS = frozenset(("mul", "imul", "multiply"))
@@ -83,8 +87,32 @@ class Costs(NamedTuple):
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Costs":
-        """What `as_json` wrote."""
+        """What `as_json` wrote; see `check` for what a file may say."""
         return cls(tuple(ConvCost(*conv) for conv in saved["convs"]), saved["other"], saved["controllers"])
+
+    def check(self, channels: Sequence[int]) -> "Costs":
+        """These costs, if they are those of a network whose gated layers have so many channels.
+
+        Raises:
+            OptionError, ValueError, TypeError: They are not; a file held them.
+        """
+        for conv in self.convs:
+            if not isinstance(conv.name, str):
+                raise TypeError("the name of a convolution must be text")
+            for name in ("in_channels", "out_channels", "groups"):
+                integer(getattr(conv, name), name, 1, MOST_CHANNELS)
+            integer(conv.each, "each", 0, MOST_CHANNELS**2)
+            if conv.in_channels % conv.groups or conv.out_channels % conv.groups:
+                raise ValueError("the groups of a convolution must divide its channels")
+            if conv.gate is not None and _checked_width(["gate", conv.gate], channels) != conv.out_channels:
+                raise ValueError("a convolution has other channels than its gate")
+            if _checked_width(conv.inputs, channels) != conv.in_channels:
+                raise ValueError("a convolution has other input channels than what it reads")
+        for name in ("other", "controllers"):
+            integer(getattr(self, name), name, 0, MOST_CHANNELS**2)
+        if self.dense >= 2**62:
+            raise ValueError("the network costs more than can be counted")
+        return self
 
 
 def count_costs(
@@ -182,6 +210,22 @@ def _width(expression: Expression | None, units: Sequence[Unit], model: nn.Modul
     if kind == "gate":
         return int(model.get_submodule(units[parts[0]].conv).out_channels)  # type: ignore[arg-type]
     widths = [_width(part, units, model) or 0 for part in parts]
+    return widths[0] if kind == "or" else sum(widths)
+
+
+def _checked_width(expression: Any, channels: Sequence[int]) -> int:
+    """The number of channels of an expression that came from a file."""
+    if not isinstance(expression, list) or len(expression) < 2:
+        raise TypeError("an expression must be a list of a word and what belongs to it")
+    kind, *parts = expression
+    if kind in ("all", "gate") and len(parts) == 1:
+        value = integer(parts[0], kind, 0, MOST_CHANNELS if kind == "all" else len(channels) - 1)
+        return value if kind == "all" else channels[value]
+    if kind not in ("or", "cat"):
+        raise ValueError("an expression must begin with all, gate, or, cat")
+    widths = [_checked_width(part, channels) for part in parts]
+    if kind == "or" and len(set(widths)) > 1:
+        raise ValueError("a sum is of parts of equal width")
     return widths[0] if kind == "or" else sum(widths)
 
 

@@ -29,8 +29,9 @@ from captum_classfilters.core.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
+    brief,
 )
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
 from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.stream import Placement, check_labels, check_range, samples
 from captum_classfilters.decoupling import controller as equations
@@ -408,7 +409,9 @@ class PathDecoupler(nn.Module):
                 f"the state has no {missing[0]}; expected what controllers_state_dict() of such a network gives"
             )
         if unknown := sorted(state.keys() - own.keys()):
-            raise ShapeError(f"the state holds {unknown[0]}, which this decoupler has not; it is of other layers")
+            raise ShapeError(
+                f"the state holds {brief(unknown[0])}, which this decoupler has not; it is of other layers"
+            )
         for name, value in own.items():
             if value.shape != state[name].shape:
                 raise ShapeError(
@@ -430,9 +433,13 @@ class PathDecoupler(nn.Module):
             ShapeError: It is of another network; nothing is changed then.
         """
         tensors, meta = read(path, kind=_KIND, version=_VERSION)
-        if meta["layers"] != list(self.layers):
+        with contents(path, "controllers"):
+            layers = texts(meta["layers"], "layers")
+            for name, value in tensors.items():
+                checked_tensor(tensors, name, None, *value.shape)
+        if layers != self.layers:
             raise FileFormatError(
-                f"{path} holds controllers of {_first_to_last(meta['layers'])}; this decoupler gates "
+                f"{path} holds controllers of {brief(_first_to_last(layers))}; this decoupler gates "
                 f"{_first_to_last(self.layers)}: make it from the same kind of network, with the same layers="
             )
         self.load_controllers_state_dict(tensors)
@@ -569,4 +576,4 @@ def _never_open(controller: Controller, bits: Tensor | None) -> Tensor:
 
 
 def _first_to_last(layers: list[str] | tuple[str, ...]) -> str:
-    return f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
+    return f"{len(layers)} layers from {layers[0]} to {layers[-1]}" if layers else "no layers"

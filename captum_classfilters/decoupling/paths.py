@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError, quoted
-from captum_classfilters.core.files import read, write
-from captum_classfilters.decoupling.costs import Costs
+from captum_classfilters.core.files import checked_tensor, contents, read, text, texts, write
+from captum_classfilters.decoupling.costs import MOST_CHANNELS, Costs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _KIND, _VERSION = "Paths", 1
 _STORED = ("codes", "predictions", "labels", "logits")
+_MOST_CLASSES = 2**24
 STATES = ("energetic", "silent", "dynamic")
 
 
@@ -220,7 +222,35 @@ class Paths:
         Raises:
             FileNotFoundError, FileFormatError: There is no such file, or it is none of these.
         """
-        return cls.of(*read(path, kind=_KIND, version=_VERSION))
+        tensors, meta = read(path, kind=_KIND, version=_VERSION)
+        with contents(path, "whole paths"):
+            return cls.checked(tensors, meta)
+
+    @classmethod
+    def checked(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> "Paths":
+        """As `of`, for what a file says: nothing is made before sizes and types are known to fit.
+
+        Raises:
+            OptionError, ValueError, TypeError, LookupError: They do not.
+        """
+        layers = texts(meta["layers"], "layers")
+        channels = [integer(value, "channels", 1, MOST_CHANNELS) for value in meta["channels"]]
+        width, classes = sum(channels), integer(meta["num_classes"], "num_classes", 1, _MOST_CLASSES)
+        if not layers or len(set(layers)) != len(layers) or len(channels) != len(layers) or width > MOST_CHANNELS:
+            raise ValueError(f"{len(layers)} layers, {len(channels)} numbers of channels, {width} channels in all")
+        text(meta["fingerprint"], "fingerprint")
+        images = len(tensors["codes"])
+        checked_tensor(tensors, "codes", torch.uint8, images, -(-width // 8))
+        for name in ("predictions", "labels"):
+            if name in tensors or name == "predictions":
+                values = checked_tensor(tensors, name, torch.int64, images)
+                if bool((values >= classes).any()):
+                    raise ValueError(f"{name} must lie below the number of classes, {classes}")
+        if "logits" in tensors:
+            checked_tensor(tensors, "logits", torch.float32, images, width)
+        paths = cls.of(tensors, meta)
+        paths.costs.check(channels)
+        return paths
 
     @staticmethod
     def merge(*parts: "Paths") -> "Paths":

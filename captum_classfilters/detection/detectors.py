@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from captum_classfilters._version import __version__
 from captum_classfilters.core.check import number
-from captum_classfilters.core.errors import FileFormatError, OptionError
+from captum_classfilters.core.errors import FileFormatError, OptionError, brief
 from captum_classfilters.core.files import replacing
 from captum_classfilters.decoupling import Paths
 from captum_classfilters.detection.conformal import Calibrated
@@ -327,24 +327,24 @@ def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> A
             if any(name.startswith(f"{_ROOM}.") for name in strangers):
                 raise FileFormatError(
                     f"{path} was written by another version of this package, whose detectors lay elsewhere "
-                    f"({', '.join(strangers)}); fit the detector and save it again"
+                    f"({brief(', '.join(strangers))}); fit the detector and save it again"
                 )
             raise FileFormatError(
-                f"{path} holds types that are not trusted: {', '.join(strangers)}; if you know where the file comes "
-                "from and expect them, pass trusted=[...] with their names"
+                f"{path} holds types that are not trusted: {brief(', '.join(strangers))}; if you know where the file "
+                "comes from and expect them, pass trusted=[...] with their names"
             )
         content = skops.load(path, trusted=sorted(allowed))
     except FileFormatError:
         raise
     # a broken file fails wherever it is broken, with any kind of error
     except Exception as error:
-        raise FileFormatError(f"{path} is broken, or no file of a detector ({error}); save it again") from error
+        raise FileFormatError(f"{path} is broken, or no file of a detector ({brief(error)}); save it again") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise FileFormatError(f"{path} holds no detector; expected what {kind.__name__}.save wrote")
     if content.get("version") != _VERSION:
         raise FileFormatError(
-            f"{path} has schema version {content.get('version')}, this package reads {_VERSION}; use the package that "
-            f"wrote it ({content.get('package')})"
+            f"{path} has schema version {brief(content.get('version'))}, this package reads {_VERSION}; use the "
+            f"package that wrote it ({brief(content.get('package'))})"
         )
     if not isinstance(detector := content.get("detector"), kind):
         raise FileFormatError(f"{path} holds a {type(detector).__name__}, expected a {kind.__name__}")

@@ -19,7 +19,7 @@ from captum_classfilters.attacks.oracle import check_images, one_input
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import AttackFailedWarning, OptionError
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.files import checked_tensor, contents, read, write
 from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.decoupling.decoupler import PathReader
@@ -102,12 +102,23 @@ class PathPairs:
             FileNotFoundError, FileFormatError: There is no such file, or it holds something else.
         """
         tensors, meta = read(path, kind=_KIND, version=_VERSION)
-        parts: dict[str, Any] = {
-            part: Paths.of({name.removeprefix(f"{part}."): value for name, value in tensors.items()}, meta)
-            for part in _PARTS
-        }
-        beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
-        return cls(**parts, **beside, tried=meta["tried"], succeeded=meta["succeeded"])
+        with contents(path, "whole pairs"):
+            by_part = {
+                part: {name[len(part) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{part}.")}
+                for part in _PARTS
+            }
+            parts: dict[str, Any] = {part: Paths.checked(by_part[part], meta) for part in _PARTS}
+            pairs = len(parts["clean"])
+            checked_tensor(tensors, "index", torch.int64, pairs)
+            kept = [name for name in _BESIDE[1:] if name in tensors]
+            for name in kept:
+                checked_tensor(tensors, name, None, pairs, *tensors[kept[0]].shape[1:])
+            if {len(parts[part]) for part in _PARTS[:3]} != {pairs}:
+                raise ValueError("clean, adversarial and noisy images must be as many")
+            tried = integer(meta["tried"], "tried", 0, 2**62)
+            succeeded = integer(meta["succeeded"], "succeeded", 0, tried)
+            beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
+            return cls(**parts, **beside, tried=tried, succeeded=succeeded)
 
     def __repr__(self) -> str:
         return (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of
 from captum_classfilters.core.check import integer, number, one_of
-from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.errors import DeviceError, LabelError, OptionError, ShapeError
+from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.core.stream import check_labels, check_range
 
 _KIND, _VERSION = "LabelSensitiveGate", 1
@@ -323,13 +323,17 @@ class LabelSensitiveGate(nn.Module):
             FileFormatError: Broken, truncated, foreign, or not a gate.
         """
         tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("weight", "counts"))
-        try:
-            gate = cls(*tensors["weight"].shape, generator=torch.Generator())
+        with contents(path, "a whole gate"):
+            classes, channels = tensors["weight"].shape
+            checked_tensor(tensors, "weight", None, classes, channels)
+            checked_tensor(tensors, "counts", torch.int64, classes)
+            layer, trained = text(about["layer"], "layer"), about["trained"]
+            if not isinstance(trained, bool):
+                raise TypeError("trained must be true or false")
+            gate = cls(classes, channels, generator=torch.Generator())
             gate.load_state_dict(tensors)
-            gate.layer = str(about["layer"])
-            gate.weight.requires_grad_(bool(about["trained"]))
-        except (KeyError, TypeError, RuntimeError, OptionError) as error:
-            raise FileFormatError(f"{path} does not hold a whole gate ({error!r}); save it again") from error
+            gate.layer = layer
+            gate.weight.requires_grad_(trained)
         return gate
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

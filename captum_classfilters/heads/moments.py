@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, MergeError, OptionError, ShapeError
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.check import integer
+from captum_classfilters.core.errors import EmptyLoaderError, MergeError, OptionError, ShapeError
+from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.core.ranks import Ranks, group_of, sum_over
 
@@ -142,10 +143,11 @@ class HeadMoments:
             FileFormatError: Broken, truncated, foreign, or of another schema version.
         """
         tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("total", "second"))
-        try:
-            return cls(**{**tensors, **about})
-        except (TypeError, ShapeError) as error:
-            raise FileFormatError(f"{path} does not hold whole moments ({error!r}); save them again") from error
+        with contents(path, "whole moments"):
+            channels = tensors["total"].shape[-1]
+            total = checked_tensor(tensors, "total", torch.float64, channels)
+            second = checked_tensor(tensors, "second", torch.float64, channels, channels)
+            return cls(total, second, integer(about["count"], "count", 1, 2**62), text(about["layer"], "layer"))
 
 
 class _Sums:

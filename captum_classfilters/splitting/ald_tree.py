@@ -1,14 +1,16 @@
 """`ALDTree`: how one class's weights are split, node by node."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters.core.errors import FileFormatError, OptionError
-from captum_classfilters.core.files import read, write
+from captum_classfilters.core.check import integer, number
+from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.splitting.laplace import AsymmetricLaplace
 from captum_classfilters.splitting.splits import BRANCHES, Side, Splits
 
@@ -173,32 +175,26 @@ class ALDTree:
             FileFormatError: Broken, truncated, foreign, or not a tree.
         """
         tensors, about = read(path, kind=_KIND, version=_VERSION)
-        try:
-            positive, negative = (
-                Side(*(tensors[f"{branch} {name}"].numpy() for name in Side._fields)) for branch in BRANCHES
-            )
-            fitted = tensors["laplace"].numpy() if "laplace" in tensors else None
-            if tensors["weights"].dim() != 2 or any(
-                len({part.shape for part in side}) > 1 for side in (positive, negative)
-            ):
-                raise ValueError("its tables do not fit together")
+        with contents(path, "a whole tree"):
+            channels = tensors["weights"].shape[-1]
+            weights = checked_tensor(tensors, "weights", None, 1, channels)
+            positive, negative = (_side(tensors, branch, channels) for branch in BRANCHES)
+            fitted = checked_tensor(tensors, "laplace", torch.float64, 4, 1).numpy() if "laplace" in tensors else None
             return cls(
                 Splits(
-                    tensors["weights"],
-                    (int(about["target"]),),
-                    np.array([about["first"]], np.float64),
-                    np.array([about["zeros"]], np.int64),
+                    weights,
+                    (integer(about["target"], "target", 0, 2**62),),
+                    np.array([number(about["first"], "first")], np.float64),
+                    np.array([integer(about["zeros"], "zeros", 0, channels)], np.int64),
                     positive,
                     negative,
                     None if fitted is None else AsymmetricLaplace(*fitted[:3]),
                     None if fitted is None else fitted[3],
-                    int(about["min_size"]),
-                    str(about["layer"]),
+                    integer(about["min_size"], "min_size", 0, 2**62),
+                    text(about["layer"], "layer"),
                 ),
                 0,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} does not hold a whole tree ({error!r}); save it again") from error
 
     def _names(self, branch: str) -> tuple[list[str], list[int]]:
         stages = range(1, self.depth(branch) + 1)
@@ -224,3 +220,22 @@ class ALDTree:
                 f"the tree of class {self.target} has no node {name!r}; its nodes are: {', '.join(names)}"
             )
         return "positive" if name.startswith("+") else "negative"
+
+
+def _side(tensors: Mapping[str, Tensor], branch: str, channels: int) -> Side:
+    """One side's nodes, as a file has them: sizes that fall from stage to stage, floats beside them."""
+    sizes = tensors[f"{branch} size"]
+    stages = sizes.shape[-1]
+    if stages > channels:
+        raise ValueError(f"the {branch} side has {stages} stages for {channels} weights")
+    checked_tensor(tensors, f"{branch} size", torch.int64, 1, stages)
+    if bool((sizes > channels).any()) or bool((sizes.diff() > 0).any()):
+        raise ValueError(f"the sizes of the {branch} side must fall from at most {channels}")
+    for name in Side._fields[1:]:
+        values = tensors[f"{branch} {name}"]
+        # NaN is what a line through equal distances has for r2
+        if values.dtype != torch.float64 or values.shape != sizes.shape:
+            raise ValueError(
+                f"the tables do not fit together: {branch} {name} must be float64 of shape {tuple(sizes.shape)}"
+            )
+    return Side(*(tensors[f"{branch} {name}"].numpy() for name in Side._fields))
