@@ -3,7 +3,7 @@
 Every table has its random control and its interval.
 """
 
-# the spellings `metrics.concept_scores` and so on stay; their room is `concepts`
+# these live in `concepts`; `metrics.concept_scores` and so on keep working
 from captum_classfilters.concepts import Occlusion as Occlusion
 from captum_classfilters.concepts import activation_thresholds as activation_thresholds
 from captum_classfilters.concepts import collate_concepts as collate_concepts

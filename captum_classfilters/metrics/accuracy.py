@@ -19,7 +19,7 @@ from captum_classfilters.heads.decompose import check_refit
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refitter
 
-# The heads of many settings are multiplied at once, up to this many weights
+# How many weights of sparse heads are multiplied at once
 _CELLS = 2**24
 
 
@@ -37,15 +37,15 @@ def accuracy_curve(
     """Accuracy when class y's logit is ``sum of W_yj f_j over its top-k channels + b_y``, against k.
 
     Source: Badola et al. 2022, section 4.2 and figure 1 (``A_d``, ``A_f`` and ``r_A = A_d / A_f``). Differs from the
-    paper: all k and all tables in one pass, intervals, and a random control; refits.
+    paper: all k and all tables share one pass; there are intervals, a random control, and refits.
 
     Args:
         model: The network; borrowed, given back as it was. Or a `HeadPass`; then ``loader`` is left out.
-        filters: A table, or tables by name; one of the random selector is left out, for the control stands for it. A
+        filters: A table, or tables by name. A table of the random selector is left out: the control replaces it. A
             class without samples in a table keeps its bias alone, in the control as well. None with ``refit="omp"``.
-        loader: Batches ``(inputs, labels)``: images that had no part in making the tables or moments.
-        ks: Channels kept for each class, each in ``[1, K]``.
-        refit: As for `heads.decompose`: ``"least_squares"`` refits every table's weights, those of the control, too;
+        loader: Batches ``(inputs, labels)`` of images that were not used to make the tables or moments.
+        ks: Numbers of channels kept for each class, in ``[1, K]``.
+        refit: As for `heads.decompose`. ``"least_squares"`` refits the weights of every table and of the control;
             ``"omp"`` chooses its own channels, and the control is refitted by least squares.
         moments: `HeadMoments`, for the refits.
         layer: The head, if it cannot be found.
@@ -54,14 +54,14 @@ def accuracy_curve(
     Returns:
         One row for each table, k and class, and for ``class_name == "all"``. ``filters``: the name, ``"dense"`` for the
         full head (k = K), ``"omp"``, or ``"random"`` for the control, whose rows have ``control`` True. ``accuracy``:
-        share classified right (of a class: its recall); ``low``, ``high``: Wilson 95 % interval, of the mean of its
-        draws for the control; ``relative``: accuracy over the dense one; ``agreement``: share whose prediction is the
-        dense one; ``samples``. With ``refit="omp"``, where no table names the classes, names are those of the
-        `HeadPass`, or numbers.
+        share of samples classified correctly (for a class: its recall); ``low``, ``high``: Wilson 95 % interval, for
+        the control of the mean over its draws; ``relative``: accuracy divided by the accuracy of the full head;
+        ``agreement``: share of samples for which the full head predicts the same class; ``samples``. With
+        ``refit="omp"`` no table names the classes; their names are those of the `HeadPass`, or numbers.
 
     Raises:
-        OptionError: k out of range, no table, a name that is taken, too few samples for a refit.
-        ShapeError: A table or moments of another network.
+        OptionError: k is out of range, there is no table, a name is taken, or a refit has too few samples.
+        ShapeError: A table or the moments belong to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
     check_refit(refit, filters, moments)
@@ -81,12 +81,12 @@ def accuracy_curve(
 
 
 class KeepCounts:
-    """Right and agreeing predictions of the head when each class keeps its k best channels.
+    """Counts of correct predictions, and of those that agree with the full head, with k channels for each class.
 
     Args:
         head: The head.
         tables: Tables by name; none with ``refit="omp"``.
-        ks: Channels kept for each class, rising.
+        ks: Numbers of channels kept for each class, in rising order.
         control: Random tables.
         refit: As for `accuracy_curve`.
         moments: As for `accuracy_curve`.
@@ -115,11 +115,11 @@ class KeepCounts:
         self._agreed = torch.zeros_like(self._right)
         self._dense = torch.zeros(classes, dtype=torch.int64, device=device)
         self._samples = torch.zeros_like(self._dense)
-        # few heads stay as they are, many are spread out anew for every batch
+        # few heads are spread out once; many would not fit into memory and are spread out for every batch
         self._together = self._spread(self._heads) if len(self._heads) <= self._step else None
 
     def add(self, batch: Batch) -> None:
-        """Take a batch in."""
+        """Count a batch."""
         labels: Tensor = batch.labels  # type: ignore[assignment]
         dense = batch.logits.argmax(1)
         self._samples.index_add_(0, labels, torch.ones_like(labels))
@@ -134,18 +134,18 @@ class KeepCounts:
             self._agreed[part].T.index_add_(0, labels, (predicted == dense[:, None]).long())
 
     def _spread(self, heads: list["_Small"]) -> tuple[Tensor, Tensor]:
-        """Dense weights and biases of several heads, one after another."""
+        """Concatenate the dense weights and biases of several heads."""
         weight = self._weight.new_zeros(len(heads), *self._size)
         for dense, small in zip(weight, heads, strict=True):
             dense.scatter_(1, small.indices, small.weight)
         return weight.flatten(0, 1), torch.cat([small.bias for small in heads])
 
     def frame(self, class_names: Sequence[str]) -> pd.DataFrame:
-        """A row for all classes together and one for each, as `accuracy_curve` gives them."""
+        """The frame that `accuracy_curve` returns."""
         shape = (-1, len(self._ks), self._size[0])
         right, agreed = (with_all(counts.view(shape).cpu().numpy()) for counts in (self._right, self._agreed))
         samples, dense = (with_all(counts.cpu().numpy()) for counts in (self._samples, self._dense))
-        # NaN, not infinity, where the full head gets nothing right
+        # the relative accuracy is NaN, not infinity, where the full head classifies nothing correctly
         dense_share = np.where(dense > 0, shares(dense, samples)[0], np.nan)
 
         def rows(name: str, k: int, interval: tuple[Any, Any, Any], agreement: Any) -> pd.DataFrame:
@@ -188,7 +188,7 @@ class _Small(NamedTuple):
 def _rankings(
     head: Head, tables: Mapping[str, ClassFilters], pursuer: Refitter | None, most: int, control: Control
 ) -> list[tuple[Tensor, Tensor]]:
-    """Channels of each class, best first, ``(C, K)``, of every table and every draw; and which classes have any."""
+    """For every table and draw: channels of each class, best first, ``(C, K)``, and which classes have samples."""
     for table in tables.values():
         check_table(table, head)
     everyone = torch.ones(head.num_classes, dtype=torch.bool)

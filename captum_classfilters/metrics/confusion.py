@@ -1,4 +1,4 @@
-"""Why did the wrong class win? The difference of two logits, channel by channel and place by place."""
+"""Why did the wrong class win? The difference of two logits is split into channels and into positions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,19 @@ from captum_classfilters.core.targets import classes_of
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """What `explain_confusion` found.
+    """Result of `explain_confusion`.
 
     Attributes:
-        table: One row for each sample and channel, those first by which the predicted class won: ``sample``,
-            ``channel`` (-1: the bias), ``feature``, ``weight_predicted``, ``weight_true``, ``contribution``. The
-            contributions of a sample sum to ``difference``.
+        table: One row for each sample and channel, the highest contribution first: ``sample``, ``channel`` (-1: the
+            bias), ``feature``, ``weight_predicted``, ``weight_true``, ``contribution``. The contributions of a sample
+            sum to ``difference``.
         difference: ``(N,)``, logit of the predicted class minus logit of the true one.
         predicted: ``(N,)`` int64.
         true: ``(N,)`` int64.
-        won_by: ``(N, 1, h, w)``: where the channels that speak for the predicted class are, not below 0 for features
-            that are not. None where the features are not the average of a map.
-        lost_by: ``(N, 1, h, w)``: where those that speak for the true class are, not above 0. The sums of both maps
-            over positions, and the bias, make ``difference``.
+        won_by: ``(N, 1, h, w)``: what each position adds through the channels that speak for the predicted class. It is
+            at least 0 if the features are. None where the features are not the average of a map.
+        lost_by: ``(N, 1, h, w)``: the same for the other channels. It is at most 0 if the features are at least 0. Both
+            maps, summed over positions, and the difference of the biases sum to ``difference``.
     """
 
     table: pd.DataFrame
@@ -47,8 +47,10 @@ def explain_confusion(
     layer: nn.Module | str | None = None,
     additional_forward_args: Any = None,
 ) -> Confusion:
-    """By which channels one class won over another, exactly: ``(w_predicted - w_true) * feature``, which sum to the
-    difference of the two logits.
+    """Say by which channels one class won over another.
+
+    The contribution of a channel is ``(w_predicted - w_true) * feature``. With the bias, the contributions sum exactly
+    to the difference of the two logits.
 
     Args:
         model: The network; borrowed.
@@ -63,8 +65,8 @@ def explain_confusion(
 
     Raises:
         HeadError: There is no head.
-        LabelError: A class out of range.
-        OptionError: Both classes are the same for a sample: there is no confusion to explain.
+        LabelError: A class is out of range.
+        OptionError: Both classes of a sample are the same.
     """
 
     def run(need_maps: bool) -> Batch:
@@ -81,10 +83,10 @@ def explain_confusion(
     if bool((won == lost).any()):
         sample = int((won == lost).nonzero()[0, 0])
         raise OptionError(
-            f"sample {sample} is of class {int(lost[sample])}, which is also the predicted one: nothing was confused; "
-            "pass wrongly classified samples, or predicted= with a rival"
+            f"sample {sample} is of class {int(lost[sample])}, and the model predicts that class: nothing was "
+            "confused; pass wrongly classified samples, or another class as predicted="
         )
-    # float64: a sum of thousands of products is then exact to the last digit of the logits
+    # in float64 the sum of thousands of products is exact to the last digit of the logits
     weight, bias = batch.head.weight.double(), batch.head.bias.double()
     difference = weight[won] - weight[lost]
     contribution = difference * batch.features.double()
@@ -101,17 +103,17 @@ def explain_confusion(
 
 
 def _maps(batch: Batch, difference: Tensor, contribution: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What each position adds, ``(N, 1, h, w)``: by channels that speak for the predicted class, and by the others."""
+    """What each position adds, ``(N, 1, h, w)``: first through channels for the predicted class, then the others."""
     if batch.maps is None:
         return None, None
     maps, features = batch.maps.double(), batch.features.double()
     scale = float(features.abs().max()) + 1e-12
-    # a maximum, or a norm between map and head: then positions do not add up to the feature
+    # with a maximum or a norm between map and head, positions do not add up to the feature
     half = min(torch.finfo(batch.maps.dtype).bits, torch.finfo(batch.features.dtype).bits) < 32
     if float((maps.mean((2, 3)) - features).abs().max()) > (3e-2 if half else 1e-3) * scale:
         return None, None
-    each = difference / maps[0, 0].numel()
-    sides = [each * (contribution > 0), each * (contribution <= 0)]
+    weights = difference / maps[0, 0].numel()
+    sides = [weights * (contribution > 0), weights * (contribution <= 0)]
     won_by, lost_by = (torch.einsum("nkhw,nk->nhw", maps, side).unsqueeze(1).float() for side in sides)
     return won_by, lost_by
 

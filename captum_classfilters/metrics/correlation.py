@@ -1,6 +1,7 @@
-"""How alike are filters? Correlation of each two, and of the filters that different classes use.
+"""How similar are filters? Correlations between all filters, and between the filters that different classes use.
 
-Two kinds, never mixed: of the weights, as in the paper, and of the activations. K channels, C classes, N samples.
+There are two kinds of correlation: of the weights, as in the paper, and of the activations. K channels, C classes,
+N samples.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,30 +37,30 @@ def filter_correlation(
     conv: nn.Module | str | None = None,
     layer: nn.Module | str | None = None,
 ) -> pd.DataFrame:
-    """Correlation of each two filters: of their weights, or of what they give.
+    """Correlation of every pair of filters: of their weights, or of their activations.
 
     Source: "Training interpretable CNNs towards class-specific filters", section 4.4 and figure 7: the inner product of
-    two filters' weights. Differs: each filter's weights are first brought to length 1, without which a threshold means
-    nothing; also the activations, named apart. `correlated_share` sets the matrix beside its control.
+    two filters' weights. Differs: each filter's weights are first scaled to length 1, so that a threshold has a
+    meaning; activations can be compared too. `correlated_share` compares the matrix with its control.
 
     Args:
-        model: The network; borrowed. Or a `HeadPass`; then ``loader`` and ``layer`` are left out. One that is cached
-            runs no convolution, so it has the kind ``"activations"`` only.
+        model: The network; borrowed. Or a `HeadPass`; then ``loader`` and ``layer`` are left out. A cached one runs no
+            convolution, so it allows only the kind ``"activations"``.
         loader: Batches of inputs, or ``(inputs, labels)``; for ``"weights"`` only the first is read.
         kind: ``"weights"``: of the last convolution or Linear with K outputs that runs before the head. In a ResNet
             the head's channels are the sum of this convolution and a shortcut, so it is a part of each channel.
             ``"activations"``: Pearson's correlation, over samples, of the head's input.
-        conv: That convolution or Linear, or its name, if another is meant.
+        conv: Another convolution or Linear whose weights to compare, or its name.
         layer: The head, if it cannot be found.
 
     Returns:
         ``K x K``; index and columns are named ``"channel"``. A filter of zeros, or one that never varies, has
         correlation 0 with others and 1 with itself. ``attrs``: ``kind``, ``layer`` and ``dimension``, the length of the
-        vectors that are compared: weights of a filter, or samples less one.
+        vectors that are compared: the number of a filter's weights, or the number of samples minus one.
 
     Raises:
-        HeadError: No layer with K outputs runs before the head, or ``conv`` did not.
-        OptionError: ``kind`` or ``conv`` is not one that can be, or there are fewer than two samples.
+        HeadError: No layer with K outputs runs before the head, or ``conv`` does not.
+        OptionError: ``kind`` or ``conv`` is not a possible value, or there are fewer than two samples.
     """
     head_pass = HeadPass.of(model, loader, layer)
     one_of(kind, "kind", KINDS)
@@ -76,21 +77,21 @@ def correlated_share(
     *,
     dimension: int | None = None,
 ) -> pd.DataFrame:
-    """Share of filter pairs with a correlation above each threshold, beside that of random filters.
+    """Share of filter pairs with a correlation above each threshold, and the same share of random filters.
 
     Source: "Training interpretable CNNs towards class-specific filters", figure 7e. The paper does not say whether the
-    diagonal counts; here it does not: a filter with itself says nothing.
+    diagonal counts; here it does not, because the correlation of a filter with itself is always 1.
 
     Args:
-        correlation: What `filter_correlation` gave, or several by name.
-        thresholds: Each in ``[-1, 1)``.
+        correlation: The result of `filter_correlation`, or several by name.
+        thresholds: Numbers in ``[-1, 1)``.
         dimension: Length of the vectors behind the matrix; None: what `filter_correlation` wrote into its ``attrs``.
 
     Returns:
         One row for each matrix and threshold: ``correlation``, ``threshold``, ``control``, ``share``, ``low``, ``high``
-        (jackknife that leaves out one filter at a time, for pairs share filters), ``pairs``. Behind these rows the same
-        with ``control`` True, for each matrix its own: ``share`` of independent directions (Gaussian vectors) of the
-        same dimension, exactly; ``low``, ``high``: the central 95 % of a matrix of such directions.
+        (from a jackknife that leaves out one filter at a time, because pairs share filters), ``pairs``. The control
+        rows of each matrix follow: ``share`` is the exact one of independent directions (Gaussian vectors) of the same
+        dimension; ``low``, ``high`` are the central 95 % of a matrix of such directions.
 
     Raises:
         OptionError: A matrix is not square with at least two filters, a threshold is out of range, or the dimension is
@@ -107,13 +108,13 @@ def correlated_share(
         if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) < 2:
             raise OptionError(
                 f"correlation {name!r} must be a K x K matrix of at least two filters, got shape {values.shape}; "
-                "pass what filter_correlation gives"
+                "pass the result of filter_correlation"
             )
         size = dimension if dimension is not None else getattr(matrix, "attrs", {}).get("dimension")
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise OptionError(
                 f"the control needs the length of the vectors behind correlation {name!r}, got {size!r}; pass "
-                "dimension=: weights of one filter, or samples less one"
+                "dimension=: the number of weights of a filter, or the number of samples minus one"
             )
         share, low, high = pair_interval((values > limits[:, None, None]).astype(float))
         pairs = len(values) * (len(values) - 1) // 2
@@ -129,7 +130,7 @@ def correlated_share(
             pd.DataFrame(place | {"control": True, "share": chance, "low": low, "high": high, "pairs": pairs})
         )
     if not frames:
-        raise OptionError("no correlation was given; pass what filter_correlation gives")
+        raise OptionError("no correlation was given; pass the result of filter_correlation")
     return pd.concat([*frames, *controls], ignore_index=True)
 
 
@@ -148,31 +149,31 @@ def inter_class_correlation(
 
     Source: "Training interpretable CNNs towards class-specific filters", section 4.4 and table 2: the mean of
     ``corr(k, k')`` over classes ``c != c'``, ``k`` in ``A_c``, ``k'`` in ``A_c'``, where ``A_c`` are the m filters with
-    the highest average activation on images of class c. No difference for ``"weights"``, but that weights are brought
-    to length 1 (`filter_correlation`); also of activations; a control and intervals. A filter that two classes share
-    counts as in the formula, with its correlation of 1: ``shared`` says how often.
+    the highest average activation on images of class c. Differs: weights are scaled to length 1, activations can be
+    compared too, and there are a control and intervals. A filter that two classes share counts with its correlation of
+    1, as in the formula; ``shared`` says how often this happens.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`, as for `filter_correlation`.
         loader: Batches ``(inputs, labels)``.
-        m: Filters of each class, in ``[1, K]``. In the paper 6 for ResNet-20, 25 for AlexNet.
-        kinds: As `filter_correlation`'s ``kind``: one or both.
+        m: Filters of each class, in ``[1, K]``. The paper takes 6 for ResNet-20 and 25 for AlexNet.
+        kinds: One or both values of ``kind`` in `filter_correlation`.
         conv: As for `filter_correlation`.
         layer: The head, if it cannot be found.
-        absolute: Of magnitudes, so that opposite filters do not cancel. The paper does not say which; its .16 for a
-            plain network is of the size that magnitudes have here.
-        control: Random sets of m filters for each class: how many, and the seed.
+        absolute: Average the magnitudes of correlations, so that opposite filters do not cancel. The paper does not say
+            which it does; its .16 for a plain network is as large as the mean of magnitudes here.
+        control: Random sets of m filters for each class.
 
     Returns:
-        One row for each kind: ``kind``, ``control``, ``m``, ``c_ic``, ``low``, ``high`` (jackknife that leaves out one
-        class at a time: how far it depends on which classes there are; NaN for two classes); ``shared``: share of the
-        ``C (C - 1) m^2`` pairs that are one and the same filter; ``classes`` with samples, others are left out;
-        ``samples``. Behind these rows the same with ``control`` True: for random sets, mean over draws, with the
-        Student-t interval of ``c_ic`` over draws.
+        One row for each kind: ``kind``, ``control``, ``m``, ``c_ic``, ``low``, ``high`` (from a jackknife that leaves
+        out one class at a time, which shows how much the value depends on the classes; NaN for two classes);
+        ``shared``: share of the ``C (C - 1) m^2`` pairs that are the same filter twice; ``classes``: number of classes
+        with samples; the others are left out; ``samples``. The control rows follow: means over draws of random sets,
+        and the Student-t interval of ``c_ic`` over draws.
 
     Raises:
         HeadError: As for `filter_correlation`.
-        OptionError: m, kinds or conv is out of range, or there are samples of fewer than two classes.
+        OptionError: m, kinds or conv is out of range, or fewer than two classes have samples.
     """
     head_pass = HeadPass.of(model, loader, layer)
     kinds = some_of(kinds, "kinds", KINDS)
@@ -180,7 +181,8 @@ def inter_class_correlation(
     present = collected.counts > 0
     if int(present.sum()) < 2:
         raise OptionError(
-            f"classes are compared, but the loader has samples of {int(present.sum())}; pass at least two"
+            f"expected samples of at least two classes, because classes are compared; the loader has samples of "
+            f"{int(present.sum())}; pass a loader with more classes"
         )
     averages = collected.sums[present] / collected.counts[present, None]
     order = averages.sort(dim=1, descending=True, stable=True).indices[:, :m]
@@ -201,25 +203,25 @@ def inter_class_correlation(
 
 
 def normalised_products(weight: Tensor) -> Tensor:
-    """Inner products of filters of length 1.
+    """Inner products of filters that are scaled to length 1.
 
     Args:
-        weight: ``(K, ...)``, one filter a row.
+        weight: ``(K, ...)``, one filter in each row.
 
     Returns:
         ``(K, K)`` float64; a filter of zeros has 0 with others and 1 with itself.
     """
     rows = weight.detach().double().flatten(1)
-    # by the largest first: squares of tiny weights would vanish
+    # divided by the largest weight first, because squares of tiny weights would vanish
     rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     rows = F.normalize(rows, dim=1)
     return (rows @ rows.T).fill_diagonal_(1.0)
 
 
 class CoMoments:
-    """Running mean and centred products of features, K x K, in float64; large means do not destroy them.
+    """Running mean and centred products of features, K x K, in float64; they stay precise for large means.
 
-    Source: Chan, Golub and LeVeque 1979, the merging of two parts.
+    Source: Chan, Golub and LeVeque 1979, the formula that merges two parts.
     """
 
     def __init__(self) -> None:
@@ -227,10 +229,10 @@ class CoMoments:
         self._shift = self._mean = self._products = torch.zeros(())
 
     def add(self, features: Tensor) -> None:
-        """Take a batch in, ``(N, K)``."""
+        """Add a batch, ``(N, K)``."""
         features = features.detach().double()
         if self.count == 0:
-            # the first row: a channel that never varies becomes exactly 0
+            # the first row is subtracted, so that a channel that never varies becomes exactly 0
             self._shift = features[0].clone()
         features = features - self._shift
         mean = features.mean(0)
@@ -256,10 +258,10 @@ def pair_interval(tables: Any) -> tuple[Any, Any, Any]:
     """Mean over pairs of different members, with the Student-t interval of the jackknife that leaves out one member.
 
     Args:
-        tables: ``(..., n, n)``, symmetric: a value for each two of n members; the diagonal is not read.
+        tables: ``(..., n, n)``, symmetric: a value for each pair of n members; the diagonal is not read.
 
     Returns:
-        ``(mean, low, high)``, each ``(...)``; no interval, NaN, for two members.
+        ``(mean, low, high)``, each ``(...)``; the interval is NaN for two members.
 
     Example:
         >>> mean, low, high = pair_interval(np.array([[9, 1, 2], [1, 9, 3], [2, 3, 9]]))
@@ -294,9 +296,9 @@ class _Collected(NamedTuple):
 def _collect(
     head_pass: HeadPass, kinds: Sequence[str], conv: nn.Module | str | None, description: str, m: int | None = None
 ) -> _Collected:
-    """One pass: the matrices of these kinds and, if m filters of each class are wanted, the classes' averages."""
+    """In one pass collect the matrices of these kinds and, if ``m`` is not None, sums of features by class."""
     if conv is not None and "weights" not in kinds:
-        raise OptionError("conv= says whose weights are compared, but no weights are asked for; leave it out")
+        raise OptionError("conv= says whose weights to compare, but the kind 'weights' is not requested; leave it out")
     module = unwrap(head_pass.model)
     model = module if isinstance(module, nn.Module) else None
     correlations: dict[str, _Correlation] = {}
@@ -309,7 +311,7 @@ def _collect(
         for batch in stream:
             if m is not None:
                 check_k(m, batch.head.num_features, "m")
-                # a product, not index_add_: the same on a GPU every time
+                # a product and not index_add_, whose result on a GPU can differ from run to run
                 members = F.one_hot(batch.labels, batch.head.num_classes).double()  # type: ignore[arg-type]
                 sums = sums + members.T @ batch.features.double()
                 counts = counts + members.sum(0)
@@ -323,14 +325,14 @@ def _collect(
         layer_name = batch.head.name
     if "activations" in kinds:
         if moments.count < 2:
-            raise OptionError("a correlation over samples needs at least two, the loader gave one; pass more")
+            raise OptionError("a correlation over samples needs at least two samples, the loader gave one; pass more")
         matrix = moments.correlation().cpu().numpy()
         correlations["activations"] = _Correlation(matrix, layer_name, max(1, moments.count - 1))
     return _Collected(correlations, sums.cpu(), counts.cpu())
 
 
 class _FilterSearch:
-    """Hooks for the first batch that tell which convolution or Linear makes the head's channels."""
+    """Finds, by hooks during the first batch, the convolution or Linear that makes the head's channels."""
 
     def __init__(self, model: nn.Module | None, conv: nn.Module | str | None, borrow: Borrowed) -> None:
         self._names = {module: name for name, module in model.named_modules()} if model is not None else {}
@@ -349,7 +351,7 @@ class _FilterSearch:
             near = [name for name, module in by_name.items() if isinstance(module, _FILTERS)]
             got = repr(conv) if isinstance(conv, str) else type(conv).__name__
             raise OptionError(
-                f"conv must be a convolution or Linear of the model, or its name, got {got}; some: {near[-6:]}"
+                f"conv must be a convolution or Linear of the model, or its name, got {got}; pass one of {near[-6:]}"
             )
         return module
 
@@ -361,9 +363,9 @@ class _FilterSearch:
         if not fitting or self._requested not in (None, *fitting):
             ran = [f"{self._names.get(module, '')} ({len(module.weight)} outputs)" for module in before[-6:]]
             raise HeadError(
-                f"expected a convolution or Linear with {head.num_features} outputs, the channels of head {head.name}, "
-                f"that runs before it; before it ran: {', '.join(ran) or 'none'}. Pass conv= with one that fits, a "
-                'HeadPass that is not cached, or ask for the kind "activations"'
+                f"expected a convolution or Linear with {head.num_features} outputs (the channels of head {head.name}) "
+                f"that runs before the head; these ran before it: {', '.join(ran) or 'none'}; pass conv= with a layer "
+                'that fits, a HeadPass that is not cached, or the kind "activations"'
             )
         module = fitting[-1] if self._requested is None else self._requested
         matrix = normalised_products(module.weight).cpu().numpy()
@@ -371,7 +373,7 @@ class _FilterSearch:
 
 
 def _chance_above(thresholds: Any, dimension: int) -> Any:
-    """Probability that the inner product of two independent directions lies above."""
+    """Probability that the inner product of two independent directions exceeds each threshold."""
     if dimension == 1:
         return np.full(len(thresholds), 0.5)
     half = (dimension - 1) / 2

@@ -1,4 +1,4 @@
-"""How much does a channel's activation tell about whether an image is of a class? N samples, C classes, K channels."""
+"""How much does a channel's activation say about the class of an image? N samples, C classes, K channels."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,33 +26,32 @@ def mutual_information(
     draws: int = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Mutual information score: what the head's channels tell of the one class each tells most of.
+    """Mutual information score: the information of a channel about one class, maximum over classes, mean over channels.
 
     Source: Liang et al. 2020, "Training interpretable convolutional neural networks by differentiating class-specific
     filters" (ECCV): the mean over channels k of the maximum over classes c of ``MI(a_k; 1[y = c])``, with the estimator
     of Ross 2014 (k nearest neighbours, scikit-learn's), in nats. Differs: a control and an interval. The largest of C
-    estimates lies above 0 by chance alone; the control says how far. All features are kept: N x K float32 numbers.
+    estimates exceeds 0 by chance alone; the control says by how much. All features are kept: N x K float32 numbers.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`, which may name the classes; then ``loader`` and ``layer`` are
             left out.
         loader: Batches ``(inputs, labels)``.
-        max_samples: Keep a random sample of so many, which bounds time and memory; None: all.
+        max_samples: Keep a random sample of this size, which bounds time and memory; None: all.
         n_neighbors: Neighbours that the estimator looks at.
         layer: The head, if it cannot be found.
         draws: Permutations of the labels for the control, at least 1; each takes as long as the score itself. This is
             no `Control`: the interval is over channels, not over draws, so one draw is enough.
-        seed: Seed of the permutations, of the sample, of the bootstrap, and of the estimator's noise that makes equal
-            values different.
+        seed: Seed of all random draws.
 
     Returns:
-        One row for all channels, ``"all"``, and one for each: ``channel``, ``control``, ``class_name`` of the largest,
-        ``mi`` (all: the score); for all ``low``, ``high``: central 95 % of 1,000 bootstrap means over channels, NaN for
-        single channels; ``samples``. Behind these rows the same with ``control`` True: with labels permuted, mean over
-        draws; a single channel has no class there. Classes without samples are left out.
+        One row for ``"all"`` channels and one for each channel: ``channel``, ``control``, ``class_name`` (of the
+        maximum), ``mi`` (in the row ``"all"``: the score); ``low``, ``high``: central 95 % of 1,000 bootstrap means
+        over channels, NaN for single channels; ``samples``. The control rows follow: labels are permuted, values are
+        means over draws, and single channels have no class. Classes without samples are left out.
 
     Raises:
-        OptionError: An option is out of range, or there are samples of fewer than two classes.
+        OptionError: An option is out of range, or fewer than two classes have samples.
     """
     n_neighbors, draws = integer(n_neighbors, "n_neighbors", 1), integer(draws, "draws", 1)
     if max_samples is not None:
@@ -66,7 +65,9 @@ def mutual_information(
     features, labels = sample.features, sample.labels
     present = np.unique(labels)
     if len(present) < 2:
-        raise OptionError(f"classes are told apart, but the loader has samples of {len(present)}; pass at least two")
+        raise OptionError(
+            f"expected samples of at least two classes, got samples of {len(present)}; pass a loader with more classes"
+        )
     options = {"n_neighbors": n_neighbors, "seed": seed}
     table = class_information(features, labels, present, **options)
     generator = np.random.default_rng([seed, 1])
@@ -86,7 +87,7 @@ def mutual_information(
 
 
 def class_information(features: Any, labels: Any, classes: Any, *, n_neighbors: int = 3, seed: int = 0) -> Any:
-    """``MI(a_k; 1[y = c])`` in nats, estimated.
+    """Estimates of ``MI(a_k; 1[y = c])`` in nats.
 
     Args:
         features: ``(N, K)``.
@@ -109,7 +110,7 @@ def class_information(features: Any, labels: Any, classes: Any, *, n_neighbors: 
 
 
 class _Sample:
-    """Features and labels of a random sample, in the loader's order; the same for every batch size."""
+    """Features and labels of a random sample in the loader's order. It does not depend on the batch size."""
 
     def __init__(self, size: int | None, seed: int) -> None:
         self._size = size
@@ -118,10 +119,10 @@ class _Sample:
         self._kept = 0
 
     def add(self, features: Any, labels: Any) -> None:
-        # every sample draws a number; those with the smallest stay
+        # every sample draws a number, and the samples with the smallest numbers stay
         self._parts.append((features, labels, self._generator.random(len(labels))))
         self._kept += len(labels)
-        # not at every batch: each time copies all that is kept
+        # not at every batch, because shrinking copies all that is kept
         if self._size is not None and self._kept > 2 * self._size:
             self._shrink()
 

@@ -1,7 +1,7 @@
-"""Write a value over some channels of the head's input, and see what the full head still gets right.
+"""Overwrite some channels of the head's input, and count what the full head still classifies correctly.
 
-Three questions, one mechanism (`overwritten_logits`): over each image's own class's channels (`class_ablation`), over
-the same channels of all images (`masked_confusion`, `class_masking`), one channel after another (`channel_deletion`).
+`overwritten_logits` does it. `class_ablation` overwrites the channels of each image's own class; `masked_confusion` and
+`class_masking` overwrite the same channels of all images; `channel_deletion` overwrites one channel after another.
 N samples, C classes, K channels.
 """
 
@@ -25,18 +25,18 @@ from captum_classfilters.core.intervals import Floats, chance_shares, draws_inte
 
 MODES = ("noise", "zero", "mean")
 KINDS = ("deletion", "insertion")
-# Features of many sets of channels are multiplied at once, up to this many numbers
+# How many numbers of changed features are multiplied at once
 _CELLS = 2**24
 
 
 def overwritten_logits(features: Tensor, chosen: Tensor, head: Head, values: Tensor | None = None) -> Tensor:
-    """The head's output when chosen channels hold other values.
+    """The head's output when other values are written into chosen channels.
 
     Args:
         features: Head input, ``(N, K)``.
-        chosen: Which channels, bool, ``(N, K)`` or ``(S, 1, K)`` for S sets.
+        chosen: The chosen channels, bool, ``(N, K)``, or ``(S, 1, K)`` for S sets.
         head: The head.
-        values: What is written, ``(N, K)``; None: zeros.
+        values: The values to write, ``(N, K)``; None: zeros.
 
     Returns:
         ``(N, C)``, or ``(S, N, C)``.
@@ -49,7 +49,7 @@ def overwritten_logits(features: Tensor, chosen: Tensor, head: Head, values: Ten
 def count_by_class(flags: Tensor, labels: Tensor, classes: int) -> Any:
     """How many samples of each class are flagged: ``(..., N)`` bool to ``(..., C)``, on the CPU."""
     rows = flags.reshape(-1, flags.shape[-1])
-    # a sample that is not flagged goes to a column that is not kept
+    # samples that are not flagged are counted in an extra column, which is dropped
     columns = torch.where(rows, labels, classes) + torch.arange(len(rows), device=rows.device)[:, None] * (classes + 1)
     counts = torch.bincount(columns.flatten(), minlength=len(rows) * (classes + 1)).view(len(rows), classes + 1)
     return counts[:, :classes].reshape(*flags.shape[:-1], classes).cpu().numpy()
@@ -69,31 +69,31 @@ def class_ablation(
     layer: nn.Module | str | None = None,
     control: Control = Control(),
 ) -> pd.DataFrame:
-    """Recall of each class when its own channels are overwritten, against random ones and against the rest.
+    """Recall of each class when its own channels, random channels, or all its other channels are overwritten.
 
-    Source: the "essential" test of the code published with Badola et al. 2022: influential features become N(0, 1),
-    then the others do. Differs: also zeros and means, a random control of the same size, intervals.
+    Source: the "essential" test of the code published with Badola et al. 2022, which replaces influential features by
+    N(0, 1), then the others. Differs: also zeros and means, a random control of the same size, intervals.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
-        filters: Whose top-k channels are the influential ones.
+        filters: The table whose top-k channels are the influential ones.
         loader: Batches ``(inputs, labels)``.
         k: Channels of each class, in ``[1, K]``.
-        modes: What is written over them: ``"noise"`` N(0, 1), ``"zero"``, ``"mean"``.
+        modes: What is written: ``"noise"`` N(0, 1), ``"zero"``, ``"mean"``.
         means: ``(K,)`` for ``"mean"``; None: the mean features of the samples behind ``filters``, which its mass
             gives as long as no feature is negative.
         layer: The head, if it cannot be found.
-        control: Random sets of k channels for each class; its seed is also that of the noise.
+        control: Random sets of k channels for each class; its seed is also the seed of the noise.
 
     Returns:
         One row for each class (and ``"all"``), ``mode`` and ``channels``: ``"none"`` (mode ``"intact"``),
-        ``"influential"``, ``"rest"`` (all but the influential) and ``"random"`` (k others or the same, by chance;
-        ``control`` is True). ``accuracy`` (recall), ``low``, ``high`` (Wilson; Student-t over draws for the control),
-        ``drop`` against intact, ``samples``.
+        ``"influential"``, ``"rest"`` (all but the influential) and ``"random"`` (k channels drawn from all; ``control``
+        is True). ``accuracy`` (recall), ``low``, ``high`` (Wilson; Student-t over draws for the control), ``drop``
+        (intact accuracy minus this one), ``samples``.
 
     Raises:
-        OptionError: k or modes out of range; mean of features that can be negative without ``means``.
-        ShapeError: A table of another network.
+        OptionError: k or modes is out of range; ``"mean"`` without ``means``, and a feature is negative.
+        ShapeError: A table belongs to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
     k = check_k(k, one_table(filters).num_channels)
@@ -112,7 +112,7 @@ def class_ablation(
     with head_pass.batches(description="class_ablation") as stream:
         for batch in stream:
             check_table(filters, batch.head)
-            # of a class that the table has not seen nothing can be said
+            # a class without samples in the table has no channels to overwrite
             seen = filters.seen.to(batch.features.device)[batch.labels]
             labels: Tensor = batch.labels[seen]  # type: ignore[index]
             features = batch.features[seen].to(batch.head.weight.dtype)
@@ -158,7 +158,7 @@ def _written(
     means: Tensor | None,
     generator: torch.Generator,
 ) -> Tensor | None:
-    """What is written over channels, ``(N, K)``; None: zeros."""
+    """The values to write, ``(N, K)``; None: zeros."""
     if mode == "zero":
         return None
     if mode == "noise":
@@ -190,28 +190,28 @@ def masked_confusion(
     """Confusion matrix of the plain network when the channels of some classes are 0 for all images.
 
     Source: "Training interpretable CNNs towards class-specific filters", section 4.2 and figure 4. Differs: intervals,
-    and a control of as many random channels; all cases in one pass.
+    a control of equally many random channels, and all cases in one pass.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
-        filters: Whose channels a class has.
+        filters: The table that gives the channels of a class.
         loader: Batches ``(inputs, labels)``.
-        classes: Cases, each a class (name or index) or a tuple of classes whose channels are masked together.
-        k: A class's channels are its top k; or
-        threshold: all whose score is higher (for a gate .5, and then there may be none). One of the two must be given.
-            A class without samples in the table has no channels.
+        classes: Cases: a case is a class (name or index), or a tuple of classes whose channels are masked together.
+        k: The channels of a class are its top k. Pass either ``k`` or ``threshold``.
+        threshold: The channels of a class are all whose score exceeds this (for a gate .5); there may be none. A class
+            without samples in the table has no channels.
         layer: The head, if it cannot be found.
-        control: Random sets of as many channels for each case.
+        control: For each case, random sets of equally many channels.
 
     Returns:
-        One row for each case, true and predicted class: ``masked`` (``"none"`` comes first, then such as ``"coat"`` or
-        ``"coat + bag"``), ``control`` (True for random channels), ``channels`` that are 0, ``class_name`` (true),
-        ``predicted``, ``count`` (of the control: mean over draws), ``share`` of the true class's images, NaN where it
-        has none, ``low``, ``high`` (Wilson; Student-t over draws for the control).
+        One row for each case, true and predicted class: ``masked`` (first ``"none"``, then for example ``"coat"`` or
+        ``"coat + bag"``), ``control`` (True for random channels), ``channels`` (number of those that are 0),
+        ``class_name`` (true), ``predicted``, ``count`` (for the control: mean over draws), ``share`` of the true
+        class's images, NaN where it has none, ``low``, ``high`` (Wilson; Student-t over draws for the control).
 
     Raises:
-        OptionError: k or threshold out of range, both or neither given; an unknown or repeated case.
-        ShapeError: A table of another network.
+        OptionError: k or threshold is out of range, both or neither is given, or a case is unknown or repeated.
+        ShapeError: A table belongs to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
     channels_of = _channels_of(filters, k, threshold)
@@ -244,29 +244,28 @@ def class_masking(
     layer: nn.Module | str | None = None,
     control: Control = Control(),
 ) -> pd.DataFrame:
-    """Recall of every class when the channels of each class in turn are 0 for all images.
+    """Recall of every class when the channels of one class after another are 0 for all images.
 
-    If filters are class-specific, the class itself is lost and the others stay. Source: as for `masked_confusion`,
-    for all classes, each alone.
+    If filters are class-specific, only the recall of the masked class falls. Source: as for `masked_confusion`.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
-        filters: Whose channels a class has.
+        filters: The table that gives the channels of a class.
         loader: Batches ``(inputs, labels)``.
         k: As for `masked_confusion`.
         threshold: As for `masked_confusion`.
         layer: The head, if it cannot be found.
-        control: Random sets of as many channels for each class.
+        control: For each class, random sets of equally many channels.
 
     Returns:
-        Two rows for each masked class and each class whose images are looked at, and for ``"all"``: ``masked``,
-        ``control`` (False: the class's channels; True: as many random ones), ``channels`` that are 0 (a class may have
-        none above the threshold: 0, and nothing happens), ``class_name``, ``recall``, ``low``, ``high`` (Wilson;
-        Student-t over draws for the control), ``intact`` (recall with all channels), ``drop`` from it; ``samples``.
+        Two rows for each masked class and each class of images (and ``"all"``): ``masked``, ``control`` (False: the
+        class's channels; True: equally many random ones), ``channels`` (number of those that are 0; it is 0 for a class
+        with none above the threshold), ``class_name``, ``recall``, ``low``, ``high`` (Wilson; Student-t over draws for
+        the control), ``intact`` (recall with all channels), ``drop`` (intact minus recall), ``samples``.
 
     Raises:
-        OptionError: k or threshold out of range, both or neither given.
-        ShapeError: A table of another network.
+        OptionError: k or threshold is out of range, or both or neither is given.
+        ShapeError: A table belongs to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
     sets = _CaseSets(_channels_of(filters, k, threshold), control)
@@ -305,7 +304,7 @@ def class_masking(
 
 
 class _CaseSets:
-    """Sets of channels to mask, row after row: of each case its own, then its random ones; row 0 of results is none."""
+    """Sets of channels to mask: for each case its channels, then its random sets. Row 0 of results masks nothing."""
 
     def __init__(self, channels_of_cases: Tensor, control: Control) -> None:
         self._step = 1 + control.draws
@@ -324,7 +323,7 @@ class _CaseSets:
 
 
 def _predictions(batch: Batch, masks: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Predicted classes, ``(rows, N)``, in slices: first of the intact network, then with each set masked."""
+    """Rows of results and their predicted classes, ``(rows, N)``: first intact, then with each set masked."""
     yield slice(0, 1), batch.logits.argmax(1)[None]
     masks = masks.to(batch.features.device)
     step = max(1, _CELLS // (len(batch.features) * max(batch.head.weight.shape)))
@@ -339,8 +338,8 @@ def _channels_of(filters: ClassFilters, k: int | None, threshold: float | None) 
     one_table(filters)
     if (k is None) == (threshold is None):
         raise OptionError(
-            f"a class's channels are its top k=, or all with a score above threshold=; pass one of the two, "
-            f"got k={k!r} and threshold={threshold!r}"
+            f"expected k= (the top k channels of a class) or threshold= (all with a higher score), got k={k!r} and "
+            f"threshold={threshold!r}; pass one of the two"
         )
     if k is not None:
         return filters.mask(k)
@@ -359,8 +358,8 @@ def _cases(filters: ClassFilters, classes: Any) -> dict[str, tuple[int, ...]]:
         name = " + ".join(filters.class_names[row] for row in rows)
         if not rows or name == "none" or name in cases:
             raise OptionError(
-                f"classes must be different cases, each a class or a tuple of classes, none by the name 'none'; "
-                f"got {name!r}{' twice' if name in cases else ''}"
+                "classes must be different cases, and a case is a class or a tuple of classes; no class may be called "
+                f"'none'; got {name!r}{' twice' if name in cases else ''}"
             )
         cases[name] = rows
     if not cases:
@@ -369,7 +368,7 @@ def _cases(filters: ClassFilters, classes: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _confusion_frame(masked: str, channels: int, counts: Any, names: Sequence[str]) -> pd.DataFrame:
-    """``counts`` are (C, C), or (draws, C, C) of the control."""
+    """The frame of one case; ``counts`` are (C, C), or (draws, C, C) for the control."""
     is_control, size = counts.ndim == 3, len(names)
     total = counts.sum(-1, keepdims=True)
     share, low, high = chance_shares(counts, total) if is_control else shares(counts, total)
@@ -401,39 +400,39 @@ def channel_deletion(
     layer: nn.Module | str | None = None,
     control: Control = Control(),
 ) -> pd.DataFrame:
-    """Probability of the true class while its channels are set to 0 one after another, or alone are not.
+    """Probability of the true class while its channels are deleted, or inserted, one after another.
 
-    Source: Petsiuk et al. 2018, "RISE", section 4.2: deletion and insertion; there of pixels, here of the head's input
-    channels, strongest first, each class its own. Differs: as many steps for each class, up to a set of ``sizes``
-    channels; a random control.
+    Source: Petsiuk et al. 2018, "RISE", section 4.2, which deletes and inserts pixels. Here they are channels of the
+    head's input, in the ranking of the image's class, strongest first. Differs: the same number of steps for each
+    class, up to ``sizes`` channels; a random control.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
-        filters: A table, or tables by name: whose ranking is followed.
+        filters: A table, or tables by name, whose rankings are followed.
         loader: Batches ``(inputs, labels)``.
-        sizes: How many channels of each class, an int or ``(C,)`` int64; such as the size of a terminal node, the same
-            for all tables, so that none has more to delete. A class of size 0 is left out.
-        steps: Points of the curve behind the first, evenly spaced in the share of the set.
+        sizes: How many channels of each class to delete, an int or ``(C,)`` int64; for example the size of a terminal
+            node. It is the same for all tables. A class of size 0 is left out.
+        steps: Points of the curve after the first, evenly spaced.
         layer: The head, if it cannot be found.
         control: Random rankings.
 
     Returns:
         One row for each table (and the control, ``"random"``), kind (``"deletion"``, ``"insertion"``) and step:
-        ``filters``, ``control``, ``kind``, ``share`` of the set, ``channels`` (mean over images), ``probability`` of
+        ``filters``, ``control``, ``kind``, ``share`` of ``sizes``, ``channels`` (mean over images), ``probability`` of
         the true class, ``low``, ``high``; ``auc``, ``auc_low``, ``auc_high``: area under the curve, the same in all
-        rows of a curve. Means over images with normal 95 % intervals; of the control, over draws with Student's t.
-        ``samples``. Deletion: the lower, the more the channels matter; insertion: the higher.
+        rows of a curve; ``samples``. Values are means over images with normal 95 % intervals; for the control, means
+        over draws with Student-t intervals. The more the channels matter, the lower deletion and the higher insertion.
 
     Raises:
-        OptionError: sizes or steps out of range.
-        ShapeError: A table of another network.
+        OptionError: sizes or steps is out of range.
+        ShapeError: A table belongs to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
     tables = named_tables(filters, ["random"])
     steps = integer(steps, "steps", 1)
     first = next(iter(tables.values()))
     set_sizes = _sizes(sizes, first)
-    # at which place of the ranking each channel stands, (C, K)
+    # the place of each channel in the ranking, (C, K)
     places = {name: [table.ranking().argsort(1)] for name, table in tables.items()}
     places["random"] = [ranking.argsort(1) for ranking in control.rankings(first.scores.shape)]
     sums = {
@@ -448,9 +447,9 @@ def channel_deletion(
                 check_table(table, batch.head)
             device = batch.features.device
             image_sizes = set_sizes.to(device)[batch.labels]
-            asked = image_sizes > 0
-            image_sizes, labels = image_sizes[asked], batch.labels[asked]  # type: ignore[index]
-            features = batch.features[asked]
+            kept = image_sizes > 0
+            image_sizes, labels = image_sizes[kept], batch.labels[kept]  # type: ignore[index]
+            features = batch.features[kept]
             taken += torch.stack([_taken(image_sizes, step, steps).double().sum() for step in range(steps + 1)]).cpu()
             samples += len(labels)
             for name, of_name in places.items():
@@ -458,7 +457,7 @@ def channel_deletion(
                     curve = _deletion_curve(features, labels, place.to(device)[labels], image_sizes, steps, batch.head)
                     sums[name][row] += torch.stack([curve.sum(0), (curve**2).sum(0)]).cpu()
     if not samples:
-        raise OptionError("no image is of a class with a size above 0; give sizes of the classes in the loader")
+        raise OptionError("no class in the loader has a size above 0; pass sizes above 0 for classes in the loader")
     channels = taken.numpy() / samples
     frames = [_deletion_frame(name, table.numpy(), channels, samples) for name, table in sums.items()]
     return pd.concat(frames, ignore_index=True)
@@ -467,7 +466,7 @@ def channel_deletion(
 def _sizes(sizes: Any, table: ClassFilters) -> Tensor:
     values = torch.as_tensor(sizes)
     if values.is_floating_point() or values.dtype == torch.bool:
-        raise OptionError(f"sizes must be integers, channels of each class; got {values.dtype}")
+        raise OptionError(f"sizes must be integers, the number of channels of each class; got {values.dtype}")
     if values.dim() and values.shape != (table.num_classes,):
         raise ShapeError(f"sizes must be an int or {table.num_classes} of them, got shape {tuple(values.shape)}")
     values = values.cpu().long().expand(table.num_classes)
@@ -480,12 +479,12 @@ def _sizes(sizes: Any, table: ClassFilters) -> Tensor:
 
 
 def _taken(sizes: Tensor, step: int, steps: int) -> Tensor:
-    """How many channels are taken at a step, for each image; all of the set at the last."""
+    """How many channels of each image are taken at a step; at the last step all of ``sizes``."""
     return (sizes * step + steps // 2) // steps
 
 
 def _deletion_curve(features: Tensor, labels: Tensor, ranks: Tensor, sizes: Tensor, steps: int, head: Head) -> Tensor:
-    """Probability of each image's class at each step, and the area below, ``(N, 2, steps + 2)`` float64."""
+    """Probability of each image's class at each step, then the area under them, ``(N, 2, steps + 2)`` float64."""
     probabilities = []
     for step in range(steps + 1):
         inside = ranks < _taken(sizes, step, steps)[:, None]
@@ -497,7 +496,7 @@ def _deletion_curve(features: Tensor, labels: Tensor, ranks: Tensor, sizes: Tens
 
 
 def _deletion_frame(name: str, sums: Floats, channels: Floats, samples: int) -> pd.DataFrame:
-    """``sums``: over images, of values and their squares, ``(draws, 2, kinds, steps + 2)``; one draw is no control."""
+    """``sums`` over images, of values and of squares, are ``(draws, 2, kinds, steps + 2)``; tables have one draw."""
     value, low, high = _mean_interval(sums, samples)
     steps = len(channels) - 1
     frames = [
@@ -523,7 +522,7 @@ def _deletion_frame(name: str, sums: Floats, channels: Floats, samples: int) -> 
 
 
 def _mean_interval(sums: Floats, samples: int) -> tuple[Any, Any, Any]:
-    """Mean over images with its interval; of several draws, mean over draws with theirs."""
+    """Mean and interval over images, or over draws if there are several."""
     means = sums / samples
     if len(sums) > 1:
         return draws_interval(means[:, 0])
@@ -535,12 +534,12 @@ def _mean_interval(sums: Floats, samples: int) -> tuple[Any, Any, Any]:
 
 
 class DropCounts:
-    """How many images stay right without the channels of their own class, and without those of another class.
+    """How many images are still classified correctly without channels of their own class, and of another class.
 
     Args:
         head: The head.
-        tables: Rankings to judge, by name.
-        ks: How many channels are set to 0.
+        tables: Tables whose rankings are judged, by name.
+        ks: Numbers of channels that are set to 0.
         control: Random rankings.
     """
 
@@ -554,11 +553,11 @@ class DropCounts:
         self.samples = 0
 
     def add(self, batch: Batch) -> None:
-        """Take a batch in."""
+        """Count a batch."""
         labels: Tensor = batch.labels  # type: ignore[assignment]
         classes = self._head.num_classes
         self.samples += len(labels)
-        # drawn on the CPU: the same for every device
+        # drawn on the CPU, so that every device gets the same
         steps = torch.randint(1, max(classes, 2), (len(labels),), generator=self._generator)
         others = (labels + steps.to(labels.device)) % classes
         for row, place in enumerate(self._places):
@@ -569,7 +568,7 @@ class DropCounts:
                     self._right[row, at, column] += int((logits.argmax(1) == labels).sum())
 
     def columns(self, name: str | None, k: int) -> dict[str, float]:
-        """``drop_own`` and ``drop_other`` with their intervals; ``name`` None: of the control."""
+        """``drop_own`` and ``drop_other`` with their intervals; of the control if ``name`` is None."""
         at = list(self._ks).index(k)
         if name is None:
             values = chance_shares(self._right[len(self._names) :, at], self.samples)

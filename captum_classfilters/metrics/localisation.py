@@ -1,4 +1,4 @@
-"""Do a class's channels look at the object? Their map against its mask, its box, or its silhouette."""
+"""Do a class's channels look at the object? Their map is compared with its mask, its box, or its silhouette."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import mean_interval, wilson
 
-# What the loader may call the objects
+# Keys by which a loader may give the objects
 _KEYS = {"mask": ("mask", "masks"), "box": ("box", "boxes")}
 
 
 def foreground(images: Tensor, threshold: float = 0.1) -> Tensor:
     """The silhouette of an object on black: pixels brighter than a share of the image's brightest.
 
-    For images in [0, 1] or bytes; normalised ones have no black.
+    Images are in [0, 1] or bytes; in normalised images black is not 0.
 
     Args:
         images: ``(N, colours, H, W)``.
@@ -55,30 +55,30 @@ def localisation(
     layer: nn.Module | str | None = None,
     control: Control = Control(),
 ) -> pd.DataFrame:
-    """Pointing game and IoU of the map of a class's k channels, against random channels and all channels.
+    """Pointing game and IoU of the map of a class's k channels, of random channels and of all channels.
 
-    Source of the claim: Badola et al. 2022 (second version): these filters correspond better to the object. Pointing
-    game: Zhang et al. 2018. The map is that of `InfluentialFeatures.explain` for the true class, upsampled bilinearly.
+    Badola et al. 2022 (second version) claim that these filters correspond better to the object. Pointing game: Zhang
+    et al. 2018. The map is that of `InfluentialFeatures.explain` for the true class, upsampled bilinearly.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` and ``layer`` are left out.
-        filters: A table, or tables by name. A table of the random selector is left out; the control stands for it.
+        filters: A table, or tables by name. A table of the random selector is left out: the control replaces it.
         loader: Batches ``(images, labels)``; with masks or boxes ``(images, labels, masks)``, or mappings.
         k: Channels of each class, in ``[1, K]``.
         silhouette: What the object is. A function: images ``(N, colours, H, W)`` to objects ``(N, H, W)`` bool.
-            ``"mask"``: each batch brings ``(N, H, W)`` or ``(N, 1, H, W)``, bool or 0 and 1, behind the labels or by
-            the key mask or masks. ``"box"``: it brings ``(N, 4)``, x1, y1, x2, y2 in pixels as in torchvision, behind
-            the labels or by the key box or boxes; a pixel is inside where its centre is.
+            ``"mask"``: each batch has ``(N, H, W)`` or ``(N, 1, H, W)``, bool or 0 and 1, behind the labels or by
+            the key mask or masks. ``"box"``: it has ``(N, 4)``, x1, y1, x2, y2 in pixels as in torchvision, behind
+            the labels or by the key box or boxes; a pixel is inside if its centre is.
         channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
         layer: The head, if it cannot be found.
-        control: Random sets of k channels: how many, and the seed.
+        control: Random sets of k channels.
 
     Returns:
         One row for each table and one for ``"all channels"``; one for ``"random"`` with ``control`` True. ``filters``,
         ``control``; ``pointing``, the share of images whose map is largest inside the object, with Wilson's interval
-        (of the control Student-t over draws); ``iou`` of the object and the map's highest pixels, as many as the object
-        has, with a normal interval; ``chance``: pointing of a blind guess, the object's share of the image;
-        ``chance_iou``: its IoU; ``samples``.
+        (for the control Student-t over draws); ``iou`` of the object and equally many highest pixels of the map, with a
+        normal interval; ``chance``: pointing of a blind guess, which is the object's share of the image;
+        ``chance_iou``: IoU of a blind guess; ``samples``.
 
     Raises:
         HeadError: There is no feature map behind the head.
@@ -103,10 +103,13 @@ def localisation(
             for table in tables.values():
                 check_table(table, batch.head)
             if batch.maps[0, 0].numel() == 1:  # type: ignore[index]
-                raise HeadError(f"the map behind the head {batch.head.name} is a single position: it looks at no place")
+                raise HeadError(
+                    f"the map behind the head {batch.head.name} has a single position, so it cannot show a place; "
+                    "pass larger images or another layer="
+                )
             _check_seen(tables, batch.labels)  # type: ignore[arg-type]
             objects = _objects(silhouette, batch)
-            # an image without object, or nothing but object, says nothing
+            # every map hits an image that is all object, and no map hits one without object
             usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
             objects, labels, maps = objects[usable], batch.labels[usable], batch.maps[usable]  # type: ignore[index]
             areas.append(objects.flatten(1).double().mean(1).cpu().numpy())
@@ -119,7 +122,7 @@ def localisation(
                 class_maps = LayerAttribution.interpolate(class_maps, tuple(objects.shape[1:]), "bilinear").squeeze(1)
                 scores[name].append(_score(class_maps, objects).cpu().numpy())
     if not sum(map(len, areas)):
-        raise OptionError("no image has an object and a background by this silhouette; pass another silhouette=")
+        raise OptionError("this silhouette gives no image both an object and a background; pass another silhouette=")
     by_name = {name: np.concatenate(parts) for name, parts in scores.items()}
     return _frame(by_name, np.concatenate(areas), list(tables), control.draws)
 
@@ -129,7 +132,7 @@ def _check_seen(filters: Mapping[str, ClassFilters], labels: Tensor) -> None:
         missing = [table.class_names[y] for y in torch.unique(labels).tolist() if not table.seen[y]]
         if missing:
             raise OptionError(
-                f"table {name!r} has no samples of {missing}, so no channels to show; leave these images out"
+                f"table {name!r} has no samples of {missing}, so it has no channels for them; leave these images out"
             )
 
 
@@ -148,15 +151,15 @@ def _objects(silhouette: Callable[[Tensor], Tensor] | str, batch: Batch) -> Tens
 
 
 def _regions(kind: str, extras: Any) -> Tensor:
-    """What a batch brings besides images and labels, under its name or first behind the labels."""
+    """What a batch holds besides images and labels, by its key or first behind the labels."""
     part = extras if isinstance(extras, Mapping) else next(iter(extras), None)
     if isinstance(part, Mapping):
         part = next((part[key] for key in _KEYS[kind] if key in part), None)
     if not isinstance(part, Tensor):
-        got = "no such thing" if part is None else type(part).__name__
+        got = "nothing" if part is None else type(part).__name__
         raise OptionError(
-            f'silhouette="{kind}" needs a tensor in every batch, (images, labels, {kind}) or by one of the keys '
-            f"{list(_KEYS[kind])}, got {got}; make the loader bring it, or pass a function of images"
+            f'silhouette="{kind}" needs a tensor in every batch, as (images, labels, {kind}) or by one of the keys '
+            f"{list(_KEYS[kind])}, got {got}; add it to the loader's batches, or pass a function of images"
         )
     return part
 
@@ -172,12 +175,12 @@ def mask_objects(masks: Tensor, shape: Sequence[int]) -> Tensor:
         ``(N, H, W)`` bool.
 
     Raises:
-        ShapeError: The shape is another, or there are other numbers than 0 and 1.
+        ShapeError: The shape differs, or there are other numbers than 0 and 1.
     """
     objects = masks.squeeze(1) if masks.dim() == 4 else masks
     if objects.shape != tuple(shape):
         raise ShapeError(
-            f"masks must have shape {tuple(shape)}, as the images, or {(shape[0], 1, *shape[1:])}, got "
+            f"masks must have the images' shape {tuple(shape)}, or {(shape[0], 1, *shape[1:])}, got "
             f"{tuple(masks.shape)}; resize and crop them with the images"
         )
     if objects.dtype != torch.bool and not bool(((objects == 0) | (objects == 1)).all()):
@@ -188,7 +191,7 @@ def mask_objects(masks: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Boxes as objects: the pixels whose centres they hold.
+    """Boxes as objects: the pixels whose centres are inside.
 
     Args:
         boxes: ``(N, 4)``: x1, y1, x2, y2 in pixels; column j of an image reaches from x = j to j + 1.
@@ -198,7 +201,7 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
         ``(N, H, W)`` bool.
 
     Raises:
-        ShapeError: The shape is another, or the numbers are no boxes in pixels.
+        ShapeError: The shape differs, or the numbers are no boxes in pixels.
 
     Example:
         >>> box_objects(torch.tensor([[1.0, 0.0, 3.0, 1.0]]), (1, 2, 3)).int().tolist()
@@ -206,20 +209,20 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if boxes.shape != (shape[0], 4):
         raise ShapeError(
-            f"boxes must have shape {(shape[0], 4)}, one x1, y1, x2, y2 for each image, got {tuple(boxes.shape)}; for "
+            f"boxes must have shape {(shape[0], 4)}, x1, y1, x2, y2 for each image, got {tuple(boxes.shape)}; for "
             "several objects pass a mask"
         )
     left, top, right, bottom = boxes.double().T[:, :, None]
     # NaN is neither larger nor smaller
     if not bool(((left < right) & (top < bottom)).all()):
         raise ShapeError(
-            "boxes must have x1 < x2 and y1 < y2, got one that does not; where they are x, y, width, height, use "
+            "boxes must have x1 < x2 and y1 < y2, got one that has not; if they are x, y, width, height, use "
             "torchvision.ops.box_convert"
         )
     fractional = bool((boxes != boxes.round()).any())
     if max(shape[1:]) > 1 and fractional and not bool((boxes > 1).any()):
         raise ShapeError(
-            f"boxes must be in pixels, got none above {float(boxes.max()):.4g}; where they are shares of the image, "
+            f"boxes must be in pixels, got no number above {float(boxes.max()):.4g}; if they are shares of the image, "
             f"multiply by its width {shape[2]} and height {shape[1]}"
         )
     y, x = (torch.arange(size, device=boxes.device) + 0.5 for size in shape[1:])
@@ -229,10 +232,10 @@ def box_objects(boxes: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _score(maps: Tensor, objects: Tensor) -> Tensor:
-    """``(N, 2)``: was the largest value inside the object; IoU of equally large areas."""
+    """``(N, 2)``: whether the largest value is inside the object, and the IoU of equally large areas."""
     flat, inside = maps.flatten(1), objects.flatten(1)
     order = flat.sort(dim=1, descending=True, stable=True).indices
-    # equal maxima, as in a flat map: the share of them inside is what pointing at one by chance would give
+    # of several equal maxima one is pointed at by chance, so their share inside counts
     highest = flat == flat.amax(1, keepdim=True)
     pointed = (highest & inside).sum(1) / highest.sum(1)
     size = inside.sum(1)

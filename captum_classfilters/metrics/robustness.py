@@ -1,4 +1,4 @@
-"""How often an attack fools a network: several networks on the same images, each attack beside random pixels."""
+"""How often does an attack fool each of several networks on the same images, and how often do random pixels?"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -31,32 +31,33 @@ def attack_success(
     control: Control = Control(),
     show_progress: bool = False,
 ) -> pd.DataFrame:
-    """Share of images on which each attack changes the predicted class of each network, against as many random pixels.
+    """Share of images on which each attack changes the predicted class of each network.
 
     Source: "Training interpretable CNNs towards class-specific filters", table 3. Differs: only images that all
-    networks classify right are attacked, the same ones for all; with intervals and a control.
+    networks classify correctly are attacked; there are intervals, and a control that changes equally many random
+    pixels.
 
     Args:
-        models: Networks by name, images to logits; borrowed.
-        loader: Batches ``(images, labels)``, images ``(N, colours, H, W)`` in the bounds. Those that are attacked are
-            kept in memory. ``max_images`` takes the first: shuffle the loader if its order matters.
+        models: Networks by name, from images to logits; borrowed.
+        loader: Batches ``(images, labels)``, images ``(N, colours, H, W)`` in the bounds. Attacked images are kept in
+            memory.
         attacks: Functions by name, from a network to its attack: ``lambda model: LocalSearch(model)``. An attack takes
             ``(images, labels)`` and returns images of the same shape, as `attacks.Attack` and a
-            `captum.robust.Perturbation` do; an image that is unchanged or not fooled is a failure. It runs in eval
-            mode, with gradients if it wants them. It is made anew for each network: seed it in the function.
+            `captum.robust.Perturbation` do. It fails on an image if the network still predicts its label. It runs in
+            eval mode, and gradients are enabled. The function runs once for each network; set the seed in it.
         bounds: Smallest and largest value of a pixel.
-        max_images: Attack this many; the loader is read no further. None: all.
+        max_images: Attack the first images, at most this many; shuffle the loader if its order matters. None: all.
         batch_size: Images given to an attack at once.
         control: The random sets of pixels.
         show_progress: A tqdm bar.
 
     Returns:
-        One row for each network and attack, and below it its control, ``"random (<attack>)"`` with ``control=True``: as
-        many random pixels of each image, set to random extremes of colour, as the attack changed (the median of its
-        successes on this network; 1 if it had none). ``tried`` images (for the control: times draws); ``succeeded``;
-        ``success``, the share; ``low``, ``high``: Wilson 95 % interval, for the control Student-t over draws. Over the
-        successes, ``pixels``: mean number of places that were changed, ``l2``: mean Euclidean length of the change; NaN
-        where there are none.
+        One row for each network and attack, and below it the row of its control, ``"random (<attack>)"`` with
+        ``control=True``. The control sets random pixels to random extremes of colour; their number is the median of the
+        attack's successes on this network (1 if it had none). ``tried`` images (for the control: times draws);
+        ``succeeded``; ``success``, the share; ``low``, ``high``: Wilson 95 % interval, for the control Student-t over
+        draws; ``pixels``: mean number of changed places, ``l2``: mean Euclidean length of the change, both over
+        successes, NaN where there are none.
 
     Raises:
         OptionError: There is nothing to compare, a name is taken, an option or a pixel is out of range, or no image is
@@ -70,12 +71,12 @@ def attack_success(
     _check_names(models, "models")
     control_names = {name: f"random ({name})" for name in _check_names(attacks, "attacks")}
     for name in set(control_names.values()) & set(attacks):
-        raise OptionError(f"an attack may not be named {name!r}: the result uses that name itself; rename it")
+        raise OptionError(f"an attack may not be named {name!r}, because a control has that name; rename the attack")
     for name, attack in attacks.items():
         if isinstance(attack, Perturbation):
             kind = type(attack).__name__
             raise OptionError(
-                f"attack {name!r} is made on one network; pass what makes it for each: lambda model: {kind}(model)"
+                f"attack {name!r} belongs to one network; pass a function of the network: lambda model: {kind}(model)"
             )
     oracles = {name: Oracle(model, batch_size) for name, model in models.items()}
     images, labels = _all_right(oracles, loader, bounds, max_images)
@@ -102,7 +103,7 @@ def attack_success(
 
 
 class _Outcome(NamedTuple):
-    """For each image: whether the network is fooled, how many places differ, and how far."""
+    """For each image: whether the network is fooled, how many places changed, and the length of the change."""
 
     fooled: Any
     pixels: Any
@@ -142,8 +143,8 @@ def _all_right(
                 break
     if not any(map(len, images)):
         raise OptionError(
-            f"none of {seen} images is classified right by all networks ({hits} by each); only such images are "
-            "attacked: pass more of them, better networks, or labels in the networks' order"
+            f"all networks together classify none of {seen} images correctly (each alone: {hits}), and only such "
+            "images are attacked; pass more images, better networks, or labels in the networks' order"
         )
     return torch.cat(images)[:most], torch.cat(labels)[:most]
 
@@ -152,7 +153,7 @@ def _attacked(
     oracle: Oracle, attack: Any, title: str, images: Tensor, labels: Tensor, bounds: Bounds, size: int
 ) -> _Outcome:
     if not callable(attack):
-        raise OptionError(f"attack {title!r} must be made by a function from a network to a Perturbation, got {attack}")
+        raise OptionError(f"the function of attack {title!r} must return a Perturbation or a function, got {attack}")
     parts = []
     for some, wanted in zip(torch.split(images, size), torch.split(labels, size), strict=True):
         placed = oracle.place(some)
@@ -176,12 +177,12 @@ def _measured(oracle: Oracle, images: Tensor, changed: Tensor, labels: Tensor) -
 
 
 def _typical(outcome: _Outcome) -> int:
-    """Median number of pixels of a success; at least 1, as an attack may succeed by changes that rounding hides."""
+    """Median number of pixels of a success; at least 1, because rounding can hide the changes of a success."""
     return max(1, round(float(np.median(outcome.pixels[outcome.fooled])))) if outcome.fooled.any() else 1
 
 
 def _random_pixels(images: Tensor, count: int, bounds: Bounds, generator: torch.Generator) -> Tensor:
-    """``count`` places of each image, each colour there at one bound or the other."""
+    """Set ``count`` random places of each image to the lower or upper bound, colour by colour."""
     shape, places = images.shape, images[0, 0].numel()
     chance = torch.rand(len(images), places, generator=generator)
     chosen = torch.zeros_like(chance, dtype=torch.bool).scatter_(1, chance.topk(min(count, places)).indices, True)

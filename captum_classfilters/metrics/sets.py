@@ -1,6 +1,6 @@
-"""Sets of channels compared: classes with each other, and a selection with itself on other samples.
+"""Compare sets of channels: those of different classes, and those of one class from other samples.
 
-The control is the same everywhere: two sets of k channels drawn at random.
+The control is always two random sets of k channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from captum_classfilters.influential.selectors import STATIC
 
 
 def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.DataFrame:
-    """Jaccard index of each two classes' top-k channels, beside what chance gives.
+    """Jaccard index of the top-k channels of every pair of classes, and of random sets.
 
     Args:
         filters: A table, or tables by name.
@@ -31,11 +31,11 @@ def overlap(filters: ClassFilters | Mapping[str, ClassFilters], k: int) -> pd.Da
     Returns:
         One row for each table and pair: ``filters``, ``control`` (False), ``class_a``, ``class_b``, ``jaccard`` (NaN
         where a class has no samples), ``shared`` channels, ``low``, ``high`` (NaN). For each number of channels K one
-        row with ``control`` True and ``filters`` ``"random"``: ``jaccard`` and ``shared`` of two random sets of k
-        channels are means, ``low`` and ``high`` the central 95 % of their index.
+        row with ``control`` True and ``filters`` ``"random"``: ``jaccard`` and ``shared`` are means of two random sets
+        of k channels, ``low`` and ``high`` the central 95 % of their index.
 
     Raises:
-        OptionError: k out of range.
+        OptionError: k is out of range.
     """
     tables = {filters.method: filters} if isinstance(filters, ClassFilters) else {str(n): t for n, t in filters.items()}
     frames = []
@@ -77,16 +77,16 @@ def stability(
     draws: int = 20,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much of a class's top-k set survives when the samples are drawn anew.
+    """How much of a class's top-k set stays when the samples are drawn again.
 
-    A Poisson bootstrap: in each replicate every sample counts 0, 1, 2, ... times, by a Poisson(1) draw, so that all
-    replicates are made in the one pass; state is ``draws`` tables.
+    It is a Poisson bootstrap: in each replicate a sample counts as often as a Poisson(1) draw says. All replicates are
+    made in one pass, and ``draws`` tables are held in memory.
 
     Args:
         model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out.
         loader: Batches ``(inputs, labels)``.
         k: Channels of each class, in ``[1, K]``.
-        selectors: Which to test; those without samples (weight, random) have nothing to test.
+        selectors: Selectors to test; ``weight`` and ``random`` look at no samples and are refused.
         k1: As in `InfluentialFeatures`.
         importance: As in `InfluentialFeatures`.
         draws: Bootstrap replicates, at least 5.
@@ -99,14 +99,14 @@ def stability(
         of two random sets.
 
     Raises:
-        OptionError: k or an option out of range.
+        OptionError: k or an option is out of range.
     """
     head_pass = HeadPass.of(model, loader)
     draws = integer(draws, "draws", 5)
     options = Options.checked(selectors, [k1], importance, "target", seed)
     static = [name for name in options.names if name in STATIC]
     if static:
-        raise OptionError(f"selectors {static} look at no samples, so there is nothing to draw anew; leave them out")
+        raise OptionError(f"selectors {static} look at no samples, so they cannot be tested; leave them out")
     generator = torch.Generator().manual_seed(seed)
     whole: Tables | None = None
     replicates: list[Tables] = []
@@ -135,7 +135,7 @@ def stability(
 def _stability(name: str, whole: ClassFilters, replicates: Sequence[ClassFilters], k: int) -> pd.DataFrame:
     chosen = whole.mask(k)
     shared = torch.stack([(other.mask(k) & chosen).sum(1) for other in replicates]).double()
-    # a class that a replicate missed altogether shares nothing
+    # a class without samples in a replicate shares no channel there
     jaccard = (shared / (2 * k - shared)).masked_fill(~whole.seen, torch.nan).numpy()
     jaccard = np.concatenate([np.nanmean(jaccard, axis=1, keepdims=True), jaccard], axis=1)
     low, high = np.quantile(jaccard, [0.025, 0.975], axis=0)

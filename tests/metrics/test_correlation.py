@@ -129,9 +129,11 @@ def test_the_filters_are_those_that_run_last_before_the_head(images):
         frame = metrics.filter_correlation(model, loader, conv=conv)
         assert (frame.attrs["layer"], frame.attrs["dimension"]) == ("first", 27)
     for conv in ("never", "after", "other"):
-        with pytest.raises(HeadError, match=r"before it ran: first \(6 outputs\), between .*, other \(5 outputs\)"):
+        with pytest.raises(
+            HeadError, match=r"these ran before it: first \(6 outputs\), between .*, other \(5 outputs\)"
+        ):
             metrics.filter_correlation(model, loader, conv=conv)
-    with pytest.raises(OptionError, match=r"got 'frist'; some: \["):
+    with pytest.raises(OptionError, match=r"got 'frist'; pass one of \["):
         metrics.filter_correlation(model, loader, conv="frist")
     with pytest.raises(OptionError, match="got ReLU"):
         metrics.filter_correlation(model, loader, conv=nn.ReLU())
@@ -148,9 +150,9 @@ def test_a_matrix_is_refused_where_there_is_none(task):
         metrics.filter_correlation(model, [x], kind="gradients")
     with pytest.raises(OptionError, match="conv= says whose weights"):
         metrics.filter_correlation(model, [x], kind="activations", conv="conv1")
-    with pytest.raises(OptionError, match="at least two, the loader gave one"):
+    with pytest.raises(OptionError, match="at least two samples, the loader gave one"):
         metrics.filter_correlation(model, [x[:1]], kind="activations")
-    with pytest.raises(HeadError, match="with 192 outputs, the channels of head 1"):
+    with pytest.raises(HeadError, match="with 192 outputs"):
         metrics.filter_correlation(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), [x])
 
 
@@ -270,7 +272,7 @@ def test_classes_apart_have_none_and_classes_alike_have_all():
     partial = metrics.inter_class_correlation(model, [(torch.eye(3).repeat(4, 1)[some], y[some])], 1)
     assert list(partial.classes) == [2] * 4
     assert (partial.low.isna() == ~partial.control).all()
-    with pytest.raises(OptionError, match="samples of 1; pass at least two"):
+    with pytest.raises(OptionError, match="samples of 1; pass a loader with more"):
         metrics.inter_class_correlation(model, [(torch.eye(3), torch.zeros(3, dtype=int))], 1)
 
 
@@ -294,7 +296,7 @@ def test_a_head_pass_stands_for_model_and_loader(task):
     pd.testing.assert_frame_equal(found, expected[expected.kind == "activations"].reset_index(drop=True))
     assert metrics.filter_correlation(head_pass).equals(metrics.filter_correlation(model, [data]))
     assert metrics.filter_correlation(cached, kind="activations").attrs["dimension"] == 59
-    with pytest.raises(HeadError, match='a HeadPass that is not cached, or ask for the kind "activations"'):
+    with pytest.raises(HeadError, match='a HeadPass that is not cached, or the kind "activations"'):
         metrics.filter_correlation(cached)
 
 

@@ -171,13 +171,13 @@ def test_objects_stay_on_the_device(device, assert_close):
 
 
 BAD_OBJECTS = {
-    "no mask": ("mask", lambda m, b: (), OptionError, 'silhouette="mask" needs a tensor in every.*got no such thing'),
-    "no box": ("box", lambda m, b: (), OptionError, 'silhouette="box" needs a tensor in every batch.*no such thing'),
+    "no mask": ("mask", lambda m, b: (), OptionError, 'silhouette="mask" needs a tensor in every.*got nothing'),
+    "no box": ("box", lambda m, b: (), OptionError, 'silhouette="box" needs a tensor in every batch.*got nothing'),
     "a mask in words": ("mask", lambda m, b: ("an object",), OptionError, "got str"),
     "a box in words": ("box", lambda m, b: ("an object",), OptionError, "got str"),
     "another word": ("boxes", lambda m, b: (b,), OptionError, "must be a function of images"),
     "small masks": (
-        "mask", lambda m, b: (m[:, ::2, ::2],), ShapeError, r"have shape \(20, 8, 8\).*got \(20, 4, 4\); resize",
+        "mask", lambda m, b: (m[:, ::2, ::2],), ShapeError, r"images' shape \(20, 8, 8\).*got \(20, 4, 4\); resize",
     ),
     "bytes": ("mask", lambda m, b: (m.byte() * 255,), ShapeError, r"got torch\.uint8 up to 255; pass masks > 0"),
     "two boxes": (
@@ -186,8 +186,8 @@ BAD_OBJECTS = {
     "left of right": ("box", lambda m, b: (b[:, [2, 1, 0, 3]],), ShapeError, "must have x1 < x2 and y1 < y2"),
     "upside down": ("box", lambda m, b: (b[:, [0, 3, 2, 1]],), ShapeError, "must have x1 < x2 and y1 < y2"),
     "NaN": ("box", lambda m, b: (b * float("nan"),), ShapeError, "must have x1 < x2 and y1 < y2"),
-    "shares": ("box", lambda m, b: (b / 8,), ShapeError, r"in pixels, got none above .*its width 8 and height 8"),
-    "no object": ("mask", lambda m, b: (m & False,), OptionError, "no image has an object and a background"),
+    "shares": ("box", lambda m, b: (b / 8,), ShapeError, r"in pixels, got no number above .*its width 8 and height 8"),
+    "no object": ("mask", lambda m, b: (m & False,), OptionError, "gives no image both an object and a background"),
     "negative": (metrics.foreground, lambda m, b: (), OptionError, "pixels are negative"),
     "no bool": (lambda images: images, lambda m, b: (), ShapeError, "silhouette must give bool of shape"),
 }  # fmt: skip
@@ -204,7 +204,7 @@ def test_objects_that_do_not_fit_are_refused(task, case):
 def test_what_does_not_fit_otherwise_is_refused(task, spots):
     model, filters, (x, y), masks, boxes = task
     loader = [(x, y, masks)]
-    with pytest.raises(OptionError, match=r"keys \['mask', 'masks'\], got no such thing"):
+    with pytest.raises(OptionError, match=r"keys \['mask', 'masks'\], got nothing"):
         metrics.localisation(model, filters, [{"image": x, "label": y, "box": boxes}], 2, silhouette="mask")
     with pytest.raises(OptionError, match="channel_weights"):
         metrics.localisation(model, filters, loader, 2, channel_weights="all", silhouette="mask")
@@ -214,7 +214,7 @@ def test_what_does_not_fit_otherwise_is_refused(task, spots):
     counts[3] = 0
     with pytest.raises(OptionError, match=r"table 'margin' has no samples of \['3'\]"):
         metrics.localisation(model, replace(filters, counts=counts), loader, 2, silhouette="mask")
-    with pytest.raises(HeadError, match="is a single position"):
+    with pytest.raises(HeadError, match="has a single position"):
         metrics.localisation(Spot(), spots[1], [(torch.ones(2, 1, 1, 1), torch.tensor([0, 1]))], 1)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 4))
     with pytest.raises(HeadError, match="no feature map"):

@@ -175,7 +175,7 @@ def test_it_refuses_what_it_cannot_compare():
     attacks = {"none": lambda model: lambda x, y: x}
     models = {"a": Corner(), "b": Corner(0.95)}
     wrong = [(torch.zeros(2, 1, 2, 2), torch.tensor([1, 1]))]
-    with pytest.raises(OptionError, match=r"none of 2 images is classified right by all networks \({'a': 0, 'b': 0}"):
+    with pytest.raises(OptionError, match=r"none of 2 images correctly \(each alone: {'a': 0, 'b': 0}"):
         attack_success(models, wrong, attacks)
     with pytest.raises(EmptyLoaderError, match="the loader gave no sample"):
         attack_success(models, [], attacks)
@@ -193,7 +193,7 @@ def test_it_refuses_what_it_cannot_compare():
         attack_success(models, loader(), {"far": lambda model: lambda x, y: x + 5})
     with pytest.raises(ShapeError, match=r"attack 'flat' must return images of shape \(4, 1, 2, 2\), got \(4, 4\)"):
         attack_success(models, loader(), {"flat": lambda model: lambda x, y: x.flatten(1)})
-    with pytest.raises(OptionError, match="attack 'nothing' must be made by a function"):
+    with pytest.raises(OptionError, match="function of attack 'nothing' must return"):
         attack_success(models, loader(), {"nothing": lambda model: None})
     with pytest.raises(LabelError, match=r"labels must lie in \[0, 2\), got 2 in batch 0"):
         attack_success(models, [(torch.zeros(1, 1, 2, 2), torch.tensor([2]))], attacks)
@@ -203,5 +203,5 @@ def test_it_refuses_what_it_cannot_compare():
 
 def test_an_attack_on_one_network_is_refused_for_what_makes_it(small_cnn, images):
     model = small_cnn()
-    with pytest.raises(OptionError, match=r"pass what makes it for each: lambda model: LocalSearch\(model\)"):
+    with pytest.raises(OptionError, match=r"pass a function of the network: lambda model: LocalSearch\(model\)"):
         attack_success({"a": model}, [(images(4), torch.arange(4))], {"ls": LocalSearch(model)})
