@@ -446,8 +446,8 @@ def one_table(filters: Any) -> ClassFilters:
             if hasattr(filters, "class_filters")
             else "; make one with InfluentialFeatures(model).attribute(loader)"
         )
-        several = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else make
-        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{several}")
+        remedy = f"; of {list(filters)} pass one" if isinstance(filters, Mapping) else make
+        raise OptionError(f"filters must be a ClassFilters, got {type(filters).__name__}{remedy}")
     return filters
 
 

@@ -89,8 +89,8 @@ class SingularMomentsWarning(UserWarning):
 
 def quoted(names: Iterable[object], most: int = 10) -> str:
     """The first names of many, for a message."""
-    known = list(names)
-    return ", ".join(repr(name) for name in known[:most]) + (", ..." if len(known) > most else "")
+    listed = list(names)
+    return ", ".join(repr(name) for name in listed[:most]) + (", ..." if len(listed) > most else "")
 
 
 def printable(text: str) -> str:

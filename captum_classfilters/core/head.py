@@ -248,14 +248,14 @@ class HeadSearch:
             for layout in _layouts(snapshot, features.shape[1]):
                 maps = _as_nchw(snapshot, layout)  # type: ignore[arg-type]  # None has no layout
                 relu = _pools_to(maps, wanted)
-                several = maps[0, 0].numel() > 1
-                found = FeatureMap(self._name(module), module, layout, bool(relu), relu is not None)
-                if relu is not None and several:
-                    return found
+                has_positions = maps[0, 0].numel() > 1
+                candidate = FeatureMap(self._name(module), module, layout, bool(relu), relu is not None)
+                if relu is not None and has_positions:
+                    return candidate
                 if relu is not None:
-                    small = small or found
-                elif several:
-                    normalised = normalised or found
+                    small = small or candidate
+                elif has_positions:
+                    normalised = normalised or candidate
             if _has_matrix(module):
                 break
         return normalised or small

@@ -34,9 +34,9 @@ def find_module(
         raise OptionError(f"layer must be a module or its dotted name, got {type(layer).__name__}")
     if model is None:
         raise error(f"layer={layer!r} is a name, but the model is a bare function: pass the module itself")
-    known: dict[str, nn.Module] = {ITSELF: model, **dict(model.named_modules())}
-    if layer not in known:
-        near = difflib.get_close_matches(layer, known, n=3, cutoff=0.5)
-        offered = near or [name for name, module in known.items() if likely(module)][-6:]
+    by_name: dict[str, nn.Module] = {ITSELF: model, **dict(model.named_modules())}
+    if layer not in by_name:
+        near = difflib.get_close_matches(layer, by_name, n=3, cutoff=0.5)
+        offered = near or [name for name, module in by_name.items() if likely(module)][-6:]
         raise error(f"the model has no layer {layer!r}; did you mean one of {offered}?")
-    return known[layer]
+    return by_name[layer]

@@ -23,18 +23,18 @@ def classes_of(target: Any, samples: int, classes: int, device: torch.device) ->
     if isinstance(target, str):
         raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
     try:
-        found = torch.as_tensor(target, device=device)
+        labels = torch.as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LabelError(f"target must be a class index, or one for each sample; got {target!r}") from error
-    if found.is_floating_point() or found.dtype == torch.bool:
-        raise LabelError(f"target must be integers, got {found.dtype}; pass class indices")
-    if found.dim() == 0 or (found.dim() == 1 and len(found) == 1):
-        found = found.reshape(1).expand(samples)
-    if found.shape != (samples,):
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise LabelError(f"target must be integers, got {labels.dtype}; pass class indices")
+    if labels.dim() == 0 or (labels.dim() == 1 and len(labels) == 1):
+        labels = labels.reshape(1).expand(samples)
+    if labels.shape != (samples,):
         raise LabelError(
-            f"target must be an int or {samples} of them, one for each sample; got shape {tuple(found.shape)}"
+            f"target must be an int or {samples} of them, one for each sample; got shape {tuple(labels.shape)}"
         )
-    low, high = int(found.min()), int(found.max())
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise LabelError(f"target must lie in [0, {classes}), got {low if low < 0 else high}")
-    return found.long()
+    return labels.long()

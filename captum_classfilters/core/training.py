@@ -6,6 +6,7 @@
 import copy
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Checkpoint:
         return value if value is None or isinstance(value, cls) else cls(value)  # type: ignore[arg-type]
 
 
-class Task:
+class Task(ABC):
     """What a `Training` minimises, and what belongs to it besides network, optimisers and schedules.
 
     `loss` must be overridden. The other hooks do nothing by themselves.
@@ -70,9 +71,9 @@ class Task:
 
     name = "training"
 
+    @abstractmethod
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """A scalar to call ``backward`` on; ``epoch`` and ``place``, the batch's in the loader, are counted from 0."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Between ``backward`` and the step of the optimisers: clip or mask gradients here."""

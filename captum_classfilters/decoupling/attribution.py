@@ -60,5 +60,5 @@ class PathAttribution(LayerAttribution):
         decoupler: PathDecoupler = self.forward_func
         with borrowed(decoupler):
             read = decoupler.gate_logits if logits else decoupler.gates
-            _, found = read(*args, *further)
-        return found
+            _, gates = read(*args, *further)
+        return gates

@@ -133,10 +133,10 @@ def count_costs(
 
     def seen(name: str) -> Any:
         def hook(conv: Any, args: Any, output: Tensor) -> None:
-            each = math.prod(conv.kernel_size) * math.prod(output.shape[2:])
+            per_pair = math.prod(conv.kernel_size) * math.prod(output.shape[2:])
             expression = inputs.get(name, ["all", conv.in_channels])
             number = index.get(name)
-            convs.append(ConvCost(name, number, expression, conv.in_channels, conv.out_channels, conv.groups, each))
+            convs.append(ConvCost(name, number, expression, conv.in_channels, conv.out_channels, conv.groups, per_pair))
 
         return hook
 
@@ -145,29 +145,29 @@ def count_costs(
             borrow.after(model.get_submodule(name), seen(name))
         with FlopCounterMode(display=False) as counter:
             model(*example)
-    known = Costs(tuple(convs), 0, 0)
-    other = counter.get_total_flops() // 2 - known.dense
-    return known._replace(other=other, controllers=controllers)
+    of_convs = Costs(tuple(convs), 0, 0)
+    other = counter.get_total_flops() // 2 - of_convs.dense
+    return of_convs._replace(other=other, controllers=controllers)
 
 
 def open_inputs(model: nn.Module, calls: Calls, units: Sequence[Unit]) -> dict[str, Expression]:
     """For each convolution, which of its input channels may be other than zero; one that runs twice: all of them."""
     gates = {unit.site: index for index, unit in enumerate(units)}
-    known: dict[int, Expression | None] = {}
-    found: dict[str, Expression] = {}
+    produced: dict[int, Expression | None] = {}
+    read_by: dict[str, Expression] = {}
     nodes = list(calls.graph.nodes) if calls.graph else []
     for call in calls.calls:
-        sources = [known.get(source) for source in call.inputs]
+        sources = [produced.get(source) for source in call.inputs]
         if call.op == "conv":
             conv: Any = model.get_submodule(call.module)
             source = sources[0] if sources else None
-            fits = call.module not in found and _width(source, units, model) == conv.in_channels
-            found[call.module] = source if fits and source is not None else ["all", conv.in_channels]
-        known[call.output] = _after(call, sources, gates, model, units)
+            fits = call.module not in read_by and _width(source, units, model) == conv.in_channels
+            read_by[call.module] = source if fits and source is not None else ["all", conv.in_channels]
+        produced[call.output] = _after(call, sources, gates, model, units)
         # a traced graph goes on naming what is changed in place; seen while running, it has a new number
         if call.inputs and nodes and changes_in_place(nodes[call.output]):
-            known[call.inputs[0]] = known[call.output]
-    return found
+            produced[call.inputs[0]] = produced[call.output]
+    return read_by
 
 
 def _after(
@@ -236,5 +236,5 @@ def evaluate(expression: Expression, gates: Sequence[Tensor]) -> Tensor:
         return torch.ones(len(gates[0]), parts[0], dtype=torch.bool, device=gates[0].device)
     if kind == "gate":
         return gates[parts[0]]
-    found = [evaluate(part, gates) for part in parts]
-    return torch.cat(found, 1) if kind == "cat" else torch.stack(found).any(0)
+    values = [evaluate(part, gates) for part in parts]
+    return torch.cat(values, 1) if kind == "cat" else torch.stack(values).any(0)

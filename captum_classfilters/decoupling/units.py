@@ -48,18 +48,18 @@ def find_units(
         LayerError: There is no convolution to gate, one that is asked for does not exist, is none, does not run, or is
             used in a way that masking cannot follow.
     """
-    found = calls or calls_of(model)
-    convs = {call.module: call for call in found.calls if call.op == "conv"}
+    ran = calls or calls_of(model)
+    convs = {call.module: call for call in ran.calls if call.op == "conv"}
     if layers is not None:
         names = [_name_of(model, layer) for layer in _listed(layers)]
         for name in names:
             _check_runs(model, name, convs)
-            if reason := _trouble(found, convs[name]):
+            if reason := _trouble(ran, convs[name]):
                 raise LayerError(f"{name} cannot be gated: {reason}; leave it out of layers=")
         chosen = [name for name in convs if name in names]
     else:
-        ordered = [name for name, call in convs.items() if not _is_aside(model, found, call)]
-        chosen = [name for name in ordered[1:-1] if not _warned(found, convs[name])]
+        ordered = [name for name, call in convs.items() if not _is_aside(model, ran, call)]
+        chosen = [name for name in ordered[1:-1] if not _warned(ran, convs[name])]
     if not chosen:
         raise LayerError(
             f"{type(model).__name__} has {len(convs)} convolutions that run as modules, and none to gate after the "
@@ -67,7 +67,7 @@ def find_units(
             if layers is None
             else "layers= is empty; name at least one convolution, or leave layers= away"
         )
-    return tuple(Unit(name, _site(found, convs[name])) for name in chosen)
+    return tuple(Unit(name, _site(ran, convs[name])) for name in chosen)
 
 
 def _listed(layers: Any) -> list[Any]:
@@ -89,7 +89,7 @@ def _name_of(model: nn.Module, layer: nn.Module | str) -> str:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
+    return any(name == other for other, _ in model.named_modules())
 
 
 def _check_runs(model: nn.Module, name: str, convs: dict[str, Call]) -> None:
@@ -110,70 +110,70 @@ def _check_runs(model: nn.Module, name: str, convs: dict[str, Call]) -> None:
     )
 
 
-def _trouble(found: Calls, conv: Call) -> str:
+def _trouble(calls: Calls, conv: Call) -> str:
     """Why masking cannot follow this convolution; empty if it can."""
-    if (times := _times(found, conv.module)) > 1:
+    if (times := _times(calls, conv.module)) > 1:
         return f"it runs {times} times in one forward, and a gate is for one"
-    users = found.users(conv.output)
+    users = calls.users(conv.output)
     for user in users:
         if user.op.endswith("norm") and not user.module:
             return f"its output goes into the function {user.op}, which would give a closed channel a constant"
-        if len(users) == 1 and user.op == "norm" and (times := _times(found, user.module)) > 1:
+        if len(users) == 1 and user.op == "norm" and (times := _times(calls, user.module)) > 1:
             return f"the norm that follows, {user.module}, runs {times} times in one forward"
     return ""
 
 
-def _times(found: Calls, module: str) -> int:
-    return Counter(call.module for call in found.calls)[module]
+def _times(calls: Calls, module: str) -> int:
+    return Counter(call.module for call in calls.calls)[module]
 
 
-def _warned(found: Calls, conv: Call) -> bool:
-    reason = _trouble(found, conv)
+def _warned(calls: Calls, conv: Call) -> bool:
+    reason = _trouble(calls, conv)
     if reason:
         warnings.warn(f"{conv.module} is not gated: {reason}", UngatedLayerWarning, stacklevel=4)
     return bool(reason)
 
 
-def _site(found: Calls, conv: Call) -> str:
-    return (_following_norm(found, conv) or conv).module
+def _site(calls: Calls, conv: Call) -> str:
+    return (_following_norm(calls, conv) or conv).module
 
 
-def _following_norm(found: Calls, conv: Call) -> Call | None:
+def _following_norm(calls: Calls, conv: Call) -> Call | None:
     """The norm that takes this output, if nothing else does."""
-    users = found.users(conv.output)
-    alone = len(users) == 1 and conv.output not in found.returned
+    users = calls.users(conv.output)
+    alone = len(users) == 1 and conv.output not in calls.returned
     return users[0] if alone and users[0].op == "norm" else None
 
 
-def _is_aside(model: nn.Module, found: Calls, conv: Call) -> bool:
+def _is_aside(model: nn.Module, calls: Calls, conv: Call) -> bool:
     """A 1x1 convolution of a shortcut, or one that sees an image already pooled to one position."""
-    return _is_shortcut(model, found, conv) or _is_squeezed(found, conv)
+    return _is_shortcut(model, calls, conv) or _is_squeezed(calls, conv)
 
 
-def _is_shortcut(model: nn.Module, found: Calls, conv: Call) -> bool:
+def _is_shortcut(model: nn.Module, calls: Calls, conv: Call) -> bool:
     kernel = model.get_submodule(conv.module).kernel_size
-    end = _following_norm(found, conv) or conv
-    users = found.users(end.output)
-    made_by = {call.output: call for call in found.calls}
+    end = _following_norm(calls, conv) or conv
+    users = calls.users(end.output)
+    made_by = {call.output: call for call in calls.calls}
     source = conv.inputs[0]
     while source in made_by and "avgpool" in made_by[source].op:  # as in ResNet-D
         source = made_by[source].inputs[0]
-    shared = len(found.users(source)) > 1
+    shared = len(calls.users(source)) > 1
     return all(size == 1 for size in kernel) and shared and any(user.op in _ADDITIONS for user in users)  # type: ignore[union-attr]
 
 
-def _is_squeezed(found: Calls, conv: Call) -> bool:
-    made_by = {call.output: call for call in found.calls}
+def _is_squeezed(calls: Calls, conv: Call) -> bool:
+    made_by = {call.output: call for call in calls.calls}
     sources = list(conv.inputs)
     while sources:
-        calls = [made_by[source] for source in sources if source in made_by]
-        if len(calls) != len(sources):
+        makers = [made_by[source] for source in sources if source in made_by]
+        if len(makers) != len(sources):
             return False  # the model's own input
-        if all(call.op == GLOBAL_POOL for call in calls):
+        if all(call.op == GLOBAL_POOL for call in makers):
             return True
-        if len(calls) != 1:
+        if len(makers) != 1:
             return False
-        sources = list(calls[0].inputs)
+        sources = list(makers[0].inputs)
     return False
 
 
@@ -257,8 +257,8 @@ def _closes(run: Run, index: int, name: str) -> Callable[..., Any]:
             raise LayerError(f"{name} ran before its convolution; make a PathDecoupler with layers= without it")
         gates = run.gates[index]
         if not isinstance(output, Tensor) or output.shape[:2] != gates.shape:
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise LayerError(f"the output of {name} should be {tuple(gates.shape)} with positions behind, got {found}")
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise LayerError(f"the output of {name} should be {tuple(gates.shape)} with positions behind, got {got}")
         run.masked.add(index)
         if run.pooled is not None:
             # eq. 1 has a ReLU; where the network has it later, as before a sum, the response is the same

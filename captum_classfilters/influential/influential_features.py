@@ -228,8 +228,8 @@ class InfluentialFeatures(LayerAttribution):
             unseen = sorted(
                 {
                     filters.class_names[c]
-                    for c, found in zip(classes.tolist(), chosen.any(1).tolist(), strict=True)
-                    if not found
+                    for c, has_channels in zip(classes.tolist(), chosen.any(1).tolist(), strict=True)
+                    if not has_channels
                 }
             )
             raise OptionError(

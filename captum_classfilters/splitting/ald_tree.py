@@ -94,8 +94,8 @@ class ALDTree:
     @property
     def laplace(self) -> AsymmetricLaplace | None:
         """The distribution fitted by maximum likelihood, ``(1,)`` each; None where it was not asked for."""
-        found = self._splits.laplace
-        return None if found is None else AsymmetricLaplace(*(part[self._row : self._row + 1] for part in found))
+        fitted = self._splits.laplace
+        return None if fitted is None else AsymmetricLaplace(*(part[self._row : self._row + 1] for part in fitted))
 
     @property
     def nodes(self) -> dict[str, ALDNode]:

@@ -51,9 +51,9 @@ class AsymmetricLaplace(NamedTuple):
         draws[0] /= rate * kappa
         draws[1] *= kappa / rate
         draws[0] -= draws[1]
-        found: Floats = draws[0]
-        found += m
-        return found
+        sample: Floats = draws[0]
+        sample += m
+        return sample
 
 
 def fit_mle(ordered: Floats) -> tuple[AsymmetricLaplace, Floats]:
@@ -121,8 +121,8 @@ def ks_distance(ordered: Floats, fitted: AsymmetricLaplace) -> Floats:
     expected = fitted.cdf(ordered)
     steps = np.arange(ordered.shape[1] + 1) / ordered.shape[1]
     above = (steps[1:] - expected).max(1)
-    found: Floats = np.maximum(above, (expected - steps[:-1]).max(1))
-    return found
+    distance: Floats = np.maximum(above, (expected - steps[:-1]).max(1))
+    return distance
 
 
 def _column(parameter: Floats, values: Floats) -> Floats:

@@ -90,18 +90,18 @@ class Splits:
     def stages(self, branch: str) -> Tensor:
         """``(C, K)`` int64: the deepest stage that holds each neuron; 0: it is not in the branch."""
         away, side = self.distances(branch), self.side(branch)
-        found = torch.zeros(away.shape, dtype=torch.int64)
+        deepest = torch.zeros(away.shape, dtype=torch.int64)
         for stage in range(side.size.shape[1]):
             # NaN, where a class has no such stage, is below nothing
-            found += away > torch.from_numpy(side.threshold[:, stage])[:, None]
-        return found
+            deepest += away > torch.from_numpy(side.threshold[:, stage])[:, None]
+        return deepest
 
     def deviations(self) -> Tensor:
         """``(C, K)`` float64: how far the logarithm of each weight lies from its side's line; 0 for exact zeros.
 
         Source: the paper's section VI, which proposes to prune what deviates and leaves the measure open.
         """
-        found = torch.zeros(self.weights.shape, dtype=torch.float64)
+        deviation = torch.zeros(self.weights.shape, dtype=torch.float64)
         for branch in BRANCHES:
             away, side = self.distances(branch), self.side(branch)
             inside = away > 0
@@ -111,8 +111,8 @@ class Splits:
             slope, intercept = (torch.from_numpy(column[:, :1]) for column in (side.slope, side.intercept))
             line = slope.nan_to_num(0) * place + intercept
             logs = torch.where(inside, away, 1.0).log()
-            found = torch.where(inside, (logs - line.nan_to_num(0)).abs(), found)
-        return found
+            deviation = torch.where(inside, (logs - line.nan_to_num(0)).abs(), deviation)
+        return deviation
 
 
 def split_weights(

@@ -120,6 +120,8 @@ BY_CONCEPT = {
 }  # fmt: skip
 
 
+# Captum 0.8 loads its own concept vectors in a way of which older torch warns
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")
 @pytest.mark.parametrize("name", BY_CONCEPT)
 def test_tcav_takes_them_for_its_layer_attr_method(real_device, tmp_path, name):
     # PathAttribution has no target, and ALDSplitter gives one map and no channels: neither is a sensitivity

@@ -228,6 +228,8 @@ def test_attributions_of_a_compiled_model(compiler, name, when):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gated_models_compile(compiler, kind):
+    if kind == "decoupler" and not hasattr(torch.compiler, "set_stance"):  # before 2.6
+        pytest.skip("older torch cannot compile an autograd function within a hook")
     compiled, graphs = compiler
     gated = KINDS[kind]()
     expected = gated(gated.inputs)
