@@ -67,7 +67,7 @@ def main(folder):
         "both empty, moments": lambda: HeadMoments.collect(model(), []),
         "k1 differs": lambda: method.attribute(mine, k1=1 + rank),
         "number of tables differs": lambda: method.attribute(mine, selector=SELECTORS[: 2 + rank]),
-        "names differ": lambda: method.attribute(mine, class_names="abcd" if rank else "abce"),
+        "names differ": lambda: method.attribute(mine, class_names=tuple("abcd") if rank else tuple("abce")),
         "weights differ": lambda: differing(rank).attribute(mine, selector="weight"),
         "heads differ": lambda: HeadMoments.collect(seeded(SmallCNN(channels=6 + rank), 0).eval(), mine),
     }

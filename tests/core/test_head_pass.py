@@ -93,7 +93,7 @@ def test_weights_that_change_between_passes_are_read_anew(small_cnn, loader):
 
 
 def test_a_cached_pass_is_the_pass_without_the_network(counted_cnn, loader):
-    head_pass = HeadPass(counted_cnn, loader, class_names="abcd")
+    head_pass = HeadPass(counted_cnn, loader, class_names=tuple("abcd"))
     cached = head_pass.cached()
     assert counted_cnn.seen == sum(SIZES)
     expected = read(head_pass)
@@ -104,7 +104,7 @@ def test_a_cached_pass_is_the_pass_without_the_network(counted_cnn, loader):
             assert (a.inputs, a.extras, a.maps) == ((), (), None)  # no images are kept
     assert counted_cnn.seen == 2 * sum(SIZES)
     assert cached.head is head_pass.head
-    assert (cached.class_names, cached.model, cached.loader) == ("abcd", counted_cnn, loader)
+    assert (cached.class_names, cached.model, cached.loader) == (tuple("abcd"), counted_cnn, loader)
     assert cached.cached() is cached
     assert isinstance(cached, HeadPass)
 

@@ -150,7 +150,7 @@ def test_it_counts_what_it_was_trained_on(gate):
         gate(torch.ones(3, 6), torch.tensor(labels))
     gate.eval()(torch.ones(1, 6), torch.tensor([2]))
     assert gate.counts.tolist() == [2, 1, 0, 3]
-    filters = gate.class_filters("abcd")
+    filters = gate.class_filters(tuple("abcd"))
     assert filters.counts.tolist() == [2, 1, 0, 3]
     assert filters.top(2)[2].tolist() == [-1, -1]
 
@@ -197,7 +197,7 @@ def test_the_fixed_gate_of_the_paper():
 
 
 def test_the_table_is_the_gate(gate):
-    filters = gate.class_filters("abcd")
+    filters = gate.class_filters(tuple("abcd"))
     torch.testing.assert_close(filters.scores, gate.weight.detach().double(), rtol=0, atol=0)
     assert (filters.method, filters.layer, filters.class_names) == ("gate", "unknown", tuple("abcd"))
     gate.counts += 1
@@ -263,8 +263,8 @@ def test_a_checkpoint_of_another_size_is_refused_and_nothing_lost(gate):
         (lambda g: g.penalty(0.3, "square"), OptionError, r"kind must be one of \['abs', 'hinge'\], got 'square'"),
         (lambda g: g.tighten(0.0), OptionError, r"threshold must lie in \(0, 1\], got 0.0"),
         (lambda g: g.exclusive(1.1), OptionError, "got 1.1"),
-        (lambda g: g.class_filters("abc"), OptionError, "class_names must be 4, one for each class; got 3"),
-        (lambda g: g.class_filters("aabc"), OptionError, "must be unique"),
+        (lambda g: g.class_filters(tuple("abc")), OptionError, "class_names must be 4, one for each class; got 3"),
+        (lambda g: g.class_filters(tuple("aabc")), OptionError, "must be unique"),
         (lambda g: LabelSensitiveGate(0, 6), OptionError, "num_classes must be an integer of at least 1; got 0"),
         (lambda g: LabelSensitiveGate(4, 6.0), OptionError, "num_channels must be an integer"),
         (lambda g: LabelSensitiveGate.fixed(10, 50), OptionError, "need 60, but there are 50; lower exclusive to at m"),

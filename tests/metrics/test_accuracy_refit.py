@@ -130,7 +130,7 @@ def test_k_above_the_moments_channels_is_refused(task):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [("abc", "class_names must be 4, one for each class; got 3"), ("abca", "class names must be unique")],
+    [(tuple("abc"), "class_names must be 4, one for each class; got 3"), (tuple("abca"), "class names must be unique")],
 )
 def test_class_names_are_checked_before_the_images_are_read_on(task, names, message):
     model, _, moments, test = task
