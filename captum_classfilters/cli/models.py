@@ -3,12 +3,14 @@
 Weights are read without running anything in their file, and put into the network whole or not at all.
 """
 
+import argparse
 import difflib
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath, WindowsPath
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,8 +22,7 @@ from captum_classfilters.cli.data import Preprocessing
 from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError, ShapeError, quoted
 
 # Under which key training scripts keep the network, and what DataParallel and torch.compile put before its names
-_INSIDE = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+_INSIDE = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
 # A number of outputs that no other dimension of a network has
 _PROBE = 1013
 
@@ -43,11 +44,13 @@ def find_model(options: Any, data_classes: int) -> Network:
         data_classes: Classes of the images, for a network whose number stands nowhere else.
     """
     # a wrong path is refused before anything slow
-    state = None if options.weights is None else read_weights(options.weights)
+    weights = None if options.weights is None else read_weights(options.weights, options.checkpoint_key)
+    state = None if weights is None else weights.tensors
     package, _, rest = options.model.partition(":")
     if rest and package not in _ZOOS:
         network = _from_callable(options)
         if state is not None:
+            state, notes = aligned(state, network.model.state_dict())
             fill(network.model, state, options.weights, options.model)
     else:
         zoo, name = _zoo_of(options.model)
@@ -58,17 +61,26 @@ def find_model(options: Any, data_classes: int) -> Network:
                 f"{name} without weights: channels of a random network work for no class; pass --weights FILE, or "
                 "--pretrained for the published ones (--random-weights to try this out)"
             )
-        classes = _classes(zoo, name, state, options, data_classes)
-        network = Network(zoo.make(name, classes), f"{zoo.package}:{name}", zoo.recipe(name, classes), None)
+        extra: dict[str, Any] = zoo.extra(name, state)
+        if state is not None:
+            state, notes = aligned(state, _skeleton(lambda classes: zoo.make(name, classes, **extra)))
+            extra = zoo.extra(name, state)
+        classes = _classes(zoo, name, state, options, data_classes, extra)
+        model = zoo.make(name, classes, **extra)
+        network = Network(
+            model, f"{zoo.package}:{name}", zoo.recipe(name, classes, **extra), zoo.usual_preprocessing(model)
+        )
         if state is not None:
             fill(network.model, state, options.weights, network.about)
-    weights = f", weights {options.weights}" if state is not None else ", random weights" * options.random_weights
-    return network._replace(about=network.about + weights)
+    if weights is None:
+        return network._replace(about=network.about + ", random weights" * options.random_weights)
+    said = "; ".join([*weights.notes, *notes])
+    return network._replace(about=f"{network.about}, weights {options.weights}" + (f" ({said})" if said else ""))
 
 
-def _classes(zoo: "Zoo", name: str, state: Any, options: Any, data_classes: int) -> int:
+def _classes(zoo: "Zoo", name: str, state: Any, options: Any, data_classes: int, extra: Mapping[str, Any]) -> int:
     """Outputs of the network to make: as requested, as in the file, or as in the data."""
-    in_file = None if state is None else classes_in(state, lambda classes: zoo.make(name, classes))
+    in_file = None if state is None else classes_in(state, lambda classes: zoo.make(name, classes, **extra))
     if in_file is not None and options.num_classes not in (None, in_file):
         raise OptionError(
             f"the head in {options.weights} has {in_file} classes, --num-classes says {options.num_classes}; leave it "
@@ -87,8 +99,10 @@ class Zoo(Protocol):
 
     def names(self) -> Sequence[str]: ...  # noqa: D102
     def has(self, name: str) -> bool: ...  # noqa: D102
-    def make(self, name: str, classes: int) -> nn.Module: ...  # noqa: D102
-    def recipe(self, name: str, classes: int) -> list[str]: ...  # noqa: D102
+    def extra(self, name: str, state: Mapping[str, Tensor] | None) -> dict[str, Any]: ...  # noqa: D102
+    def make(self, name: str, classes: int, **extra: Any) -> nn.Module: ...  # noqa: D102
+    def recipe(self, name: str, classes: int, **extra: Any) -> list[str]: ...  # noqa: D102
+    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None: ...  # noqa: D102
     def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]: ...  # noqa: D102
 
 
@@ -104,18 +118,21 @@ class _Torchvision:
     def has(self, name: str) -> bool:
         return name in self.names()
 
-    def make(self, name: str, classes: int) -> nn.Module:
+    def make(self, name: str, classes: int, **extra: Any) -> nn.Module:
         from torchvision import models
 
-        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **self._extra(name))
+        model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
         return model
 
-    def recipe(self, name: str, classes: int) -> list[str]:
-        extra = "".join(f", {key}={value}" for key, value in self._extra(name).items())
+    def recipe(self, name: str, classes: int, **extra: Any) -> list[str]:
+        words = "".join(f", {key}={value}" for key, value in extra.items())
         return [
             "import torchvision",
-            f'model = torchvision.models.get_model("{name}", weights=None, num_classes={classes}{extra})',
+            f'model = torchvision.models.get_model("{name}", weights=None, num_classes={classes}{words})',
         ]
+
+    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None:
+        return None
 
     def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]:
         from torchvision import models
@@ -131,10 +148,17 @@ class _Torchvision:
             len(mean), theirs.resize_size[0], theirs.crop_size[0], mean, std, theirs.interpolation.value
         )
 
-    @staticmethod
-    def _extra(name: str) -> dict[str, Any]:
+    def extra(self, name: str, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        if name not in ("inception_v3", "googlenet"):
+            return {}
         # these two warn unless told whether to draw weights, which takes seconds and a file will overwrite
-        return {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+        extra: dict[str, Any] = {"init_weights": False}
+        if state is not None:
+            # as torchvision's published ones, from which others are fine-tuned; no state dict tells it
+            extra["transform_input"] = True
+            if not any(part in ("AuxLogits", "aux1", "aux2") for key in state for part in key.split(".")):
+                extra["aux_logits"] = False
+        return extra
 
 
 class _Timm:
@@ -148,11 +172,17 @@ class _Timm:
         # "resnet50.a1_in1k": the architecture, and which training
         return bool(self._timm().is_model(name))
 
-    def make(self, name: str, classes: int) -> nn.Module:
-        model: nn.Module = self._timm().create_model(name, pretrained=False, num_classes=classes)
+    def extra(self, name: str, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        return {}
+
+    def make(self, name: str, classes: int, **extra: Any) -> nn.Module:
+        model: nn.Module = self._timm().create_model(name, pretrained=False, num_classes=classes, **extra)
         return model
 
-    def recipe(self, name: str, classes: int) -> list[str]:
+    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None:
+        return self.preprocessing(self._timm().data.resolve_model_data_config(model))
+
+    def recipe(self, name: str, classes: int, **extra: Any) -> list[str]:
         return ["import timm", f'model = timm.create_model("{name}", num_classes={classes})']
 
     def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]:
@@ -279,28 +309,88 @@ def _callable(module_name: str, path: str) -> Callable[[], Any]:
 # -- weights from a file -----------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a checkpoint that holds a state dict."""
+class Weights(NamedTuple):
+    """Tensors of a file, and what is to be said of the choice among them."""
+
+    tensors: dict[str, Tensor]
+    notes: list[str]
+
+
+def read_weights(path: Path, key: str | None = None) -> Weights:
+    """The tensors of a ``.safetensors`` file, or of a checkpoint that holds a state dict.
+
+    Args:
+        path: The file.
+        key: Under which key the state dict is; None: one of the usual ones.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; expected .safetensors, or a checkpoint of tensors")
     content = _content(path)
-    for key in _INSIDE:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+    notes = []
+    inside = [k for k, v in content.items() if _is_state(v)] if isinstance(content, Mapping) else []
+    if key is not None and key not in inside:
+        raise OptionError(f"{path} has no state dict under {key!r}; it has {quoted(inside) or 'none'}")
+    usual = next((name for name in _INSIDE if name in inside), inside[0] if len(inside) == 1 else None)
+    chosen = key or usual
+    if chosen is not None:
+        content = content[chosen]  # type: ignore[index]
+        if others := [name for name in inside if name != chosen]:
+            notes.append(f"those under {chosen!r}; others are under {quoted(others)}: --checkpoint-key takes them")
+    if not _is_state(content):
         what = f"a dict of {quoted(content)}" if isinstance(content, Mapping) else type(content).__name__
+        also = f"; pass --checkpoint-key with one of {quoted(inside)}" if inside else ""
         raise FileFormatError(
-            f"{path} holds {what}; expected a state dict, plain or under {quoted(_INSIDE)}: save model.state_dict()"
+            f"{path} holds {what}; expected a state dict, plain or under {quoted(_INSIDE)}: save "
+            f"model.state_dict(){also}"
         )
-    return _without_prefixes({str(name): tensor for name, tensor in content.items()})
+    return Weights({str(name): tensor for name, tensor in content.items()}, notes)  # type: ignore[attr-defined]
+
+
+def _is_state(content: object) -> bool:
+    """Whether this is a state dict of tensors as a plain network has them."""
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+    )
+
+
+def aligned(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict under the network's names, and what was done for it.
+
+    Wrappers put their name before the network's (``module.``, ``model.``, ``backbone.``, Lightning, AveragedModel), and
+    keep tensors of their own beside it; a head in a Sequential (Dropout, Linear) has a number in its name.
+    """
+    notes: list[str] = []
+    prefixes = {""} | {".".join(key.split(".")[:depth]) + "." for key in state for depth in range(1, 5)}
+    fits = {p: sum(key.startswith(p) and key.removeprefix(p) in wanted for key in state) for p in prefixes}
+    best = max(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)), key=fits.__getitem__)
+    if best and fits[best]:
+        inside = {key.removeprefix(best): tensor for key, tensor in state.items() if key.startswith(best)}
+        foreign = [key for key in state if not key.startswith(best)]
+        if foreign:
+            notes.append(f"{len(foreign)} tensors not under {best!r} are left out: {quoted(foreign, 3)}")
+        state = inside
+    for missing in [key for key in wanted if key not in state]:
+        head, _, kind = missing.rpartition(".")
+        numbered = [
+            key
+            for key in state
+            if key not in wanted and re.fullmatch(rf"{re.escape(head)}\.\d+\.{re.escape(kind)}", key)
+        ]
+        if head and len(numbered) == 1:
+            state = {missing if key == numbered[0] else key: tensor for key, tensor in state.items()}
+            notes.append(f"{numbered[0]} is read as {missing}")
+    return state, notes
 
 
 def _content(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # what training scripts keep beside the weights, and nothing that runs code
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath, WindowsPath, PurePosixPath]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -308,18 +398,22 @@ def _content(path: Path) -> object:
     except SafetensorError as error:
         raise FileFormatError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
     except Exception as error:  # torch.load raises what the content makes it
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {foreign[1]}" if foreign else type(error).__name__
         raise FileFormatError(
-            f"{path} could not be read as a checkpoint of tensors alone ({first}); save model.state_dict(), or convert "
-            "it to .safetensors: whole models run code when they are loaded, which is not done here"
+            f"{path} could not be read as a checkpoint of tensors alone ({reason}); save model.state_dict(), or "
+            "convert it to .safetensors: whole models run code when they are loaded, which is not done here"
         ) from error
 
 
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES * 2:  # both may be there, in either order
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def _skeleton(make: Callable[[int], nn.Module]) -> dict[str, Tensor]:
+    """The state dict of a network for a number of classes that nothing else in it has."""
+    try:
+        # on the meta device: shapes without memory
+        with torch.device("meta"):
+            return make(_PROBE).state_dict()
+    except Exception:  # some networks read numbers while they are made, and there are none on meta
+        return make(_PROBE).state_dict()
 
 
 def classes_in(state: Mapping[str, Tensor], make: Callable[[int], nn.Module]) -> int | None:
@@ -329,12 +423,7 @@ def classes_in(state: Mapping[str, Tensor], make: Callable[[int], nn.Module]) ->
         state: The file's tensors.
         make: Makes the network for a number of classes.
     """
-    try:
-        # on the meta device: shapes without memory
-        with torch.device("meta"):
-            skeleton = make(_PROBE).state_dict()
-    except Exception:  # some networks read numbers while they are made, and there are none on meta
-        skeleton = make(_PROBE).state_dict()
+    skeleton = _skeleton(make)
     heads = [name for name, tensor in skeleton.items() if tensor.dim() >= 2 and len(tensor) == _PROBE]
     sizes = {len(state[name]) for name in heads if name in state and state[name].dim() >= 2}
     return sizes.pop() if len(sizes) == 1 else None

@@ -34,8 +34,8 @@ DATA is one of
   a folder with one folder of images for each class: the classes are the folders' names, sorted
   fashion_mnist:ROOT, cifar10:ROOT, imagenet:ROOT   as torchvision keeps them (nothing is downloaded)
 
-Exit status: 0 done; 1 an error, in words on stderr; 2 options that were not understood; 130 Ctrl-C, then what was
-counted so far is kept in a file *.partial.safetensors.
+Exit status: 0 done; 1 an error, in words on stderr; 2 options that were not understood; 130 Ctrl-C and
+143 SIGTERM, then what was counted so far is kept in a file *.partial.safetensors.
 """
 
 
@@ -116,6 +116,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     source = model.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE", help=".safetensors, or a checkpoint of tensors")
+    model.add_argument("--checkpoint-key", metavar="KEY", help="of several state dicts in FILE: the one under KEY")
     source.add_argument("--pretrained", action="store_true", help="the published weights (downloaded once)")
     source.add_argument("--random-weights", action="store_true", help="for trying out: the result means nothing")
     model.add_argument("--layer", metavar="NAME", help="the head, where it cannot be found: its dotted name")

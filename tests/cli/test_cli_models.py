@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, _api, resnet18
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.cli.models import _ZOOS, classes_in, fill, read_weights
+from captum_classfilters.cli.models import _ZOOS, aligned, classes_in, fill, read_weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -56,9 +56,9 @@ def refused(run, shared_images, tmp_path):
 def test_a_checkpoint_is_read_however_it_was_saved(tmp_path, wrap):
     state = small_resnet().state_dict()
     torch.save(wrap(state), tmp_path / "net.ckpt")
-    found = read_weights(tmp_path / "net.ckpt")
-    assert list(found) == list(state)
     model = resnet18(num_classes=3)
+    found, _ = aligned(read_weights(tmp_path / "net.ckpt").tensors, model.state_dict())
+    assert list(found) == list(state)
     fill(model, found, tmp_path / "net.ckpt", "resnet18")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
@@ -76,10 +76,11 @@ def test_safetensors_and_the_number_of_classes_in_it(run, shared_images, tmp_pat
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_0", "vit_b_32", "inception_v3"])
 def test_the_head_in_a_file_is_found_by_shape(name):
     zoo = _ZOOS["torchvision"]
+    extra = zoo.extra(name, None)
     with torch.device("meta"):
-        state = zoo.make(name, 37).state_dict()
-    assert classes_in(state, lambda classes: zoo.make(name, classes)) == 37
-    assert classes_in({}, lambda classes: zoo.make(name, classes)) is None
+        state = zoo.make(name, 37, **extra).state_dict()
+    assert classes_in(state, lambda classes: zoo.make(name, classes, **extra)) == 37
+    assert classes_in({}, lambda classes: zoo.make(name, classes, **extra)) is None
 
 
 def test_a_missing_file(refused, tmp_path):

@@ -1,5 +1,6 @@
 """The command line on folders, files and shells as people have them: nothing is lost without a word."""
 
+import argparse
 import csv
 import errno
 import io
@@ -7,17 +8,22 @@ import json
 import os
 import signal
 import sys
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import get_model
 
 from captum_classfilters import ClassFilters
 from captum_classfilters.__main__ import main
 from captum_classfilters.cli import commands
 from captum_classfilters.cli.data import Loader, Preprocessing, open_source
+from captum_classfilters.cli.models import find_model
+from captum_classfilters.core.errors import OptionError
 
 HOW = Preprocessing(3, 8, 8, (0.0,) * 3, (1.0,) * 3)
 NETWORK = """
@@ -264,3 +270,92 @@ def test_a_truncated_checkpoint_is_named(field, tmp_path):
         status, _, err = field("--weights", tmp_path / "net.pt")
         assert status == 1
         assert str(tmp_path / "net.pt") in err
+
+
+# -- checkpoints of others ---------------------------------------------------------------------------------------------
+
+
+def small_state():
+    model = timm.create_model("test_resnet.r160_in1k", num_classes=2)
+    torch.manual_seed(0)
+    return {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda s: prefixed(s, "model."), ""),
+        (lambda s: prefixed(s, "net."), ""),
+        (lambda s: prefixed(s, "backbone."), ""),
+        (lambda s: prefixed(s, "_orig_mod.module."), ""),
+        (lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")}, "'n_averaged'"),
+        (
+            lambda s: {
+                "epoch": 3,
+                "pytorch-lightning_version": "2.5.0",
+                "state_dict": {**prefixed(s, "model."), "criterion.weight": torch.ones(2)},
+                "hyper_parameters": {"lr": 0.1},
+                "optimizer_states": [{"state": {}, "param_groups": []}],
+            },
+            "1 tensors not under 'model.' are left out: 'criterion.weight'",
+        ),
+        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1, output=PurePosixPath("runs"))}, ""),
+        (lambda s: {k.replace("fc.", "fc.1."): t for k, t in s.items()}, "fc.1.weight is read as fc.weight"),
+        (lambda s: {"state_dict": s, "state_dict_ema": prefixed(s, "")}, "others are under 'state_dict_ema'"),
+    ],
+)
+def test_checkpoints_as_training_scripts_save_them(tmp_path, wrap, said):
+    state = small_state()
+    torch.save(wrap(state), tmp_path / "net.ckpt")
+    network = found_network(tmp_path / "net.ckpt")
+    for name, tensor in network.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert said in network.about
+
+
+def found_network(path, name="timm:test_resnet.r160_in1k", key=None):
+    options = argparse.Namespace(
+        model=name, weights=path, checkpoint_key=key, pretrained=False, random_weights=False, num_classes=None
+    )
+    return find_model(options, 2)
+
+
+def test_the_checkpoint_key_chooses(tmp_path):
+    state = small_state()
+    doubled = {name: 2 * tensor for name, tensor in state.items()}
+    torch.save({"state_dict": state, "ema": doubled}, tmp_path / "net.pt")
+    weight = found_network(tmp_path / "net.pt", key="ema").model.state_dict()["fc.weight"]
+    assert torch.equal(weight, doubled["fc.weight"])
+    with pytest.raises(OptionError, match="no state dict under 'swa'; it has 'state_dict', 'ema'"):
+        found_network(tmp_path / "net.pt", key="swa")
+
+
+def test_a_timm_network_is_fed_as_its_configuration_says(tmp_path):
+    torch.save(small_state(), tmp_path / "net.pt")
+    preprocessing = found_network(tmp_path / "net.pt").preprocessing
+    config = timm.get_pretrained_cfg("test_resnet.r160_in1k")
+    assert preprocessing.crop == config.input_size[-1] == 160
+    assert preprocessing.mean == tuple(config.mean)
+    assert preprocessing.std == tuple(config.std)
+    assert preprocessing.interpolation == config.interpolation
+
+
+@pytest.mark.parametrize(("name", "auxiliary"), [("inception_v3", "AuxLogits"), ("googlenet", "aux")])
+def test_networks_with_auxiliary_heads(tmp_path, name, auxiliary):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_model(name, weights=None, num_classes=2, init_weights=False, transform_input=True).eval()
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(auxiliary)}
+    torch.save(state, tmp_path / "net.pt")
+    network = found_network(tmp_path / "net.pt", f"torchvision:{name}")
+    image = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(network.model.eval()(image), model(image))
+    namespace = {}
+    exec("\n".join(network.recipe), namespace)
+    assert namespace["model"].transform_input
+    assert namespace["model"].state_dict().keys() == state.keys()
