@@ -1,7 +1,9 @@
 """What each command does, from top to bottom."""
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from captum_classfilters.cli.writing import as_csv, as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import replacing
 from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.core.outputs import find_logits
 from captum_classfilters.heads import DecomposedLinear, HeadMoments
 from captum_classfilters.heads import decompose as make_small
 from captum_classfilters.heads.decompose import Pointwise
 from captum_classfilters.influential import InfluentialFeatures
 
 _JUDGED_BY = (1, 2, 3, 5, 10, 20, 50)
+_ENOUGH = 20  # images: of fewer, chance explains any accuracy
 _LEGIBLE = 200  # classes: with more, a pair of classes is less than a pixel of the picture
 
 
@@ -97,13 +101,14 @@ def decompose(options: Any) -> None:
 def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilters]:
     """One pass over the images; if it ends early, what was counted until then is kept."""
     try:
-        tables: dict[str, ClassFilters] = InfluentialFeatures(job.model, options.layer).attribute(
-            job.loader,
-            selector=selectors,
-            k1=options.k1,
-            class_names=job.class_names,
-            show_progress=_bars(options),
-        )
+        with _counting(job):
+            tables: dict[str, ClassFilters] = InfluentialFeatures(job.model, options.layer).attribute(
+                job.loader,
+                selector=selectors,
+                k1=options.k1,
+                class_names=job.class_names,
+                show_progress=_bars(options),
+            )
     except BaseException as error:
         for name, table in getattr(error, "partial_result", {}).items():
             stem = f"filters_{name}" if len(selectors) > 1 else "filters"
@@ -112,11 +117,48 @@ def _tables(job: Job, options: Any, selectors: list[str]) -> dict[str, ClassFilt
     return tables
 
 
+@contextmanager
+def _counting(job: Job) -> Iterator[None]:
+    """Count what the network gets right in a pass, and tell it afterwards; warn where it is no better than chance."""
+    if "accuracy_on_images_read" in job.console.facts:
+        yield  # a second pass over the same images
+        return
+    right: list[int] = []
+    samples: list[int] = []
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        labels, logits = job.loader.labels, find_logits(output)
+        if labels is None or logits is None or logits.dim() != 2 or len(logits) != len(labels):
+            return
+        job.loader.labels = None  # once for each batch
+        right.append(int((logits.detach().argmax(1).cpu() == labels).sum()))
+        samples.append(len(labels))
+
+    handle = job.model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not samples:
+        return
+    share, images = sum(right) / sum(samples), sum(samples)
+    job.console.facts["accuracy_on_images_read"] = share
+    job.console.say(f"\nAccuracy of the network on the {images} images read: {share:.3f}")
+    chance = 1 / job.head.num_classes
+    if images >= _ENOUGH and share <= chance + 2 * math.sqrt(chance * (1 - chance) / images):
+        job.console.note(
+            f"the network gets {share:.3f} of the images read right, and chance {chance:.3f}: the usual reasons are "
+            "classes in another order than the network's (--classes FILE) and another preprocessing than in training "
+            "(--mean, --std, --image-size)"
+        )
+
+
 def _moments(job: Job, options: Any) -> HeadMoments:
     try:
-        moments = HeadMoments.collect(
-            HeadPass(job.model, job.loader, layer=options.layer, show_progress=_bars(options))
-        )
+        with _counting(job):
+            moments = HeadMoments.collect(
+                HeadPass(job.model, job.loader, layer=options.layer, show_progress=_bars(options))
+            )
     except BaseException as error:
         if (partial := getattr(error, "partial_result", None)) is not None:
             _keep_partial(job, "moments", partial, partial.count)

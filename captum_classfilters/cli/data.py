@@ -407,6 +407,7 @@ class Loader:
     Attributes:
         skipped: What could not be read, and why.
         left_out: Files that are not read at all, and why.
+        labels: Those of the batch that was read last.
     """
 
     def __init__(self, source: Source, preprocessing: Preprocessing, batch_size: int, workers: int, strict: bool):
@@ -421,6 +422,7 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
         )
         self.skipped: dict[str, str] = {}
+        self.labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -436,6 +438,7 @@ class Loader:
                 self.skipped[name] = why
             if len(labels):
                 empty = False
+                self.labels = labels
                 yield images, labels
         if empty:
             name, why = next(iter(self.skipped.items()))

@@ -359,3 +359,35 @@ def test_networks_with_auxiliary_heads(tmp_path, name, auxiliary):
     exec("\n".join(network.recipe), namespace)
     assert namespace["model"].transform_input
     assert namespace["model"].state_dict().keys() == state.keys()
+
+
+# -- is it the right network -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "share"), [("('dog',)", "0.500"), ("('cat', 'dog')", "1.000")])
+def test_accuracy_on_the_images_read_is_told_and_chance_is_warned_of(field, tmp_path, right, share):
+    for name, value in (("cat", 0), ("dog", 255)):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (12, 12), (value,) * 3).save(tmp_path / "plain" / name / f"{number}.png")
+    (module,) = tmp_path.glob("field_net_*.py")
+    knows = 30.0 if "cat" in right else 0.0
+    module.write_text(
+        NETWORK
+        + f"""
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]) * {knows})
+            self.fc.bias.copy_(torch.tensor([0.0, 0.1]))
+
+    def forward(self, images):
+        return self.fc(images.mean((2, 3)))
+"""
+    )
+    status, out, err = field("--k", "2", model="Plain", folder=tmp_path / "plain")
+    assert status == 0, err
+    assert f"Accuracy of the network on the 24 images read: {share}" in out
+    assert ("the usual reasons are" in err) == (share == "0.500")
