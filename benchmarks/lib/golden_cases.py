@@ -61,6 +61,7 @@ from captum_classfilters.assets import (
     load_network,
     paths_file,
 )
+from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.comparison import method_overlap
 from captum_classfilters.decoupling.controller import divergence_loss, mutual_information_loss, sparsity_loss
 from captum_classfilters.detection import conformal
@@ -115,6 +116,8 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def network(method: str = "std", seed: int = 0) -> Any:
     """One of the shipped networks, anew."""
+    # code before this comparison drew first weights when it loaded a network; so that what is drawn next stays the same
+    SmallResNet()
     return load_demo_network(seed, method)[0]
 
 

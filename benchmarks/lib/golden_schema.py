@@ -53,7 +53,8 @@ def _plain_attack(frame: pd.DataFrame) -> pd.DataFrame:
 def _elsewhere(frame: pd.DataFrame) -> pd.DataFrame:
     """``low`` and ``high`` are those of the control; here they stand in the rows that it judges, as they once did."""
     control = frame["control"].to_numpy()
-    if control.any():
+    # a stored frame has them there already
+    if frame.loc[control, "low"].notna().any():
         frame.loc[~control, ["low", "high"]] = frame.loc[control, ["low", "high"]].to_numpy()
     return frame
 
