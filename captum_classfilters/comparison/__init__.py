@@ -1,4 +1,4 @@
-"""All methods, and any Captum layer attribution, side by side on one network and loader."""
+"""Compare all methods, and any Captum layer attribution, on one network and loader."""
 
 from captum_classfilters.comparison.aggregate import aggregate
 from captum_classfilters.comparison.compare import compare, method_overlap

@@ -1,4 +1,4 @@
-"""`aggregate`: any Captum layer attribution over a loader, as the table that every method here answers with."""
+"""`aggregate`: any Captum layer attribution over a loader, as the same table that every method here gives."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -28,19 +28,19 @@ def aggregate(
     show_progress: bool = False,
     **options: Any,
 ) -> ClassFilters:
-    """Sum a layer attribution by class: which channels of the layer work for which class.
+    """Sum a layer attribution by class, to see which channels of the layer work for which class.
 
     Each sample is attributed for its own class; positions are summed, so that a sample adds one number for each
     channel.
 
     Args:
-        attribution: A Captum layer attribution of one layer, such as ``LayerIntegratedGradients(model, layer)``; one
-            that has no ``target``, such as ``LayerActivation``, too.
+        attribution: A Captum layer attribution of one layer, such as ``LayerIntegratedGradients(model, layer)``, or one
+            without ``target``, such as ``LayerActivation``.
         loader: Batches ``(inputs, labels)``; read once, moved to the model's device batch by batch.
-        importance: ``"signed"``: what speaks against a class counts against a channel; ``"abs"``: of each channel,
-            after the sum over its positions.
-        label_source: ``"target"``, or ``"prediction"``: then labels are not needed, and each batch takes one more pass.
-        channel_dim: Which axis of the attribution has the channels; 1 for convolutions, -1 for tokens.
+        importance: ``"signed"``: negative attributions reduce a channel's score; ``"abs"``: magnitudes are taken after
+            the sum over positions.
+        label_source: ``"target"``; or ``"prediction"``, which needs no labels and one more pass for each batch.
+        channel_dim: The axis of the channels; 1 for convolutions, -1 for tokens.
         classes: C names, or C; None: as many as the model has outputs, named by numbers.
         show_progress: Show a tqdm bar.
         **options: Passed on to ``attribution.attribute``, such as ``n_steps`` or ``attribute_to_layer_input``.
@@ -49,14 +49,14 @@ def aggregate(
         `ClassFilters` with ``method`` the attribution's class and ``layer`` the layer's name; tables of shards merge.
 
     Raises:
-        OptionError: No layer attribution, or an option is not among what it may be.
-        LayerError: The attribution is of several layers or tensors.
-        ShapeError: There is one channel only: those methods that sum over channels must be told not to.
+        OptionError: ``attribution`` is no layer attribution, or an option has an unknown value.
+        LayerError: The attribution covers several layers or tensors.
+        ShapeError: There is only one channel, because the method sums over channels.
         LabelError: Labels are missing, of the wrong type, or out of range.
         EmptyLoaderError: The loader gave no sample.
-        NonFiniteError: An attribution is NaN or infinite; names the batch.
+        NonFiniteError: An attribution is NaN or infinite.
 
-    Whatever ends the pass early, KeyboardInterrupt included, carries the table so far as ``error.partial_result``.
+    An exception that ends the pass early, KeyboardInterrupt too, carries the table so far as ``error.partial_result``.
     """
     aggregation = Aggregation(attribution, importance, label_source, channel_dim, classes, options)
     with aggregation.samples(loader, show_progress) as stream:
@@ -73,7 +73,7 @@ def aggregate(
 
 
 class Aggregation:
-    """One aggregation in progress; it knows how many classes there are once the model has run.
+    """One aggregation in progress. The number of classes is known once the model has run.
 
     The arguments are those of `aggregate`, ``options`` as a mapping.
     """
@@ -141,7 +141,7 @@ class Aggregation:
 
     @property
     def started(self) -> bool:
-        """Is there anything in the table?"""
+        """Whether a batch was added."""
         return self._sums is not None
 
     def table(self) -> ClassFilters:
@@ -161,7 +161,7 @@ class Aggregation:
         )
 
     def _see(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A hook: how many outputs the model has."""
+        """A hook that notes how many outputs the model has."""
         logits = find_logits(output)
         if logits is not None and logits.dim() == 2:
             self._outputs = logits.shape[1]

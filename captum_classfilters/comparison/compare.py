@@ -1,6 +1,6 @@
-"""`compare`: which method finds the channels that matter, and at what cost? One frame, with the rows of a control.
+"""`compare`: which method finds the channels that matter, and at what cost?
 
-What is compared is in `methods.py`. N samples, C classes, K channels: the features that the head reads.
+`methods.py` runs the methods. N samples, C classes, K channels: the features that the head reads.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,38 +50,38 @@ def compare(
     ``loader`` is read twice, and once more for each attribution; ``test_loader`` is read once.
 
     Args:
-        model: The network; borrowed. Or a `HeadPass` over the loader to find filters from, which says class names and
-            whether progress is shown; then ``loader`` is left out.
-        loader: Batches ``(inputs, labels)`` to find filters from; it is read several times, so no bare iterator.
-        test_loader: Batches to judge by, that had no part in it.
-        ks: How many channels of each class, each in ``[1, K]``.
+        model: The network; borrowed. Or a `HeadPass` over the loader to find filters from, with class names and
+            ``show_progress``; then ``loader`` is left out.
+        loader: Batches ``(inputs, labels)`` to find filters from. It is read several times: no iterator.
+        test_loader: Batches to judge the filters by, of other images.
+        ks: Numbers of channels of each class, in ``[1, K]``.
         gate: The gate that the network was trained with, if any.
-        attributions: Captum layer attributions by name, of the map whose channels the head reads (aggregated over the
-            loader), such as ``{"gradient x activation": LayerGradientXActivation(model, model.layer4)}``; a pair has
-            what is passed on to it: ``{"IG": (LayerIntegratedGradients(model, model.layer4), {"n_steps": 10})}``.
+        attributions: Captum layer attributions by name, of the map whose channels the head reads, such as
+            ``{"gradient x activation": LayerGradientXActivation(model, model.layer4)}``; with options as a pair:
+            ``{"IG": (LayerIntegratedGradients(model, model.layer4), {"n_steps": 10})}``.
         layer: The head, if it cannot be found.
         control: Random tables.
 
     Returns:
         One row for each method and k, and for the control: ``method`` ``"random"``, ``control`` True.
 
-        - ``keep``: accuracy when each class's logit keeps its k channels alone, with ``keep_low``, ``keep_high``
-          (Wilson; Student-t over draws for the control). ``dense``: with all channels.
-        - ``drop_own``: accuracy when every image loses the k channels of its own class, the lower the better;
-          ``drop_other``: when it loses those of another class, drawn for each image, the higher the better. Each with
-          ``_low``, ``_high``. Control: k random channels in their place.
-        - ``class_overlap``: Jaccard index of two classes' sets, mean over pairs. Control, here and in the next two: of
-          two random sets.
+        - ``keep``: accuracy when each class's logit keeps only its k channels, with ``keep_low``, ``keep_high``
+          (Wilson; Student-t over draws for the control). ``dense``: accuracy with all channels.
+        - ``drop_own``: accuracy when every image loses the k channels of its own class (lower is better);
+          ``drop_other``: when it loses those of another class, drawn for each image (higher is better). Both have
+          ``_low``, ``_high``. The control loses k random channels.
+        - ``class_overlap``: Jaccard index of two classes' sets, mean over pairs. The control of this and of the next
+          two columns is the index of two random sets.
         - ``agreement``: Jaccard index with the other methods' sets, mean over methods and classes.
-        - ``stability``: Jaccard index of a class's sets from either half of the samples, mean over classes; NaN for
-          methods that look at no samples, and where no class has samples in both halves.
-        - ``sparsity``: Hoyer's measure of a class's scores, mean over classes: 0 all alike, 1 one channel alone.
-        - ``passes``: wall time over that of one inference pass over the same loader. ``samples``: of the test loader.
+        - ``stability``: Jaccard index of a class's sets from two halves of the samples, mean over classes; NaN for
+          methods that look at no samples, and if no class has samples in both halves.
+        - ``sparsity``: Hoyer's measure of a class's scores, mean over classes: 0 for equal scores, 1 for one channel.
+        - ``passes``: wall time divided by that of one inference pass over the loader. ``samples``: of the test loader.
 
     Raises:
-        OptionError: k out of range, a name that is taken, a missing loader.
+        OptionError: k is out of range, a name is taken, or a loader is missing.
         EmptyLoaderError: ``loader`` can be read only once, or a loader gave no sample.
-        ShapeError: An attribution to a layer whose channels are not those that the head reads, or of another network.
+        ShapeError: An attribution belongs to another network, or to a layer whose channels the head does not read.
     """
     head_pass = HeadPass.of(model, loader, layer)
     if test_loader is None:
@@ -148,11 +148,11 @@ def method_overlap(tables: Mapping[str, ClassFilters], k: int) -> pd.DataFrame:
 
     Returns:
         One row for each pair, and one for two random sets (``control`` True, both names ``"random"``): ``method_a``,
-        ``method_b``, ``control``, ``jaccard``, ``low``, ``high`` (central 95 % over classes; for the control, of
-        chance).
+        ``method_b``, ``control``, ``jaccard``, ``low``, ``high`` (central 95 % over classes; for the control over
+        random sets).
 
     Raises:
-        OptionError: k out of range.
+        OptionError: k is out of range.
     """
     rows: list[dict[str, Any]] = []
     for a, b in combinations(tables, 2):
@@ -167,7 +167,7 @@ def method_overlap(tables: Mapping[str, ClassFilters], k: int) -> pd.DataFrame:
 
 
 def _sets(name: str, answer: Answer, masks: Mapping[tuple[str, int], Tensor], k: int) -> dict[str, float]:
-    """How the method's sets agree: class with class, method with method, half with half."""
+    """How well sets agree between classes, between methods, and between halves of the samples."""
     table, mask = answer.filters, masks[name, k]
     pairs = table.overlap(k)[tuple(torch.triu_indices(table.num_classes, table.num_classes, 1))].numpy()
     others = [
@@ -176,7 +176,7 @@ def _sets(name: str, answer: Answer, masks: Mapping[tuple[str, int], Tensor], k:
     stability = np.nan
     if answer.halves is not None:
         of_classes = _jaccard(*(half.mask(k) for half in answer.halves))
-        # of a class with no sample in one of them nothing is known
+        # a class without samples in one half has no set there
         of_classes[~(answer.halves[0].seen & answer.halves[1].seen).numpy()] = np.nan
         stability = float("nan") if np.isnan(of_classes).all() else np.nanmean(of_classes)
     return {
@@ -187,13 +187,13 @@ def _sets(name: str, answer: Answer, masks: Mapping[tuple[str, int], Tensor], k:
 
 
 def _jaccard(a: Tensor, b: Tensor) -> Any:
-    """Of each class's two sets, ``(C,)``; NaN where both are empty."""
+    """Jaccard index of each class's two sets, ``(C,)``; NaN where both are empty."""
     shared, union = (a & b).sum(1).double(), (a | b).sum(1)
     return (shared / union).numpy()
 
 
 def _hoyer(table: ClassFilters) -> float:
-    """Hoyer 2004, section 3.1, of what speaks for a class; scores below 0 count as 0."""
+    """Sparsity of a class's scores, Hoyer 2004, section 3.1, mean over classes; scores below 0 count as 0."""
     scores = table.scores[table.seen].clamp(min=0)
     root = table.num_channels**0.5
     norms = scores.norm(dim=1)

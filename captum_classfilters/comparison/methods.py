@@ -1,7 +1,7 @@
-"""The methods that are compared, each run so that the loader is read as seldom as can be.
+"""The methods that are compared. They are run with as few passes over the loader as possible.
 
-Methods of weights read nothing, all selectors share one pass, an attribution takes a pass of its own. In the same pass
-each finds its table from half of the samples, too.
+Methods of weights need no pass, all selectors share one pass, and each attribution takes one. The same pass also makes
+a table from half of the samples.
 """
 
 import time
@@ -25,44 +25,44 @@ from captum_classfilters.influential.running_sums import Options, Tables
 from captum_classfilters.influential.selectors import STATIC
 from captum_classfilters.splitting import ALDSplitter
 
-# Alone, or with what `aggregate` passes on to it, such as {"n_steps": 10}
+# A layer attribution, or a pair of it and options for its `attribute`, such as {"n_steps": 10}
 Attribution: TypeAlias = LayerAttribution | tuple[LayerAttribution, Mapping[str, Any]]
 
-# Of InfluentialFeatures: one for each idea
+# Selectors of InfluentialFeatures that rest on different ideas
 SELECTORS = ("histogram", "mean_activation", "contribution", "margin", "weight")
 _SELECTOR_META = {"label_source": "target", "correct_only": False}
 
 
 class Answer(NamedTuple):
-    """What a method answered."""
+    """The result of a method."""
 
     filters: ClassFilters
-    halves: tuple[ClassFilters, ClassFilters] | None  # None: it looks at no samples, or its tables do not add up
+    halves: tuple[ClassFilters, ClassFilters] | None  # None: the method looks at no samples, or a half has none
     seconds: float
 
 
 class Half:
-    """About half of a loader's samples, drawn by seed: a loader may be sorted, or repeat its classes in turn."""
+    """About half of a loader's samples, drawn at random, because a loader may be sorted or repeat its classes."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
     def draw(self, samples: int, device: torch.device) -> Tensor:
-        """Which samples of the next batch are in it, ``(N,)`` bool."""
+        """Which samples of the next batch are in the half, ``(N,)`` bool."""
         return (torch.rand(samples, generator=self._generator) < 0.5).to(device)
 
 
 def selector_name(selector: str) -> str:
-    """How a selector is called among methods."""
+    """The name of a selector among the methods."""
     return f"InfluentialFeatures, {selector}"
 
 
 def run_selectors(head_pass: HeadPass, class_names: tuple[str, ...]) -> tuple[dict[str, Answer], float]:
-    """All selectors in one pass over the loader, and the seconds that the pass takes without them."""
+    """Run all selectors in one pass; also return the seconds that the pass takes without them."""
     head = head_pass.head
     options = [Options.checked([name], [None], "abs") for name in SELECTORS]
-    whole = {name: Tables(head, asked) for name, asked in zip(SELECTORS, options, strict=True)}
-    part = {name: Tables(head, asked) for name, asked in zip(SELECTORS, options, strict=True) if name not in STATIC}
+    whole = {name: Tables(head, option) for name, option in zip(SELECTORS, options, strict=True)}
+    part = {name: Tables(head, option) for name, option in zip(SELECTORS, options, strict=True) if name not in STATIC}
     seconds = dict.fromkeys(SELECTORS, 0.0)
     half, apart = Half(), 0.0
     started = clock(head)
@@ -98,10 +98,9 @@ def _only(tables: Tables, class_names: tuple[str, ...]) -> ClassFilters:
 def run_weights(
     model: Any, head: Head, gate: LabelSensitiveGate | None, class_names: tuple[str, ...]
 ) -> dict[str, Answer]:
-    """Methods that read no samples.
+    """Run the methods that read no samples.
 
-    A decoupled network's paths are of its convolutions' channels, not of the head's: they are in no row; the network
-    itself may be the model.
+    Calculation paths are not compared, because they consist of channels of convolutions and not of the head.
     """
     started = clock(head)
     split = ALDSplitter(model, head.module).class_filters(
@@ -135,7 +134,7 @@ def run_attribution(
                 part.add(values[chosen], labels[chosen], batch.place)
             apart += clock(head) - begun
     seconds = clock(head) - started - apart
-    # its own layer is the map that the head reads: the same channels by another name
+    # the attribution's layer is the map that the head reads, so its channels are those of the head
     table = replace(whole.table(), layer=head.name)
     if not part.started:
         return Answer(table, None, seconds)
@@ -144,16 +143,16 @@ def run_attribution(
 
 
 def clock(head: Head) -> float:
-    """The time, after all that was asked of a GPU is done."""
+    """The time, after a GPU has finished its work."""
     if head.weight.is_cuda:
         torch.cuda.synchronize(head.weight.device)
     return time.perf_counter()
 
 
 def check_attributions(attributions: Any, taken: Sequence[str], head_pass: HeadPass) -> dict[str, Attribution]:
-    """Attributions by name as text; refuse one of another network, or to a layer whose channels the head does not read.
+    """Attributions by name; refuse one of another network, or of a layer whose channels the head does not read.
 
-    One batch is run, where a layer is not the map behind the head itself.
+    One batch is run if a layer is not the map behind the head.
     """
     if attributions is None:
         return {}

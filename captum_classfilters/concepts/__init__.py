@@ -1,6 +1,6 @@
-"""What single filters stand for: where they respond, whether that is where a concept is, what its covering changes.
+"""What do single filters stand for? Where they respond, whether a concept is there, and what covering it changes.
 
-`fields.py` reads maps and enlarges them, `scores.py` compares them with masks of concepts, `occlusion.py` covers these.
+`fields.py` reads and enlarges maps, `scores.py` compares them with masks of concepts, `occlusion.py` covers concepts.
 """
 
 from captum_classfilters.concepts.fields import activation_thresholds, field_iou, receptive_fields

@@ -1,7 +1,6 @@
 """Receptive fields: where on the image a filter responds. Maps of layers are read, enlarged and cut at a threshold.
 
-`scores.py` compares them with masks of concepts, `occlusion.py` covers these. N images, K filters of a layer, h x w
-positions of a map, H x W pixels.
+N images, K filters of a layer, h x w positions of a map, H x W pixels.
 """
 
 import math
@@ -18,7 +17,7 @@ from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionEr
 from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
 from captum_classfilters.decoupling import PathDecoupler
 
-# Numbers of enlarged maps that are held at once
+# How many numbers of enlarged maps are held at once
 CELLS = 2**24
 Layers = Iterable[nn.Module | str] | None
 Thresholds = Mapping[str, Tensor]
@@ -68,7 +67,7 @@ def field_iou(fields: Tensor, masks: Tensor) -> Tensor:
         ``(N, K, T)`` float64; NaN where both are empty.
 
     Raises:
-        ShapeError: They are of other images or sizes.
+        ShapeError: Fields and masks belong to different images or have different sizes.
 
     Example:
         >>> field_iou(torch.tensor([[[[True, True, False]]]]), torch.tensor([[[[False, True, True]]]])).item()
@@ -96,10 +95,9 @@ def activation_thresholds(
 ) -> dict[str, Tensor]:
     """For each filter the value that a share ``quantile`` of all its responses exceeds, over all images and positions.
 
-    The answer is exact. The highest responses of each filter are kept, a share ``quantile`` of all; this is the memory
-    it takes. To know how many these are, the loader is read once before, without running the model. At least one
-    response lies above the threshold (ties aside), however small the share. A filter that responds less often has
-    threshold 0.
+    The value is exact. It takes the memory of each filter's highest responses, a share ``quantile`` of all. The loader
+    is first read without the model, to count the images. At least one response exceeds the threshold (except for ties).
+    A filter that responds less often has threshold 0.
 
     Source: "Network dissection" (Bau et al. 2017), section 2.2, P(a > T) = .005; "Interpretable neural network
     decoupling", section 4.2. Differs: negative responses count as 0, as behind the ReLU of eq. 1.
@@ -151,7 +149,7 @@ def _thresholds(
 def thresholds_of(
     thresholds: Thresholds | float, model: Any, loader: Iterable[Any], layers: Layers, total: int, show_progress: bool
 ) -> Thresholds:
-    """What the user passed as ``thresholds=``: these themselves, or a share, for which the loader is read once."""
+    """Thresholds from the user's ``thresholds=``, which is a mapping, or a share for which the loader is read once."""
     if isinstance(thresholds, Mapping):
         return thresholds
     meaning = "a share of the responses, unless you pass what activation_thresholds gives"
@@ -168,7 +166,7 @@ def check_thresholds(thresholds: Thresholds, layers: Sequence[str]) -> None:
 
 
 class MapReader:
-    """Runs a model and reads the maps of some layers, behind the gates where there are any; negative ones are 0."""
+    """Runs a model and reads the maps of some layers, behind their gates if they have any; negative values become 0."""
 
     def __init__(self, model: Any, layers: Layers, borrow: Borrowed) -> None:
         self.model = network_of(model)
@@ -208,7 +206,7 @@ class MapReader:
                 raise LayerError(f"layer {name} must give maps (N, K, h, w), got {got}; name one that does")
             if name in self._outputs:
                 raise LayerError(f"layer {name} runs more than once in a forward; name one before it that runs once")
-            # a new tensor: an operation in place may follow
+            # a copy, because an operation in place may follow
             self._outputs[name] = output.clone()
 
         return hook
@@ -232,7 +230,7 @@ class MapReader:
                 raise LayerError(f"layer {name} did not run in this forward; it must run once in each")
             maps = self._outputs.pop(name)
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).relu()
-            # the decoupler's own hook comes after the one that kept this
+            # the map was kept before the decoupler's hook applied the gate
             maps = maps * gates[name].to(maps.dtype)[:, :, None, None] if gates else maps
             if not bool(torch.isfinite(maps).all()):
                 raise NonFiniteError(f"the maps of layer {name} hold NaN or infinity; look at these images")
@@ -257,7 +255,7 @@ def _network(model: nn.Module) -> nn.Module:
 
 
 def image_batches(loader: Iterable[Any], show_progress: bool = False, description: str = "") -> Iterator[Samples]:
-    """The loader's batches; their one input are images ``(N, c, H, W)``, all of one size."""
+    """The loader's batches, whose first input is images ``(N, c, H, W)``, all of one size."""
     size = None
     with samples(loader, read_labels=False, show_progress=show_progress, description=description) as stream:
         for batch in stream:

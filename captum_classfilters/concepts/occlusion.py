@@ -1,7 +1,7 @@
-"""What a network misses when a region is covered: the filters that switch off, and where they looked together.
+"""What does a network miss when a region is covered? The filters that switch off, and where they looked together.
 
-Needs a `PathDecoupler`, whose filters are open or closed for each image. `concept_representation` does it for every
-concept that a loader brings; `scores.py` has that loader's contract. N images, L layers with K_l filters.
+This needs a `PathDecoupler`, whose filters are open or closed for each image. `concept_representation` does it for
+every concept of a loader; `scores.py` describes that loader. N images, L layers with K_l filters.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,18 +33,18 @@ from captum_classfilters.decoupling import PathDecoupler
 
 @dataclass(frozen=True, eq=False)
 class Occlusion:
-    """Which filters were open on images and closed where a region of these was covered.
+    """Which filters were open on images, and closed after a region of each image was covered.
 
     Attributes:
-        layers: Names of the gated convolutions looked at.
+        layers: Names of the gated convolutions.
         masks: ``(N, H, W)`` bool, the regions.
         before: For each layer ``(N, K_l)`` bool: open on the image.
         after: The same with the region covered.
-        elsewhere: ``(draws, N, L)`` int64: how many switch off when an equal region elsewhere is covered.
+        elsewhere: ``(draws, N, L)`` int64: how many switch off when a region of the same shape elsewhere is covered.
         maps: For each layer ``(N, K_l, h, w)``, of the uncovered images.
         thresholds: For each layer ``(K_l,)``.
         merged_iou: ``(N, L)`` float64: IoU of the region and the merged receptive field; 0 where none switches off.
-        random_iou: ``(draws, N, L)`` float64: the same for as many random filters that were open.
+        random_iou: ``(draws, N, L)`` float64: the same for equally many random open filters.
     """
 
     layers: tuple[str, ...]
@@ -79,7 +79,7 @@ class Occlusion:
     def table(self, layers: Sequence[str] | None = None) -> pd.DataFrame:
         """One row for each filter that switched off: ``image``, ``layer``, ``filter``, ``iou``; best first by image.
 
-        ``iou``: of the filter's receptive field on the uncovered image and the region.
+        ``iou`` compares the filter's receptive field on the uncovered image with the region.
         """
         rows: list[tuple[int, str, int, float]] = []
         for index in self._indices(layers):
@@ -92,14 +92,13 @@ class Occlusion:
         return frame.sort_values(["image", "iou"], ascending=[True, False], kind="stable", ignore_index=True)
 
     def summary(self) -> pd.DataFrame:
-        """Two rows for each image and layer: what the covered region did, and behind these rows what its controls did.
+        """Two rows for each image and layer: first the effects of the covered region, then those of the controls.
 
         Returns:
-            ``image``, ``layer``, ``control``; ``open``: filters that are open on the image; ``switched_off``: how many
-            of them close; ``iou``: of the region and the merged receptive field of those. Where ``control`` is True,
-            ``switched_off`` is that of an equal region elsewhere, mean over draws, with ``low`` and ``high``
-            (Student-t; NaN in the other rows, which count), and ``iou`` is that of as many random open filters, mean
-            over draws.
+            ``image``, ``layer``, ``control``; ``open``: number of open filters; ``switched_off``: how many of them
+            close; ``iou`` of the region and their merged receptive field. Where ``control`` is True, values are means
+            over draws: ``switched_off`` for a region of the same shape elsewhere, with its Student-t interval ``low``,
+            ``high`` (NaN in the other rows), and ``iou`` for equally many random open filters.
         """
         opened, off = (torch.stack([part.sum(1) for part in parts], 1) for parts in (self.before, self.switched_off))
         mean, low, high = draws_interval(self.elsewhere.cpu().double())
@@ -121,30 +120,30 @@ class Occlusion:
         return self.masks.shape[1], self.masks.shape[2]
 
     def _indices(self, layers: Sequence[str] | None) -> list[int]:
-        asked = self.layers if layers is None else [layers] if isinstance(layers, str) else layers
-        if unknown := [name for name in asked if name not in self.layers]:
+        names = self.layers if layers is None else [layers] if isinstance(layers, str) else layers
+        if unknown := [name for name in names if name not in self.layers]:
             raise OptionError(f"there is no layer {unknown[0]!r} in this result; there are {', '.join(self.layers)}")
-        return [self.layers.index(name) for name in asked]
+        return [self.layers.index(name) for name in names]
 
 
 def occlude(images: Tensor, masks: Tensor, value: str | float | Sequence[float] = "mean") -> Tensor:
     """Images with a region covered.
 
-    Source: "Interpretable neural network decoupling", section 4.2, which covers with black blocks. Differs: by default
-    with the mean colour of what is not covered, which is less of an object than a black block.
+    Source: "Interpretable neural network decoupling", section 4.2, which covers with black blocks. Differs: the default
+    is the mean colour of the rest, because a black block looks more like an object.
 
     Args:
         images: ``(N, c, H, W)`` floating.
-        masks: ``(N, H, W)`` bool, True is covered.
-        value: ``"mean"``: of each image's uncovered pixels, by colour (of all, where all are covered); ``"black"``: 0,
-            for images in [0, 1]; a number, or one for each colour.
+        masks: ``(N, H, W)`` bool; True is covered.
+        value: ``"mean"``: mean colour of each image's uncovered pixels (of all pixels if all are covered);
+            ``"black"``: 0, for images in [0, 1]; a number, or one for each colour.
 
     Returns:
         A new tensor like ``images``.
 
     Raises:
-        ShapeError: Images or masks are not as above.
-        OptionError: Another ``value``; ``"black"`` and a pixel is negative.
+        ShapeError: Images or masks do not have these shapes.
+        OptionError: ``value`` is unknown, or it is ``"black"`` and a pixel is negative.
 
     Example:
         >>> occlude(torch.tensor([[[[1.0, 2.0, 6.0]]]]), torch.tensor([[[False, False, True]]])).tolist()
@@ -193,7 +192,7 @@ def _cover(images: Tensor, masks: Tensor, value: Any) -> Tensor:
 
 
 def elsewhere(masks: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each region moved to a random place, round the edges, where it overlaps with itself as little as can be.
+    """Move each region to a random place of least overlap with itself; what leaves the image enters on the other side.
 
     Args:
         masks: ``(N, H, W)`` bool.
@@ -208,7 +207,7 @@ def elsewhere(masks: Tensor, generator: torch.Generator | None = None) -> Tensor
     """
     count, height, width = masks.shape
     spectrum = torch.fft.rfft2(masks.double())
-    # how many pixels a mask shares with itself, by shift
+    # how many pixels a mask shares with itself, for each shift
     shared = torch.fft.irfft2(spectrum.abs() ** 2, s=(height, width)).round().flatten(1)
     keys = torch.rand(count, height * width, generator=generator).to(masks.device)
     chosen = torch.where(shared == shared.amin(1, keepdim=True), keys, -1.0).argmax(1)
@@ -228,22 +227,23 @@ def occlusion(
     thresholds: Thresholds | float = 0.005,
     control: Control = Control(),
 ) -> Occlusion:
-    """Cover a region of each image: which filters switch off, and where did they look?
+    """Cover a region of each image, and report which filters switch off and where they looked.
 
     Source: "Interpretable neural network decoupling", section 4.2, semantic concept analysis and fig. 6. Differs: two
-    controls, a region of the same shape elsewhere and as many random open filters.
+    controls, a region of the same shape elsewhere and equally many random open filters.
 
     Args:
         decoupler: A `PathDecoupler`; borrowed.
         images: ``(N, c, H, W)`` floating.
-        masks: ``(N, H, W)`` bool: the regions, none without a pixel.
+        masks: ``(N, H, W)`` bool: the regions; each has a pixel.
         layers: Gated convolutions, names or modules; None: all.
-        value: What covers; see `occlude`.
-        thresholds: From `activation_thresholds` of many images, or its ``quantile``, and it is taken from these images.
+        value: What covers the region; see `occlude`.
+        thresholds: From `activation_thresholds` of many images, or its ``quantile``; then they are computed from these
+            images.
         control: Draws of each control, and their seed.
 
     Raises:
-        OptionError: ``decoupler`` is none, a region has no pixel, or an argument is out of range.
+        OptionError: ``decoupler`` is no `PathDecoupler`, a region has no pixel, or an argument is out of range.
         LayerError: A layer is not gated.
         ShapeError, NonFiniteError: Images, masks or maps are not as expected.
     """
@@ -256,7 +256,7 @@ def cover_and_compare(
     decoupler: Any, images: Tensor, masks: Tensor, layers: Layers, value: Any, thresholds: Thresholds, draws: int,
     generator: torch.Generator,
 ) -> Occlusion:  # fmt: skip
-    """`occlusion` with thresholds and a generator, for a loader's batches."""
+    """`occlusion` with thresholds and a generator, for one batch of a loader."""
     covered = occlude(images, masks, value)
     if not bool(masks.flatten(1).any(1).all()):
         raise OptionError("a mask has no pixel: expected a region in each image; leave images without the concept out")
@@ -307,31 +307,30 @@ def concept_representation(
     control: Control = Control(),
     show_progress: bool = False,
 ) -> pd.DataFrame:
-    """How well one filter, and how well those that switch off together, outline each concept.
+    """How well one filter outlines each concept, and how well the filters do that switch off together.
 
-    Source: "Interpretable neural network decoupling", section 4.2 and fig. 5. Single filter: max over images and
-    filters of the IoU. Multiple: the concept is covered, and the fields of the filters that switch off are merged; mean
-    over images of the IoU. Differs: a maximum over images and a mean over them do not compare, so both are given for
-    both. There are controls, without which many filters merged would look good for their number.
+    Source: "Interpretable neural network decoupling", section 4.2 and fig. 5. Single filters: the maximum IoU over
+    images and filters. Multiple filters: the concept is covered, the fields of the filters that switch off are merged,
+    and the IoU is averaged over images. Differs: a maximum and a mean over images cannot be compared, so both are given
+    for both. There are controls, because merged fields of many filters have a high IoU by chance.
 
     Args:
-        model: A `PathDecoupler`, or a plain network, then of single filters only; borrowed.
+        model: A `PathDecoupler`; or a plain network, which gives the columns of single filters only; borrowed.
         loader: As for `concept_scores`; read up to four times.
         layers: As for `activation_thresholds`.
-        thresholds: From `activation_thresholds`, or its ``quantile``, and it is taken from this loader.
-        value: What covers; see `occlude`.
-        control: Draws of each control; the seed is that of the controls of several filters.
+        thresholds: From `activation_thresholds`, or its ``quantile``; then they are computed from this loader.
+        value: What covers the concept; see `occlude`.
+        control: Draws of each control; the seed counts only for the controls of multiple filters.
         show_progress: Show a tqdm bar.
 
     Returns:
-        Two rows for each layer and concept, all those with ``control`` True behind the others: ``layer``, ``concept``,
-        ``control``, ``images`` that have it; ``single_max`` (the paper's), ``single_mean`` (over images, of the best
-        filter on each). Of a decoupler also ``multiple_max``, ``multiple_mean`` (the paper's) with ``low`` and ``high``
-        (normal, over images); ``switched_off``, mean count of filters; ``none``, share of images on which none switches
-        off and the IoU is 0. A control row has in the columns of single filters what other images' masks give, as in
-        `concept_scores`; in ``multiple_mean``, ``low`` and ``high`` what as many random open filters give; in
-        ``switched_off`` what covering an equal region elsewhere gives. All are means over draws; ``multiple_max`` and
-        ``none`` have no control and are NaN there.
+        Two rows for each layer and concept, those with ``control`` True last: ``layer``, ``concept``, ``control``,
+        ``images`` (how many have it); ``single_max`` (the paper's), ``single_mean`` (of the best filter on each image).
+        For a decoupler also ``multiple_max``, ``multiple_mean`` (the paper's) with ``low`` and ``high`` (normal, over
+        images); ``switched_off``, mean number of filters; ``none``, share of images on which no filter switches off and
+        the IoU is 0. Control rows hold means over draws: in the columns of single filters with other images' masks, as
+        in `concept_scores`; in ``multiple_mean``, ``low`` and ``high`` with equally many random open filters; in
+        ``switched_off`` with a region of the same shape elsewhere. ``multiple_max`` and ``none`` are NaN there.
 
     Raises:
         OptionError, LayerError, ShapeError, EmptyLoaderError, NonFiniteError: As for `concept_scores`.
@@ -354,7 +353,7 @@ def concept_representation(
     parts = []
     for batch in concept_batches(loader, survey, show_progress, "occlusion"):
         images, places = (batch.slots < len(names)).nonzero(as_tuple=True)
-        # an image can have several masks: as many at a time as the batch has images
+        # an image can have several masks; each step covers as many as the batch has images
         for start in range(0, len(images), len(batch.images)):
             image, place = (index[start : start + len(batch.images)] for index in (images, places))
             covered = batch.images[image], batch.masks[image, place]
@@ -388,7 +387,7 @@ def _decoupler(model: Any) -> PathDecoupler:
 def _picked(
     maps: Tensor, thresholds: Tensor, chosen: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``(images, filters, fields)`` of those chosen, fields ``(M, H, W)``, some at a time."""
+    """``(images, filters, fields)`` of the chosen filters, in parts; fields are ``(M, H, W)``."""
     images, filters = chosen.nonzero(as_tuple=True)
     some = max(1, CELLS // (size[0] * size[1]))
     for start in range(0, len(images), some):
@@ -397,7 +396,7 @@ def _picked(
 
 
 def _merged(maps: Tensor, thresholds: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
-    """Union of the fields of those chosen, ``(N, H, W)`` bool."""
+    """Union of the fields of the chosen filters, ``(N, H, W)`` bool."""
     counts = torch.zeros(len(maps), *size, dtype=torch.int32, device=maps.device)
     for images, _, fields in _picked(maps, thresholds, chosen, size):
         counts.index_add_(0, images, fields.int())
@@ -405,6 +404,6 @@ def _merged(maps: Tensor, thresholds: Tensor, chosen: Tensor, size: tuple[int, i
 
 
 def _random_open(opened: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
-    """As many as ``counts`` ``(N,)`` of the open filters of each image, ``(N, K)`` bool."""
+    """Random open filters of each image, ``(N, K)`` bool; ``counts`` ``(N,)`` says how many."""
     keys = torch.where(opened, torch.rand(opened.shape, generator=generator).to(opened.device), -1.0)
     return keys.argsort(1, descending=True).argsort(1) < counts[:, None]

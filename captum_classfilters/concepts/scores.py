@@ -1,9 +1,9 @@
-"""Do filters stand for concepts? The receptive field of each filter against masks of concepts that the loader brings.
+"""Do filters stand for concepts? The receptive field of each filter is compared with masks of concepts.
 
-One filter at a time; `occlusion.py` has what several do together. Loaders give batches ``(images, masks)``, or mappings
-with such keys: images ``(N, c, H, W)``, all of one size; masks a list of one ``{concept: (H, W)}`` for each image, or
-stacked, ``{concept: (N, H, W)}``. Masks are bool, or 0 and 1. Where the key is missing, or the mask is None or has no
-pixel, the image does not have the concept. N images, K filters of a layer, T concepts.
+This file judges single filters; `occlusion.py` judges several together. Loaders give batches ``(images, masks)``, or
+mappings with these keys. Images are ``(N, c, H, W)``, all of one size. Masks are a list with ``{concept: (H, W)}`` for
+each image, or stacked, ``{concept: (N, H, W)}``; they are bool, or 0 and 1. An image does not have a concept if its key
+is missing, or its mask is None or has no pixel. N images, K filters of a layer, T concepts.
 """
 
 from collections import Counter
@@ -49,28 +49,29 @@ def concept_scores(
 ) -> pd.DataFrame:
     """Interpretability of every filter: on which share of a concept's images its receptive field meets the concept.
 
-    Source: "Interpretable neural network decoupling", section 4.2: P_ft is the mean over the images that have concept t
-    of 1[IoU > .01], the score max_t P_ft. Differs: the control. In draw d every image is judged by the masks of the
-    image d places before it in the loader, so shuffle a loader that is sorted. The best of many concepts is high by
-    chance alone, and the more so for concepts with few images.
+    Source: "Interpretable neural network decoupling", section 4.2: P_ft is the mean of 1[IoU > .01] over the images
+    that have concept t, and the score is max_t P_ft. Differs: the control. In draw d every image is judged by the masks
+    of the image d places before it in the loader, so shuffle a loader that is sorted. The best of many concepts scores
+    high by chance alone, above all if concepts have few images.
 
     Args:
         model: The network, or a `PathDecoupler`; borrowed. To compare both, read the network at ``unit.site`` of the
-            decoupler's units: there its maps are behind the norm too.
-        loader: Batches ``(images, masks)``, as said at the head of this module; read two or three times.
+            decoupler's units, where its maps are behind the norm too.
+        loader: Batches ``(images, masks)``, see the docstring of this module; read two or three times.
         layers: As for `activation_thresholds`.
-        thresholds: From `activation_thresholds`, or its ``quantile``, and it is taken from this loader.
+        thresholds: From `activation_thresholds`, or its ``quantile``; then they are computed from this loader.
         iou: What the IoU must exceed, in [0, 1).
-        min_images: Concepts of fewer images are left out.
-        control: Its ``draws``; no number is drawn, so the seed changes nothing. A loader of N images has N - 1 at most.
+        min_images: Concepts with fewer images are left out.
+        control: Only its ``draws`` count; nothing is drawn by seed. N images allow at most N - 1 draws.
         show_progress: Show a tqdm bar.
 
     Returns:
-        Two rows for each filter. ``control`` False: ``layer``, ``filter``, ``concept`` (the best; the first by name of
-        equals, missing where the score is 0), ``score``, ``low`` and ``high`` (Wilson over that concept's images, as if
-        it had not been chosen), ``images`` (how many have that concept). Behind these rows ``control`` True: the
-        ``score`` by other images' masks, mean over draws, with its Student-t interval over draws (NaN for one draw);
-        no concept; ``images`` of the loader. `layer_scores` gives their means.
+        Two rows for each filter. With ``control`` False: ``layer``, ``filter``, ``concept`` (the best; the first by
+        name if several are equal; missing if the score is 0), ``score``, ``low`` and ``high`` (Wilson over that
+        concept's images; the choice of the concept is not accounted for), ``images`` (how many have that concept). The
+        rows with ``control`` True follow: the mean ``score`` over draws with other images' masks, its Student-t
+        interval over draws (NaN for one draw), no concept, and the number of ``images`` in the loader. `layer_scores`
+        averages these rows.
 
     Raises:
         OptionError: An argument is out of range, no concept has enough images, or there are fewer than two images.
@@ -131,12 +132,12 @@ def layer_scores(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_draws(values: Any, interval: Any = mean_interval) -> Any:
-    """Mean over the first axis with its interval; of a single value this is NaN."""
+    """Mean over the first axis with its interval, which is NaN for a single value."""
     return interval(values) if len(values) > 1 else (values[0], *2 * (np.full_like(values[0], np.nan),))
 
 
 def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
-    """Batches of samples ``(image, {concept: mask})``, as a ``DataLoader``'s ``collate_fn``.
+    """Make a batch of samples ``(image, {concept: mask})``; pass it to a ``DataLoader`` as ``collate_fn``.
 
     Example:
         >>> samples = [(torch.zeros(3, 2, 2), {"eye": torch.ones(2, 2)}), (torch.ones(3, 2, 2), {})]
@@ -149,12 +150,12 @@ def collate_concepts(samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[A
 
 
 class Survey(NamedTuple):
-    """What a first look at a loader, without running the model, says of it."""
+    """What a first pass over a loader, without the model, finds."""
 
     samples: int
     size: tuple[int, int]
-    counts: dict[str, int]  # by concept, in order of their names: images that have it
-    draws: int  # of the control: one less than the images, if there are few
+    counts: dict[str, int]  # how many images have each concept, in the order of names
+    draws: int  # of the control, at most the number of images minus one
 
 
 class ConceptBatch(NamedTuple):
@@ -162,19 +163,19 @@ class ConceptBatch(NamedTuple):
 
     images: Tensor  # (N, c, H, W)
     masks: Tensor  # (N, M, H, W) bool
-    slots: Tensor  # (N, M) int64: which concept; the last, one past these, is for no mask
+    slots: Tensor  # (N, M) int64: the concept's index; T means no mask
 
 
 class Tally(NamedTuple):
-    """Sums over a loader for one layer: first with an image's own masks, then by draw of the control."""
+    """Sums over a loader for one layer: first with an image's own masks, then for each draw of the control."""
 
-    hits: Tensor  # (1 + draws, T, K) int64: images on which the IoU exceeds what was asked
+    hits: Tensor  # (1 + draws, T, K) int64: number of images on which the IoU exceeds ``iou``
     highest: Tensor  # (1 + draws, T) float64: max over images and filters of the IoU
     total: Tensor  # (1 + draws, T) float64: sum over images of the max over filters
 
 
 def surveyed(loader: Iterable[Any], control: Control) -> Survey:
-    """Count images and concepts, and refuse what is not as expected."""
+    """Count images and concepts; refuse a loader that does not fit."""
     refuse_iterator(loader, "the loader")
     samples, counts = 0, Counter[str]()
     for batch in image_batches(loader):
@@ -183,7 +184,7 @@ def surveyed(loader: Iterable[Any], control: Control) -> Survey:
             counts.update(masks.keys())
     height, width = batch.inputs[0].shape[2:]
     if not counts:
-        raise OptionError("no image has a concept: expected a mask with a pixel; see the head of concepts.scores")
+        raise OptionError("no image has a concept: expected a mask with a pixel; see help(concepts.scores)")
     if samples < 2:
         raise OptionError("the control judges an image by another's masks: expected at least 2 images, got 1")
     if not all(isinstance(name, str) for name in counts):
@@ -220,7 +221,7 @@ def tallied(
     iou: float,
     show_progress: bool,
 ) -> dict[str, Tally]:
-    """One pass: the IoU of every filter's field with masks of its image and of others, summed up by layer."""
+    """In one pass sum, for each layer, the IoU of every filter's field with masks of the image and of other images."""
     concepts, groups = len(survey.counts), 1 + survey.draws
     sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     with borrowed(network_of(model)) as borrow:
@@ -258,9 +259,9 @@ def _overlaps(maps: Tensor, thresholds: Tensor, masks: Tensor, size: tuple[int, 
 
 
 def _with_others(stream: Iterable[ConceptBatch], survey: Survey) -> Iterator[ConceptBatch]:
-    """Each image with its own masks and, in groups of slots behind, with those of images 1, 2, ... places before it.
+    """Each image with its own masks, followed by the masks of the images 1, 2, ... places before it.
 
-    The first images come once more at the end, to meet the masks of the last.
+    The first images come again at the end, with the masks of the last images.
     """
     draws, nothing = survey.draws, len(survey.counts)
     before = first = None
@@ -289,7 +290,7 @@ def _joined(one: Any, other: Any, nothing: int) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(images: Tensor, masks: Tensor, slots: Tensor, draws: int, nothing: int) -> ConceptBatch:
-    """Masks of ``draws`` images before and of these, cut into own ones and those d places before."""
+    """Regroup the masks of these images and of the ``draws`` images before: own masks, then those d places before."""
     starts = [draws - shift for shift in range(draws + 1)]
     shifted = [masks[start : start + len(images)] for start in starts]
     groups = [slots[start : start + len(images)] + d * (nothing + 1) for d, start in enumerate(starts)]
@@ -297,7 +298,7 @@ def _grouped(images: Tensor, masks: Tensor, slots: Tensor, draws: int, nothing: 
 
 
 def _masks_by_image(batch: Samples) -> list[dict[str, Tensor]]:
-    """For each image its masks that have a pixel."""
+    """For each image, the masks that have a pixel."""
     images, extras, place = batch.inputs[0], batch.extras, batch.place
     if isinstance(extras, Mapping):
         extras = [extras[key] for key in ("mask", "masks") if key in extras]
