@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             words = _words(error)
             if words is None:
-                raise  # a bug: its traceback helps most
+                raise  # a bug, for which the traceback helps most
             return _ended(error, f"error: {words}", options.debug, 1)
     return 0
 
@@ -59,14 +59,14 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(options: Any) -> None:
-    # slow to import, and of no use to --help
+    # slow to import, and --help does not need it
     import captum_classfilters.cli.commands as commands
 
     getattr(commands, options.command)(options)
 
 
 def _words(error: Exception) -> str | None:
-    """What to print for an error that the user can mend; None for an error of this package."""
+    """The message of an error that the user can fix; None for a bug of this package."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -107,7 +107,7 @@ def _ended(error: BaseException, said: str, debug: bool, status: int) -> int:
 
 
 def _as_note(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning without the line of code it comes from, which is not the user's."""
+    """Print a warning without its line of code, which is not the user's."""
     print(f"note: {message}", file=sys.stderr)
 
 

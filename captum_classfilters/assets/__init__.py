@@ -1,8 +1,7 @@
-"""Networks and images that ship: small and real; ``NOTICE.md`` beside this file says whose they are.
+"""Small networks and real images that ship for the demo, the tutorials and the tests; ``NOTICE.md`` has their sources.
 
-What ships is what the demo, the tutorials and the tests use. `networks.py` holds the architectures. The recipes in
-``tutorials/recipes`` made the files, and make others: ``make_networks.py`` trains any network that a published figure
-needs, and `load_network` reads it.
+`networks.py` holds the architectures. ``tutorials/recipes/make_networks.py`` trained the networks; it can train any
+network that a published figure needs, and `load_network` reads it.
 """
 
 import math
@@ -20,7 +19,7 @@ from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
 
 _HERE = Path(__file__).parent
-# The kind was named when there was one architecture.
+# All architectures are saved under this kind, which is named after the first.
 _NETWORK, _NETWORK_VERSION = "SmallResNet", 1
 _ARCHITECTURES = {kind.__name__: kind for kind in (SmallResNet, SmallAlexNet, SmallVGG, SmallInception)}
 Network: TypeAlias = SmallResNet | SmallAlexNet | SmallVGG | SmallInception
@@ -46,13 +45,13 @@ class ImageSample(NamedTuple):
 
 
 def load_demo_network(seed: int = 0, method: str = "std") -> tuple[SmallResNet, dict[str, Any]]:
-    """A ResNet-20 trained on Fashion-MNIST, and how: ``(model, meta)``; eval mode, on the CPU.
+    """A ResNet-20 trained on Fashion-MNIST, ``(model, meta)``, in eval mode, on the CPU.
 
     Args:
-        seed: Which of the trainings: 0, 1 or 2 for ``"std"``, 0 for the others; see ``SHIPPED``.
-        method: ``"std"``: trained as usual; ``"lsg"``: trained with a gate, which `gate_file` has; ``"fixed-gate"``:
-            trained with a gate that was set by hand; ``"decoupled"``: with gates for each image, whose controllers
-            `paths_file` has, and half of the channels open on average.
+        seed: Seed of the training: 0, 1 or 2 for ``"std"``, 0 for the others; see ``SHIPPED``.
+        method: ``"std"``: trained as usual; ``"lsg"``: trained with a gate, see `gate_file`; ``"fixed-gate"``: trained
+            with a gate that was set by hand; ``"decoupled"``: with gates for each image, see `paths_file`, and half of
+            the channels open on average.
 
     Raises:
         OptionError: This training does not ship. The message has the command that makes it.
@@ -94,7 +93,7 @@ def paths_file(seed: int = 0) -> Path:
 
 
 def network_name(seed: int, method: str = "std", network: str = "resnet20") -> str:
-    """How a training is called in file names, here and by ``tutorials/recipes/make_networks.py``.
+    """The name of a training in file names, here and in ``tutorials/recipes/make_networks.py``.
 
     Example:
         >>> network_name(1, "fixed-gate")
@@ -118,8 +117,8 @@ def load_images(split: str = "test") -> ImageSample:
     """1,000 images of Fashion-MNIST, 100 of each class.
 
     Args:
-        split: ``"train"``: some of those that the networks were trained on, for filters, refits and thresholds;
-            ``"test"``: some of those that they never saw, for judging.
+        split: ``"train"``: images that the networks were trained on, for filters, refits and thresholds; ``"test"``:
+            images that they never saw, for judging.
 
     Example:
         >>> load_images("test").images.shape
@@ -152,7 +151,7 @@ def load_images(split: str = "test") -> ImageSample:
 
 
 def save_images(path: str | os.PathLike[str], train: ImageSample, test: ImageSample) -> None:
-    """Save what `load_images` reads; pixels are compressed without loss."""
+    """Save images for `load_images`; pixels are compressed without loss."""
     tensors = {}
     for split, sample in (("train", train), ("test", test)):
         packed = zlib.compress(sample.images.contiguous().numpy().tobytes(), 9)

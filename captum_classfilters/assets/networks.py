@@ -1,7 +1,7 @@
-"""The small networks of CIFAR fame, for the demo, the tests and the recipes.
+"""Small networks as for CIFAR, for the demo, the tests and the recipes.
 
-Images go in as they are, in [0, 1]; the network normalises them itself, so that an attack, a plot and
-a loader all speak of the same numbers. N images, K features before the head: 64, or as many as the last stage is wide.
+The networks take images in [0, 1] and normalise them, so that attacks, plots and loaders use the same numbers.
+N images, K features before the head: the width of the last stage.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 WIDTHS = (16, 32, 64)
 ALEXNET_WIDTHS = (48, 96, 192, 192, 256)
 VGG_WIDTHS = ((32, 32), (64, 64), (128, 128, 128))
-# of each module: 1x1, before 3x3, 3x3, before two 3x3, two 3x3, after pooling
+# widths of a module's convolutions: 1x1, before 3x3, 3x3, before two 3x3, two 3x3, after pooling
 INCEPTION_WIDTHS = (
     ((16, 16, 32, 8, 16, 16), (24, 24, 48, 12, 24, 24)),
     ((32, 32, 64, 16, 32, 32), (48, 32, 64, 16, 48, 32)),

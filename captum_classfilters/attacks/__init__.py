@@ -1,8 +1,7 @@
-"""Attacks on images: black-box ones of this package, and those of other packages behind one adapter each.
+"""Attacks on images: black-box attacks of this package, and adapters for attacks of other packages.
 
-A black-box attack asks a network for its output on images and for nothing else. Each attack is a
-`captum.robust.Perturbation`: ``attack(images, labels)`` gives images of the same shape, changed where the network was
-fooled and unchanged where it was not. `metrics.attack_success` counts.
+A black-box attack uses only the network's output on images. Each attack is a `captum.robust.Perturbation`:
+``attack(images, labels)`` gives images of the same shape. `metrics.attack_success` counts how often attacks succeed.
 """
 
 from captum_classfilters.attacks.attack import Attack

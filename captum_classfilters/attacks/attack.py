@@ -1,6 +1,6 @@
-"""`Attack`: any attack, whoever wrote it, called in one way; and checks of what it gives back.
+"""`Attack`: one way to call attacks of any package, with checks of the images that they return.
 
-Captum's attacks take a radius or an epsilon and a target, others ``(images, labels)``.
+Captum's attacks take a radius or an epsilon and a target, others take ``(images, labels)``.
 """
 
 import inspect
@@ -16,22 +16,22 @@ from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_image
 from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import DeviceError, NonFiniteError, OptionError, ShapeError
 
-# Names under which attacks take the size of their change, and the labels
+# Names of the arguments for the size of the change, and for the labels
 _SIZES = ("epsilon", "radius", "eps")
 _LABELS = ("target", "labels", "label", "y")
-# Steps of a projected gradient: Captum's has no default
+# Default number of steps of a projected gradient; Captum's attack has no default
 _STEPS = 10
 # A share of epsilon that rounding may add to it
 _ROUNDING = 1e-3
 
 
 class Attack(Perturbation):
-    """A `captum.robust.Perturbation`, or any ``(images, labels) -> images``, with the budget that it has.
+    """A `captum.robust.Perturbation`, or any function ``(images, labels) -> images``, with its budget.
 
     Args:
-        perturbation: The attack, made: ``PGD(model, ...)``.
-        epsilon: The most that a pixel may change, in units of the pixels. It is given to the attack under the attack's
-            name for it, and checked. None: as the attack was made.
+        perturbation: An instance of an attack: ``PGD(model, ...)``.
+        epsilon: The most that a pixel may change, in units of the pixels. It is passed to the attack under the attack's
+            own name for it, and checked. None: the attack decides.
         bounds: Smallest and largest value of a pixel.
         options: The attack's other arguments: ``step_num``, ``step_size``, ``norm``, ... For an attack that takes
             ``step_num`` and ``step_size`` the defaults are 10 and ``2.5 * epsilon / step_num``.
@@ -76,13 +76,13 @@ class Attack(Perturbation):
         self._label = next((name for name in _LABELS if name in parameters), None)
 
     def _complete(self, options: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> dict[str, Any]:
-        """The options with the size of the change and the steps; refuses those that the attack does not have."""
+        """Add the size of the change and the steps to the options; refuse options that the attack does not have."""
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if unknown := [name for name in options if name not in parameters and not takes_any]:
             raise OptionError(f"{self.name} has no argument {unknown[0]!r}; it has {list(parameters)}")
         if reserved := [name for name in (*_LABELS, "targeted") if name in options]:
             raise OptionError(
-                f"{reserved[0]} cannot be passed: the attack is away from the labels that the loader gives"
+                f"{reserved[0]} cannot be passed, because the attack takes its labels from the loader; leave it out"
             )
         size = next((name for name in _SIZES if name in parameters), None)
         if size in options and self.epsilon is None:
@@ -104,13 +104,13 @@ class Attack(Perturbation):
             Images of the same shape, device and dtype, in the bounds, changed by at most epsilon.
 
         Raises:
-            ShapeError, DeviceError, NonFiniteError, OptionError: The attack gave something else.
+            ShapeError, DeviceError, NonFiniteError, OptionError: The attack gave images that do not fit.
         """
         self._check_default_loss(inputs)
-        # a copy: an attack may write into it
+        # a copy, because an attack may write into it
         copy = inputs.detach().clone()
         with warnings.catch_warnings():
-            # Captum's attacks say so of any images, also of their own
+            # Captum's attacks warn of this for all images
             warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
             if self._label is None:
                 attacked = self._call(copy, labels, **self.options)
@@ -119,7 +119,7 @@ class Attack(Perturbation):
         return self._checked(attacked, inputs)
 
     def _checked(self, attacked: Any, images: Tensor) -> Tensor:
-        """What the attack gave, in the dtype of the images."""
+        """The attacked images, checked, in the dtype of the images."""
         if not isinstance(attacked, Tensor) or attacked.shape != images.shape:
             got = tuple(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__
             raise ShapeError(f"{self.name} must give images of shape {tuple(images.shape)}, got {got}")
@@ -148,7 +148,7 @@ class Attack(Perturbation):
         return result
 
     def _check_default_loss(self, images: Tensor) -> None:
-        """Captum's own loss is the logarithm of the output: for logits that is NaN, and no pixel moves."""
+        """Refuse Captum's default loss for logits: their logarithm is NaN, and no pixel would change."""
         if self._logarithm_of is None or not len(images):
             return
         with torch.no_grad():

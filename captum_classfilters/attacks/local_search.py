@@ -1,6 +1,6 @@
-"""The local-search attack of Narodytska & Kasiviswanathan 2016: a few pixels a round, where it hurts most.
+"""The local-search attack of Narodytska & Kasiviswanathan 2016, which changes a few pixels in each round.
 
-N images, b colours, n pixels of an image. `attacks/oracle.py` says what is asked of the network.
+N images, b colours, n pixels of an image.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def pert(values: Tensor, p: float) -> Tensor:
 
 
 def cyclic(values: Tensor, r: float) -> Tensor:
-    """Algorithm 2: ``r I``, and what leaves [-1/2, 1/2] comes in again at the other end."""
+    """Algorithm 2: ``r I``; values that leave [-1/2, 1/2] enter again at the other end."""
     scaled = r * values
     return torch.where(scaled < -0.5, scaled + 1, torch.where(scaled > 0.5, scaled - 1, scaled))
 
@@ -37,7 +37,7 @@ class SearchSettings:
     """What one round of `LocalSearch` does to an image; the letters are those of the paper.
 
     Attributes:
-        pert: p, by which a pixel is judged. The paper fixes none and tries 1 to 100 in section 4; Foolbox has 10.
+        pert: p, by which a pixel is judged. The paper fixes no value and tries 1 to 100 in section 4; Foolbox has 10.
         cyclic: r, by which a pixel is changed, in [0, 2].
         radius: d, half the side of the square around a changed pixel.
         pixels: t, how many pixels are changed in a round.
@@ -62,35 +62,35 @@ class SearchSettings:
 
 
 class LocalSearch(Perturbation):
-    """Change a few pixels a round, those that the network would miss most, and look near them in the next.
+    """Change a few important pixels in each round, and search near them in the next.
 
-    A round: each candidate pixel alone is set to ``p sign(I)``, which may lie far outside the image's range; the pixels
-    that leave the true class the lowest probability are then changed for good, to ``r I`` wrapped around into the
-    range; the pixels around them are the candidates of the next round. The search of an image ends when its class is
-    no longer among the first k.
+    In a round each candidate pixel alone is set to ``p sign(I)``, which may lie far outside the image's range. The
+    pixels for which the true class has the lowest probability are then set to ``r I``, wrapped around into the range.
+    The pixels around them are the candidates of the next round. The search of an image ends when its class is no longer
+    among the first k.
 
     Source: Narodytska & Kasiviswanathan 2016 (arXiv 1612.06299), section 5, algorithms 2 and 3, and section 6,
     "Implementing Algorithm LocSearchAdv". Where the paper is unclear or differs:
 
-    - It sorts "by descending order of score" and takes the first; by its text the lowest probabilities are meant.
-    - Algorithm 3 puts the next candidates around the pixels of the round before; by its text, of this round.
+    - It sorts "by descending order of score" and takes the first; its text means the lowest probabilities.
+    - Algorithm 3 puts the next candidates around the pixels of the round before; the text says those of this round.
     - The authors raise p when the chosen pixels' mean probability is close to 1 and lower it below 0.3, but do not say
-      by how much, nor where it starts. Here p stays what it is.
+      by how much, nor where it starts. Here p is constant.
     - As in the paper, p keeps the sign: a black pixel is judged by a blacker one, though `cyclic` makes it bright.
-    - As in the paper, a changed pixel is left alone for the next 30 rounds. The paper does not say what happens when
+    - As in the paper, a changed pixel is not changed again for 30 rounds. The paper does not say what happens when
       that leaves no candidate; here all pixels around are candidates again.
-    - Probabilities are compared as logarithms in float64: the same order, also where float32 rounds all to 1.
+    - Probabilities are compared as logarithms in float64, so that their order is kept where float32 rounds to 1.
 
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
         bounds: Smallest and largest value of a pixel. The paper's images lie in [-1/2, 1/2]: they are shifted inside.
         settings: What a round does.
         rounds: R, how many rounds at most.
-        candidates: Ask for at most so many pixels of each image and round, drawn at random; None, as in the paper:
-            all, up to ``pixels (2 radius + 1)**2``. Foolbox draws 128.
-        k: The class must leave the first k.
+        candidates: At most this many pixels are tried for each image and round, drawn at random; None, as in the
+            paper: all, up to ``pixels (2 radius + 1)**2``. Foolbox draws 128.
+        k: The attack succeeds when the true class is not among the first k.
         batch_size: Images in a forward pass.
-        generator: On the CPU; draws the first candidates. None: a generator of seed 0 in each call.
+        generator: Generator of all random draws, on the CPU. None: a generator of seed 0 in each call.
 
     Raises:
         OptionError: An option is out of range.
@@ -137,9 +137,9 @@ class LocalSearch(Perturbation):
             the end, comes back unchanged; every image that differs fools the network.
 
         Raises:
-            ShapeError: Not images of that shape, or a network without logits ``(N, C)``.
-            OptionError: A pixel out of range; k is not smaller than C.
-            LabelError: Labels of another shape, or out of range.
+            ShapeError: Images do not have that shape, or the network does not give logits ``(N, C)``.
+            OptionError: A pixel is out of range, or k is not smaller than C.
+            LabelError: Labels have another shape, or one is out of range.
         """
         check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
@@ -157,7 +157,7 @@ class LocalSearch(Perturbation):
 
 
 class _Search:
-    """The images whose search goes on, side by side; those that are done are written back and leave."""
+    """The search in all images at once. Finished images are written back and leave."""
 
     def __init__(self, attack: LocalSearch, oracle: Oracle, images: Tensor, labels: Tensor) -> None:
         self._attack, self._settings, self._oracle = attack, attack.settings, oracle
@@ -166,11 +166,11 @@ class _Search:
         self._span = attack.bounds[1] - attack.bounds[0]
 
     def run(self, right: Tensor) -> None:
-        """Search each image that is ``right`` so far; write those that fool the network into ``images``."""
+        """Search each image that is classified ``right``; write images that fool the network into ``images``."""
         self._active = torch.arange(len(self._images), device=self._images.device)
         everywhere = torch.ones_like(self._images[:, 0], dtype=torch.bool).flatten(1)
         self._candidates = self._drawn(everywhere, max(1, int(_START * everywhere.shape[1])))
-        # the round from which on a pixel may be changed again
+        # the first round in which a pixel may be changed again
         self._awake = torch.zeros(self._candidates.shape, dtype=torch.int64, device=self._images.device)
         self._work = self._images.flatten(2).clone()
         self._keep(right)
@@ -188,15 +188,15 @@ class _Search:
         self._candidates, self._awake = self._candidates[rows], self._awake[rows]
 
     def _drawn(self, mask: Tensor, count: int) -> Tensor:
-        """``count`` true entries of each row, at random; all where there are fewer."""
-        # drawn for all images: the result of one does not depend on which others are still searched
+        """``count`` random true entries of each row; all if there are fewer."""
+        # drawn for all images, so that the result of one does not depend on which others are still searched
         chance = torch.rand(len(self._images), mask.shape[1], generator=self._generator, dtype=torch.float64)
         chance = chance.to(mask.device)[self._active].masked_fill(~mask, -1)
         first = chance.topk(min(count, mask.shape[1])).indices
         return torch.zeros_like(mask).scatter_(1, first, True) & mask
 
     def _change(self, index: int) -> None:
-        """One round: change the best pixels, and say where to look next."""
+        """Run one round: change the best pixels and set the next candidates."""
         allowed = self._candidates & (self._awake <= index)
         allowed = torch.where(allowed.any(1, keepdim=True), allowed, self._candidates)
         if self._attack.candidates is not None:
@@ -211,7 +211,7 @@ class _Search:
         self._candidates = self._around(rows, places)
 
     def _scores(self, allowed: Tensor) -> Tensor:
-        """Logarithm of the true class's probability when one pixel alone is set by `pert`; infinite if not allowed."""
+        """Log-probability of the true class when one pixel alone is set by `pert`; infinite for pixels not allowed."""
         scores = torch.full(allowed.shape, torch.inf, dtype=torch.float64, device=allowed.device)
         owners, places = allowed.nonzero(as_tuple=True)
         size = self._attack.batch_size
@@ -223,7 +223,7 @@ class _Search:
         return scores
 
     def _around(self, rows: Tensor, places: Tensor) -> Tensor:
-        """All pixels in the squares around these."""
+        """All pixels in the squares around these places."""
         centres = torch.zeros(self._candidates.shape, device=rows.device)
         centres[rows, places] = 1
         height, width = self._images.shape[2:]

@@ -17,12 +17,12 @@ from captum_classfilters.core.outputs import describe, find_logits
 # The smallest and the largest value of a pixel
 Bounds = tuple[float, float]
 
-# How far outside the bounds rounding may leave a pixel, at least, for images in [0, 1]
+# Smallest tolerance for pixels outside the bounds, which rounding causes, for images in [0, 1]
 TOLERANCE = 1e-6
 
 
 class Oracle:
-    """A network of which an attack sees only the logits; images go to its device and dtype, and it stays there."""
+    """A network of which an attack sees only the logits. Images are moved to the network's device and dtype."""
 
     def __init__(self, forward_func: Callable[..., Any], batch_size: int = 512) -> None:
         self._forward, self._batch_size = unwrap(forward_func), batch_size
@@ -46,13 +46,13 @@ class Oracle:
         """``(N, C)`` float64, on the device of ``images``.
 
         Raises:
-            ShapeError: The network gave something else.
+            ShapeError: The network gave no such logits.
         """
         parts = [self.forward(part).detach().double() for part in torch.split(images, self._batch_size)]
         return torch.cat(parts).to(images.device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """One forward pass: ``(N, C)`` where the network is and of its dtype, with gradients where they are on."""
+        """One forward pass: ``(N, C)`` on the network's device and in its dtype, with gradients if they are enabled."""
         output = self._forward(self.place(images))
         logits = find_logits(output)
         if logits is None or logits.dim() != 2 or len(logits) != len(images):
@@ -64,10 +64,10 @@ class Oracle:
 
 
 class Normalized(nn.Module):
-    """``model((pixels - mean) / std)``: say once what the network expects, and give pixels everywhere.
+    """``model((pixels - mean) / std)``: a network that takes pixels and normalises them itself.
 
-    An attack's bounds and its epsilon are about pixels. In front of a network that takes normalised images, an attack
-    with a bound of 1 cuts off what is bright, and 2/255 is a change of another size in every colour.
+    An attack's bounds and its epsilon are in units of pixels. On normalised images a bound of 1 would cut off bright
+    pixels, and a change of 2/255 would have another size in every colour.
 
     Args:
         model: A network that takes normalised images, kept as ``.model``; a `PathDecoupler` too.
@@ -92,7 +92,7 @@ class Normalized(nn.Module):
         if len(values[0]) != len(values[1]) or not len(values[0]) or not bool((values[1] > 0).all()):
             raise OptionError(f"mean and std must be one number for each colour, std above 0, got {mean} and {std}")
         self.model = model
-        # persistent buffers would stand in the state_dict beside the model's
+        # not persistent, so that the state_dict has only the model's entries
         self.register_buffer("mean", values[0].view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", values[1].view(1, -1, 1, 1), persistent=False)
         like = next(model.parameters(), None)
@@ -100,16 +100,16 @@ class Normalized(nn.Module):
             self.mean, self.std = self.mean.to(like), self.std.to(like)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """What the model gets."""
+        """The input of the model, ``(pixels - mean) / std``."""
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels: Tensor, *args: Any) -> Any:
-        """``(N, colours, H, W)`` of pixels to what the model gives."""
+        """The model's output for pixels ``(N, colours, H, W)``."""
         return self.model(self.normalize(pixels), *args)
 
 
 def in_top(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
-    """``(N,)`` bool: is the label among the k largest logits; of equal ones the first counts, as in ``argmax``."""
+    """``(N,)`` bool: is the label among the k largest logits? Of equal logits the first wins, as in ``argmax``."""
     of_label = logits.gather(1, labels[:, None])
     first = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     ahead: Tensor = ((logits > of_label) | ((logits == of_label) & first)).sum(1)
@@ -117,7 +117,7 @@ def in_top(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 
 
 def check_bounds(bounds: Any) -> Bounds:
-    """The bounds as two floats; refuse what is not a pair, and a pair that leaves no room."""
+    """The bounds as two floats; refuse anything but a pair whose first is below its second."""
     try:
         low, high = (float(bound) for bound in bounds)
     except (TypeError, ValueError):
@@ -137,14 +137,14 @@ _PIXELS = "pass bounds=, or images before normalisation with a model that normal
 
 
 def check_images(images: Any, bounds: Bounds, what: str = "images", remedy: str = _PIXELS) -> None:
-    """Refuse what is not ``(N, colours, H, W)`` of floats in the bounds."""
+    """Refuse images that are not floats ``(N, colours, H, W)`` in the bounds."""
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ShapeError(f"{what} must be floats of shape (N, colours, H, W), got {got}; convert bytes by images / 255")
     if not images.numel():
         return
     low, high = (float(bound) for bound in images.detach().aminmax())
-    # relative to the bounds: half precision rounds 0.3 to 0.3008, and float32 moves 151.061 by 1e-5
+    # relative to the bounds, because half precision rounds 0.3 to 0.3008, and float32 moves 151.061 by 1e-5
     tolerance = max(TOLERANCE, torch.finfo(images.dtype).eps) * max(abs(bounds[0]), abs(bounds[1]), 1)
     # the negation: NaN is refused as well
     if not (low >= bounds[0] - tolerance and high <= bounds[1] + tolerance):

@@ -18,7 +18,7 @@ from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 
-# In the one-pixel attack ART's pixels are whole numbers from 0 to this
+# ART's one-pixel attack uses whole numbers from 0 to this
 _WHITE = 255.0
 
 
@@ -32,8 +32,8 @@ class ARTAttack(Perturbation):
         attack: A name or class of ``art.attacks.evasion``: ``"CarliniL2Method"``.
         bounds: Smallest and largest value of a pixel.
         num_classes: C, which ART asks for.
-        seed: ART draws from numpy's and torch's global state: both are seeded with this, and put back.
-        options: The attack's own options, as ``max_iter=100``.
+        seed: Seed of numpy's and torch's global state, from which ART draws; both are restored afterwards.
+        options: The attack's own options, such as ``max_iter=100``.
 
     Raises:
         OptionError: There is no such attack, it refuses an option, or ART is not installed.
@@ -78,7 +78,7 @@ class ARTAttack(Perturbation):
             return inputs.detach().clone()
         oracle = Oracle(self.forward_func)
         with oracle.open(grad=True), _seeded([self.seed]):
-            # not torch.manual_seed: only this generator is put back
+            # not torch.manual_seed, because only this generator is restored
             torch.default_generator.manual_seed(self.seed)
             check_range(labels, classes := oracle.logits(inputs[:1]).shape[1])
             if classes != self.num_classes:
@@ -92,27 +92,28 @@ class ARTAttack(Perturbation):
 
 
 class OnePixel(Perturbation):
-    """Look for one pixel, its place and colour, that changes what the network sees; by differential evolution.
+    """Search by differential evolution for one pixel, its place and colour, that changes the predicted class.
 
     Source: Su, Vargas & Sakurai 2019 (arXiv 1710.08864), untargeted; the search is ART's
     ``art.attacks.evasion.PixelAttack`` with ``es=1``. ART differs from the paper:
 
-    - 400 candidates a generation as in the paper (399 for one colour), but mutants of the best candidate with a random
-      factor in [0.5, 1] instead of a random candidate with 0.5, and a Latin hypercube at the start.
-    - Colours are whole numbers of 255 steps, cut, not rounded: the upper bound itself is never reached, only 254/255.
+    - It has 400 candidates in each generation, as in the paper (399 for one colour). It mutates the best candidate with
+      a random factor in [0.5, 1] instead of a random candidate with 0.5, and starts from a Latin hypercube.
+    - Colours have 255 steps and are cut, not rounded: a pixel reaches 254/255, never the upper bound.
 
-    This adapter adds: images in any range, all other pixels bit for bit as they were, networks of two classes, which
-    ART refuses, one seed instead of numpy's global state, and a network left where and as it was. Candidates are
-    compared by the logarithm of the probability: the same order, also where float32 rounds all to 1.
+    This adapter adds images in any range, other pixels that stay bit for bit, networks of two classes (which ART
+    refuses), and one seed instead of numpy's global state; the network is not moved or changed. Candidates are compared
+    by the logarithm of the probability, so that their order is kept where float32 rounds to 1.
 
     Needs ART: ``pip install captum-classfilters[attacks]``.
 
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
         bounds: Smallest and largest value of a pixel.
-        th: Pixels that may be changed, ART's name; 1 is the attack of the title.
-        max_iter: Generations at most, ART's name. The attack runs at most about ``401 max_iter + 400`` images for each.
-        seed: Seed of the search. Each image of a call has a search of its own, seeded by its place.
+        th: How many pixels may be changed (ART's name for it); 1 is the one-pixel attack.
+        max_iter: Generations at most (ART's name). The network sees at most about ``401 max_iter + 400`` candidates for
+            each image.
+        seed: Seed of the search. The search of each image is seeded by this and by its position in the batch.
 
     Raises:
         OptionError: An option is out of range, or ART is not installed.
@@ -148,9 +149,9 @@ class OnePixel(Perturbation):
             back unchanged; every image that differs fools the network.
 
         Raises:
-            ShapeError: Not images of that shape, or a network without logits ``(N, C)``.
-            OptionError: A pixel out of range.
-            LabelError: Labels of another shape, or out of range.
+            ShapeError: Images do not have that shape, or the network does not give logits ``(N, C)``.
+            OptionError: A pixel is out of range.
+            LabelError: Labels have another shape, or one is out of range.
         """
         check_images(inputs, self.bounds)
         labels = check_labels(labels, len(inputs)).to(inputs.device)
@@ -164,7 +165,7 @@ class OnePixel(Perturbation):
             for index in in_top(logits, labels).nonzero()[:, 0].tolist():
                 one = slice(index, index + 1)
                 attacked = self._attacked(attack, images[one], index)
-                # run again: the other pixels are now exactly the image's, not ART's copy of it
+                # the network runs again, because the other pixels are now exactly the image's and not ART's copy
                 if not in_top(oracle.logits(attacked), labels[one]).item():
                     images[one] = attacked
         return images
@@ -178,10 +179,10 @@ class OnePixel(Perturbation):
         return evasion.PixelAttack(classifier, th=self.th, es=1, max_iter=self.max_iter, verbose=False)
 
     def _attacked(self, attack: Any, image: Tensor, index: int) -> Tensor:
-        """The image with ART's pixel in it; the image itself where ART found none."""
+        """The image with ART's pixel in it; the unchanged image if ART found none."""
         scaled = self._to_art(image)
         with _seeded([self.seed, index]):
-            # without labels ART takes the network's own; with labels it refuses networks of two classes
+            # no labels, because with labels ART refuses networks of two classes; it uses the predicted ones
             changed = attack.generate(scaled)
         pixels = torch.from_numpy((changed != scaled).any(1, keepdims=True)).to(image.device)
         pasted = torch.where(pixels, self._from_art(torch.from_numpy(changed).to(image.device)), image.double())
@@ -204,11 +205,11 @@ class FoolboxAttack(Perturbation):
 
     Args:
         forward_func: The network, images to logits ``(N, C)``; borrowed in eval mode, given back as it was.
-        attack: One of ``foolbox.attacks``, made: ``foolbox.attacks.LinfPGD()``.
+        attack: An instance of an attack in ``foolbox.attacks``: ``foolbox.attacks.LinfPGD()``.
         bounds: Smallest and largest value of a pixel.
 
     Raises:
-        OptionError: Not an attack of Foolbox, or Foolbox is not installed.
+        OptionError: ``attack`` is no attack of Foolbox, or Foolbox is not installed.
     """
 
     def __init__(self, forward_func: nn.Module, attack: Any, bounds: Bounds = (0.0, 1.0)) -> None:
@@ -223,8 +224,7 @@ class FoolboxAttack(Perturbation):
         Args:
             inputs: ``(N, colours, H, W)``, floating, in the bounds.
             labels: True classes, ``(N,)``.
-            epsilon: The size of the change in the attack's own norm; None: as small as the attack finds, for attacks
-                that minimise it.
+            epsilon: The size of the change in the attack's own norm; None: attacks that minimise the change find it.
 
         Returns:
             Same shape, dtype and device, in the bounds.
@@ -243,7 +243,7 @@ class FoolboxAttack(Perturbation):
             check_range(labels, oracle.logits(inputs[:1]).shape[1])
             hidden = _Hidden.around(oracle).eval()
             model = _foolbox().PyTorchModel(hidden, self.bounds, device=inputs.device)
-            # Foolbox has no tolerance for what rounding left outside
+            # Foolbox does not tolerate pixels that rounding left outside
             within = inputs.detach().clamp(*self.bounds)
             _, attacked, _ = self.attack(model, within, labels, epsilons=epsilon)
         changed: Tensor = attacked.detach().to(inputs).clamp(*self.bounds)
@@ -251,16 +251,16 @@ class FoolboxAttack(Perturbation):
 
 
 class _Hidden(nn.Module):
-    """A module that a toolbox may move and switch between modes; the network behind it stays as it is."""
+    """A module that a toolbox may move and switch between modes, without an effect on the network."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        # a function: a toolbox would find, move and switch a module
+        # a function, because a toolbox would find, move and switch a module
         self._function = function
 
     @classmethod
     def around(cls, oracle: Oracle) -> "_Hidden":
-        """The network's logits, with gradients, where the images are."""
+        """The network's logits, with gradients, on the device of the images."""
         return cls(lambda images: oracle.forward(images).to(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class _Hidden(nn.Module):
 
 
 class _OfImagesAlone(torch.autograd.Function):
-    """A network whose parameters get no ``.grad``: toolboxes call ``backward``, which would leave some on them."""
+    """A network whose parameters get no ``.grad``, although toolboxes call ``backward``."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -285,7 +285,7 @@ class _OfImagesAlone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # the graph is kept: ART goes back once for each class
+        # the graph is kept, because ART calls backward once for each class
         (result,) = torch.autograd.grad(ctx.output, ctx.images, gradient, retain_graph=True, materialize_grads=True)
         return result, None
 
@@ -305,9 +305,9 @@ def _classifier(network: _Hidden, images: Tensor, classes: int, bounds: Bounds) 
 
 @contextmanager
 def _seeded(seed: list[int]) -> Iterator[None]:
-    """Seed what ART draws from, numpy's global state, and put it back; torch's too, which its data loaders use."""
+    """Seed numpy's global state, from which ART draws, and restore it; also restore torch's, which its loaders use."""
     state = np.random.get_state()
-    # ART divides by the deviation of a population, which is 0 where all are alike
+    # ART divides by the deviation of a population, which is 0 if all members are equal
     with torch.random.fork_rng(devices=[]), np.errstate(all="ignore"):
         np.random.seed(np.random.SeedSequence(seed).generate_state(4))
         try:
@@ -317,7 +317,7 @@ def _seeded(seed: list[int]) -> Iterator[None]:
 
 
 def _art() -> tuple[Any, Any]:
-    """ART's attacks and classifiers, loaded on use: it takes seconds."""
+    """ART's attacks and classifiers, imported on use because it takes seconds."""
     try:
         from art.attacks import evasion
         from art.estimators import classification

@@ -25,13 +25,13 @@ from captum_classfilters.core.errors import OptionError
 
 
 def pixel_alphas(second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
-    """How much each position's gradient counts for its channel.
+    """The weight of each position's gradient in its channel.
 
-    Source: Chattopadhay et al. 2018, "Grad-CAM++", eq. 19: ``D2 / (2 D2 + sum(A) D3)``, where the derivatives of
-    ``exp(S)`` are ``exp(S) g^p`` for a piecewise linear network, and ``exp(S)`` cancels. Differs: nothing is added to
-    the denominator, so that small gradients count as large ones do; 0 where there is no gradient; and its second term
-    counts only where it is positive, as it always is for Grad-CAM++ behind a ReLU. With negative activations, or with
-    means over noise, it can bring the denominator near 0, and a single position would make the map, of either sign.
+    Source: Chattopadhay et al. 2018, "Grad-CAM++", eq. 19: ``D2 / (2 D2 + sum(A) D3)``. For a piecewise linear network
+    the derivatives of ``exp(S)`` are ``exp(S) g^p``, and ``exp(S)`` cancels. Differs: nothing is added to the
+    denominator, so that small gradients count like large ones; the weight is 0 where there is no gradient; the second
+    term counts only where it is positive, as it always is for Grad-CAM++ behind a ReLU. With negative activations, or
+    with means over noise, it could bring the denominator near 0, and a single position would dominate the map.
 
     Args:
         second: ``D2``, squares of gradients, ``(N, K, *)`` float64: the square of a small float32 is 0 in float32.
@@ -43,17 +43,17 @@ def pixel_alphas(second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
     """
     total = activations.double().flatten(2).sum(2).view(*activations.shape[:2], *[1] * (activations.dim() - 2))
     denominator = 2 * second + (total * third).relu()
-    # 1 in place of 0: a division by 0 in the branch not taken would still be NaN for gradients
+    # 1 in place of 0, because a division by 0 in the branch not taken would still make gradients NaN
     divided = second / torch.where(denominator == 0, 1.0, denominator)
     return torch.where(denominator == 0, 0.0, divided)
 
 
 def weights_of(first: Tensor, second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
-    """The weight of each channel's map: its positive gradients, each position by its alpha.
+    """The weight of each channel's map: the sum of its positive gradients times the alphas of their positions.
 
     Source: Grad-CAM++, eq. 10; with means over noisy copies of the image in place of the derivatives, Omeiza et al.
-    2019, "Smooth Grad-CAM++", eq. 13. Differs from the latter: it has ``D1`` in the numerator of alpha where Grad-CAM++
-    has ``D2``; ``D2`` is taken, as everybody does.
+    2019, "Smooth Grad-CAM++", eq. 13. Differs from the latter, which has ``D1`` in the numerator of alpha: here it is
+    ``D2``, as in Grad-CAM++ and in other implementations.
 
     Args:
         first: ``D1``, gradients of the logit with respect to the layer, ``(N, K, *)`` float64, or their mean.
@@ -72,9 +72,9 @@ class LayerGradCamPlusPlus(LayerCam):
 
     Source: Chattopadhay et al. 2018, "Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks",
     eqs. 10 and 19. Differs: no constant in alpha's denominator, see `pixel_alphas`; the sum's ReLU is left to
-    ``relu_attributions``, as in ``LayerGradCam``; chosen channels; evidence against a class. torchcam 0.5's
-    ``GradCAMpp`` loses the division by the denominator (it is done in place, on a copy), so its maps are others; and
-    its sum has each position's own gradient, the paper's that of the position weighed.
+    ``relu_attributions``, as in ``LayerGradCam``; chosen channels; evidence against a class. The maps of torchcam
+    0.5's ``GradCAMpp`` are different: it loses the division by the denominator (done in place, on a copy), and its sum
+    has each position's own gradient, while the paper has that of the weighed position.
 
     The model runs in eval mode, and is given back as it was.
 
@@ -120,21 +120,21 @@ class LayerGradCamPlusPlus(LayerCam):
             target: The class, an int, or N of them; as for ``LayerGradCam``.
             additional_forward_args: Further arguments of the forward.
             attribute_to_layer_input: The layer's input in place of its output.
-            relu_attributions: Only what is positive, as in the paper.
-            attr_dim_summation: Sum over channels; otherwise each channel's part, 0 for those not chosen.
+            relu_attributions: Set negative values to 0, as in the paper.
+            attr_dim_summation: Sum over channels; otherwise return each channel's part, 0 for those not chosen.
             grad_kwargs: Passed on to ``torch.autograd.grad``.
             channels: Only these: indices or a mask ``(K,)`` for all samples; ``(N, k)`` indices (-1 fills up), a mask
                 ``(N, K)`` or a list of N index tensors, for each.
-            channel_weights: None: those of Grad-CAM++. ``"ones"``: the plain sum of activations. ``"head"``: the
-                classifier head's for the target (Zhou et al. 2016), where the layer is the map that it reads. Or a
-                tensor, ``(K,)`` or ``(N, K)``.
-            against: What speaks against the target: Grad-CAM++ of the negative output.
+            channel_weights: None: weights of Grad-CAM++. ``"ones"``: the plain sum of activations. ``"head"``: the
+                classifier head's weights for the target (Zhou et al. 2016), if the layer is the map that it reads. Or
+                a tensor, ``(K,)`` or ``(N, K)``.
+            against: Show evidence against the target: Grad-CAM++ of the negative output.
 
         Returns:
             ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum; the dtype of the layer's output.
 
         Raises:
-            OptionError: Channels are empty, the target is missing, or weights are none of those named above.
+            OptionError: Channels are empty, the target is missing, or ``channel_weights`` is unknown.
             ShapeError: The layer has no positions; channels or weights are not for N samples and K channels.
             LayerError: The layer does not have one tensor in or out.
             LabelError: A target is out of range.
@@ -173,12 +173,12 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
     """Where a layer's channels speak for a class, with derivatives averaged over noise.
 
     Source: Omeiza et al. 2019, "Smooth Grad-CAM++", eqs. 10 to 14. Differs: the activations are those of the clean
-    image (the paper does not say; torchcam 0.5's ``SmoothGradCAMpp`` weighs those of the last noisy copy, and takes its
-    gradient alone for D1); all three derivatives are means over copies; alpha has D2 in its numerator, see
-    `weights_of`; the noise is seeded.
+    image (the paper does not say; torchcam 0.5's ``SmoothGradCAMpp`` takes those of the last noisy copy, and only its
+    gradient for D1); all three derivatives are means over copies; alpha has D2 in its numerator, see `weights_of`; the
+    noise is seeded.
 
-    Where the layer is averaged and read by a linear head, gradients do not depend on the image: the map is then that of
-    `LayerGradCamPlusPlus`, at n + 1 times its cost. Noise matters for layers before.
+    If the layer is averaged and read by a linear head, gradients do not depend on the image: the map is that of
+    `LayerGradCamPlusPlus`, at n + 1 times its cost. Noise matters for earlier layers.
 
     The model runs in eval mode, and is given back as it was. Arguments as for `LayerGradCamPlusPlus`.
 
@@ -218,17 +218,17 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
             target: The class, an int, or N of them.
             additional_forward_args: Further arguments of the forward; tensors of N entries are one for each sample.
             attribute_to_layer_input: The layer's input in place of its output.
-            relu_attributions: Only what is positive.
+            relu_attributions: Set negative values to 0.
             attr_dim_summation: Sum over channels.
             grad_kwargs: Passed on to ``torch.autograd.grad``.
             channels: Only these.
-            channel_weights: None, ``"ones"``, ``"head"`` or a tensor. Where given, no noise is needed and none is made.
-            against: What speaks against the target.
+            channel_weights: None, ``"ones"``, ``"head"`` or a tensor. With given weights no noise is drawn.
+            against: Show evidence against the target.
             n_samples: Noisy copies of each image.
             stdevs: Standard deviation of the noise, in units of the inputs; a tuple has one for each input.
             generator: Draws the noise. None: a generator of seed 0, so that the same call gives the same map.
-            internal_batch_size: Copies that run at once, of all images together. None: N, one of each image. The map
-                does not depend on it, memory does.
+            internal_batch_size: How many noisy copies run at once. None: N, one of each image. It changes the memory
+                that is needed, and not the map.
 
         Returns:
             ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum.
@@ -289,7 +289,7 @@ def _check(inputs: tuple[Any, ...], n_samples: Any, stdevs: Any, internal_batch_
 def _noisy(
     inputs: tuple[Tensor, ...], spread: tuple[float, ...], copies: int, generator: torch.Generator | None, size: int
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Noisy copies in portions: which sample each is of, ``(B,)``, and the copies. Portions do not change the noise."""
+    """Noisy copies in portions: the sample of each copy, ``(B,)``, and the copies. Portions do not change the noise."""
     samples, device = len(inputs[0]), inputs[0].device
     generator = torch.Generator(device).manual_seed(0) if generator is None else generator
     waiting: tuple[Tensor, ...] = ()
@@ -297,7 +297,7 @@ def _noisy(
     while start < copies * samples:
         end = min(start + size, copies * samples)
         while made < end:
-            # one whole copy of all samples after another: the noise does not depend on the portions
+            # whole copies of all samples are drawn, so that the noise does not depend on the portions
             fresh = tuple(_with_noise(value, s, generator) for value, s in zip(inputs, spread, strict=True))
             waiting = tuple(map(torch.cat, zip(waiting, fresh, strict=True))) if waiting else fresh
             made += samples
@@ -310,13 +310,13 @@ def _noisy(
 def _with_noise(value: Tensor, spread: float, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value
-    # drawn where the generator is: the same seed gives the same noise wherever the images are
+    # drawn on the generator's device, so that the same seed gives the same noise for images on any device
     noise = torch.randn(value.shape, generator=generator, device=generator.device, dtype=torch.float32)
     return value + spread * noise.to(value.device, value.dtype)
 
 
 def _rows_of_target(target: Any, rows: Tensor, samples: int) -> Any:
-    """The targets of these samples, where there is one for each."""
+    """The targets of these samples, if each sample has its own."""
     if isinstance(target, list) and len(target) == samples:
         return [target[row] for row in rows.tolist()]
     return rows_of(target, rows.to(target.device) if isinstance(target, Tensor) else rows, samples)

@@ -1,6 +1,6 @@
-"""What both maps share: the layer is read through Captum, chosen channels are weighed and summed, bad input is refused.
+"""What both maps share: read the layer through Captum, weigh and sum chosen channels, refuse bad input.
 
-`grad_cam_plus_plus.py` says what a channel weighs. N samples, K channels.
+`grad_cam_plus_plus.py` computes the weights. N samples, K channels.
 """
 
 import warnings
@@ -31,8 +31,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
         forward_func: The model, or a function.
         layer: A module of it, or its dotted name.
         device_ids: As for Captum's ``LayerGradCam``.
-        reshape: Makes ``(N, K, h, w)`` of what the layer gives, where it does not: of tokens, of channels last. It may
-            only move numbers about, for gradients are moved the same way.
+        reshape: Makes ``(N, K, h, w)`` of the layer's output, for tokens or channels last. It may only move numbers,
+            because gradients are moved the same way.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class LayerCam(GradientAttribution, LayerAttribution):
         return borrowed(outermost(self.forward_func), grad=True)
 
     def _devices(self) -> list[int] | None:
-        # of DataParallel, which `_forward` hides from Captum
+        # the devices of DataParallel, which `_forward` hides from Captum
         return self.device_ids or getattr(self.forward_func, "device_ids", None)
 
     def _forward(self, target: Any) -> Callable[..., Any]:
-        """The forward function, with a look at the target before Captum picks it."""
+        """The forward function; it checks the target before Captum picks it."""
 
         def forward(*args: Any) -> Any:
             output = logits_of(self.forward_func(*args))
@@ -115,7 +115,7 @@ class LayerCam(GradientAttribution, LayerAttribution):
     ) -> Tensor:
         """The weighed map; ``weigh`` gives Grad-CAM++'s weights ``(N, K)``, unless there is a ``replacement``."""
         samples, size = activations.shape[:2]
-        # channels first: a wrong one is refused before anything is computed
+        # channels first, so that a wrong one is refused before anything is computed
         mask = None if channels is None else channel_mask(channels, samples, size, activations.device)
         weights = weigh() if replacement is None else replacing_weights(replacement, samples, size, activations.device)
         if mask is not None:
@@ -150,7 +150,7 @@ class LayerCam(GradientAttribution, LayerAttribution):
 
 
 def check_target(target: Any, output: Tensor) -> None:
-    """Refuse a target that is missing or out of range, in words."""
+    """Refuse a target that is missing or out of range."""
     classes = output.shape[1]
     if target is None and classes > 1:
         raise OptionError(f"the model gives {classes} outputs: pass target=, the class, or one for each sample")
@@ -159,7 +159,7 @@ def check_target(target: Any, output: Tensor) -> None:
 
 
 def check_against(against: bool, channel_weights: Any) -> None:
-    """Refuse ``against`` together with weights of the caller, which have no sign to turn."""
+    """Refuse ``against`` together with weights of the caller, which have no gradient to negate."""
     if against and channel_weights is not None:
         raise OptionError(
             "against= changes the sign of Grad-CAM++'s gradients, and channel_weights= takes their place; pass only one"
@@ -175,7 +175,7 @@ def as_target(target: Any) -> Any:
     try:
         numbers = torch.as_tensor(target).tolist()
     except (TypeError, ValueError, RuntimeError):
-        return target  # refused by `check_target`, which knows the outputs
+        return target  # `check_target` refuses it later, when the outputs are known
     return numbers[0] if isinstance(numbers, list) and len(numbers) == 1 else numbers
 
 
@@ -185,12 +185,12 @@ def _picks_by_tuple(target: Any) -> bool:
 
 
 def rows_of(value: Any, rows: Any, samples: int) -> Any:
-    """The samples ``rows`` of an argument that has one entry for each, any other as it is."""
+    """The samples ``rows`` of an argument with one entry for each sample; any other argument is unchanged."""
     return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == samples else value
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """One, none or several."""
+    """The value as a tuple; None is empty."""
     return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
@@ -226,11 +226,11 @@ def channel_mask(channels: Channels, samples: int, size: int, device: torch.devi
     """The chosen channels as a mask, ``(N, K)`` bool.
 
     Args:
-        channels: Indices, 1-D, or a mask ``(K,)``, for all samples; a mask ``(N, K)``, indices ``(N, k)`` (-1 fills up
-            rows), or a list of N index tensors, for each.
+        channels: For all samples, 1-D indices or a mask ``(K,)``; for each sample, a mask ``(N, K)``, indices
+            ``(N, k)`` (-1 fills up rows), or a list of N index tensors.
         samples: N.
         size: K.
-        device: Where the mask is wanted.
+        device: Device of the mask.
 
     Raises:
         OptionError: No channel is chosen, or one is out of range.
@@ -256,7 +256,7 @@ def channel_mask(channels: Channels, samples: int, size: int, device: torch.devi
 
 
 def replacing_weights(replacement: Any, samples: int, size: int, device: torch.device) -> Tensor:
-    """Weights that take the place of Grad-CAM++'s, ``(N, K)`` or ``(1, K)`` float64: ones, or the caller's tensor."""
+    """Weights that replace those of Grad-CAM++, ``(N, K)`` or ``(1, K)`` float64: ones, or the caller's tensor."""
     if isinstance(replacement, str) and replacement == "ones":
         return torch.ones(1, size, dtype=torch.float64, device=device)
     if not isinstance(replacement, Tensor) or not replacement.is_floating_point():

@@ -1,6 +1,6 @@
-"""Attackers who know of the detector: a detector is judged by how it does against them.
+"""Attacks that know of the detector. A detector should be judged by them.
 
-N images, K channels in all.
+N images, K channels in all layers together.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.stream import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
 
-# ``(logits, gates, gate logits, labels, rows)`` to a loss for each image, which the attack lowers
+# A function of ``(logits, gates, gate logits, labels, rows)`` that gives the loss of each image; the attack lowers it
 Goal = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # What a surrogate of a detector may read
@@ -78,12 +78,11 @@ class _GatePGD(Perturbation):
 
 
 class AdaptivePGD(_GatePGD):
-    """PGD on the network and on the detector at once: images that are misclassified, and raise no alarm.
+    """PGD on the network and on the detector: it looks for images that are misclassified and raise no alarm.
 
-    A surrogate says how adversarial a path looks: train one with `distil`. A step raises the cross-entropy of an image
-    that the network still classifies right, and lowers the surrogate's answer on one that it misclassifies; with
-    ``weight`` it does both at once. Gates are hard, with the gradient of soft ones, so that the attack has a gradient
-    for how paths change.
+    A surrogate, trained by `distil`, says how adversarial a path looks. While the network classifies an image
+    correctly, a step raises the cross-entropy; after that, a step lowers the surrogate's answer. With ``weight`` every
+    step does both. Gates are hard, but have the gradient of soft ones, so that the attack can change paths.
 
     Source: Bryniarski et al. 2021, "Evading adversarial example detection defenses with orthogonal projected gradient
     descent", its selective form; with ``weight`` the sum of losses of Carlini & Wagner 2017, "Adversarial examples are
@@ -94,8 +93,8 @@ class AdaptivePGD(_GatePGD):
         surrogate: ``(N, K)`` to ``(N,)``, larger for adversarial, differentiable. None: attack the network alone, but
             through its gates.
         reads: What the surrogate reads: ``"bits"``, or ``"logits"``, through a sigmoid, if its detector reads those.
-        weight: Weight of the surrogate in the sum ``weight * surrogate - cross-entropy``; None: one of the two at a
-            time. Of the weights tried here, small ones raise alarms and large ones do not fool the network.
+        weight: Weight of the surrogate in the sum ``weight * surrogate - cross-entropy``; None: each step lowers only
+            one of the two. In our tests small weights raised alarms, and large ones did not fool the network.
         bounds: Smallest and largest value of a pixel.
 
     Raises:
@@ -113,7 +112,7 @@ class AdaptivePGD(_GatePGD):
     ) -> None:
         super().__init__(decoupler, 0.0 if weight is None else weight, bounds)
         self.selective = weight is None
-        # a copy where the network is: it may have been trained on another device
+        # a copy on the network's device, because it may have been trained on another one
         if isinstance(surrogate, nn.Module):
             surrogate = deepcopy(surrogate).to(next(self._inner.parameters()).device)
         self.surrogate, self.reads = surrogate, one_of(reads, "reads", _READS)
@@ -129,8 +128,8 @@ class AdaptivePGD(_GatePGD):
             step_num: Number of steps.
 
         Returns:
-            Same shape: of all steps that fool the network the one that looks least adversarial; where none fools it,
-            the one that looks least adversarial of all.
+            Same shape: of the steps that fool the network, the image that looks least adversarial; if no step fools it,
+            the one that looks least adversarial of all steps.
         """
         labels = check_labels(labels, len(inputs)).to(inputs.device)
 
@@ -147,11 +146,11 @@ class AdaptivePGD(_GatePGD):
 
 
 class PathMatching(_GatePGD):
-    """PGD towards the path of a clean image of another class: a detector of paths should find it hardest to detect.
+    """PGD towards the path of a clean image of another class, which should be hard to detect by paths.
 
     It lowers the cross-entropy with the class of the target path, plus ``weight`` times the mean over channels of the
-    binary cross-entropy between that path's bits and the gates' logits. The target path is the nearest of ``paths``
-    whose predicted class is not the image's.
+    binary cross-entropy between that path's bits and the gates' logits. The target path is the nearest one in ``paths``
+    with a predicted class that is not the image's.
 
     Source: after the feature matching of Sabour et al. 2016, "Adversarial manipulation of deep representations".
 
@@ -163,8 +162,8 @@ class PathMatching(_GatePGD):
 
     Raises:
         OptionError: An argument is out of range.
-        LabelError: The paths are of fewer than two classes.
-        MergeError: The paths are of another network.
+        LabelError: The paths have fewer than two classes.
+        MergeError: The paths belong to another network.
     """
 
     def __init__(
@@ -195,8 +194,8 @@ class PathMatching(_GatePGD):
         target_classes = self.paths.predictions[nearest].to(inputs.device)
 
         def goal(logits: Tensor, _: Tensor, gate_logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-            apart = F.binary_cross_entropy_with_logits(gate_logits, target_bits[rows], reduction="none").mean(1)
-            return F.cross_entropy(logits, target_classes[rows], reduction="none") + self.weight * apart
+            path_loss = F.binary_cross_entropy_with_logits(gate_logits, target_bits[rows], reduction="none").mean(1)
+            return F.cross_entropy(logits, target_classes[rows], reduction="none") + self.weight * path_loss
 
         return self._descend(inputs, labels, radius, step_size, step_num, goal)
 
@@ -214,7 +213,7 @@ def distil(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """Train a small network to predict a detector's scores: the surrogate of an attacker who can only query it.
+    """Train a small network to predict a detector's scores. An attacker who can only query the detector uses it.
 
     Args:
         detector: A fitted `PathDetector` or `PathOutlierDetector`, or anything with its ``strangeness``.
@@ -242,7 +241,7 @@ def distil(
     if not scores.std() > 0:
         raise OptionError("the detector gives all these paths the same score: nothing can be learnt; pass other paths")
     scores = (scores - scores.mean()) / scores.std()
-    # a new layer draws weights, which are replaced below: keep the caller's random state out of it
+    # a new layer draws weights, which are replaced below; the caller's random state must not change
     with torch.random.fork_rng(devices=[]):
         surrogate = nn.Sequential(nn.Linear(bits.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Flatten(0))
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Split-conformal p-values: how rarely a clean image has a path as strange as this one.
+"""Split-conformal p-values: how rarely does a clean image have a path as strange as this one?
 
-n clean paths for calibration, m paths judged.
+n clean paths are used for calibration, m paths are judged.
 """
 
 import math
@@ -16,11 +16,13 @@ from captum_classfilters.detection.features import Array
 
 
 def p_values(scores: Array, calibration: Array) -> Array:
-    """``(1 + #{calibration >= score}) / (n + 1)``: for a clean path at most alpha with probability at most alpha.
+    """Conformal p-values, ``(1 + #{calibration >= score}) / (n + 1)``.
 
-    Source: Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", eq. 2.20, with a held-out set. The
-    guarantee holds when clean paths judged later are drawn like those for calibration. Equal scores count against the
-    alarm: with coarse scores the rate is lower than alpha.
+    The p-value of a clean path is at most alpha with probability at most alpha. This holds if the clean paths judged
+    later are drawn like those for calibration. Equal scores raise the p-value, so with coarse scores the rate of false
+    alarms is lower than alpha.
+
+    Source: Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", eq. 2.20, with a held-out set.
 
     Args:
         scores: ``(m,)``, larger is stranger.
@@ -35,16 +37,16 @@ def p_values(scores: Array, calibration: Array) -> Array:
 
 
 def false_positive_interval(alpha: float, calibration: int, judged: int, level: float = 0.99) -> tuple[float, float]:
-    """Between which shares the false positives of a calibrated detector lie, by chance alone: ``(low, high)``.
+    """Interval ``(low, high)`` of the share of false positives that a calibrated detector gives by chance alone.
 
-    The calibration set is itself a draw, so their number is beta-binomial and scatters more than a binomial one.
+    The calibration set is random too, so the number of false positives is beta-binomial, which is wider than binomial.
 
     Source: Vovk 2012, "Conditional validity of inductive conformal predictors", proposition 2a.
 
     Args:
-        alpha: The rate that was asked for.
+        alpha: The rate passed to `Calibrated.calibrate`.
         calibration: n.
-        judged: Clean paths that were judged.
+        judged: Number of clean paths that were judged.
         level: Coverage of the interval.
 
     Raises:
@@ -75,7 +77,7 @@ def check_enough(count: int, alpha: float) -> None:
 class Calibrated(ABC):
     """A detector with p-values, and with alarms at a given rate, from clean paths that it was not fitted on.
 
-    A subclass gives `strangeness`: larger for what is more likely adversarial.
+    A subclass defines `strangeness`, which is larger for paths that are more likely adversarial.
     """
 
     @abstractmethod
@@ -87,8 +89,8 @@ class Calibrated(ABC):
 
         Args:
             X_clean: ``(n, K)`` array, tensor or `Paths` of clean images, drawn like those judged later. Do not use the
-                network's training images, whose paths differ from those of new images. Include everything that shall
-                raise no alarm: misclassified images, noisy ones.
+                network's training images, whose paths differ from those of new images. Include all images that should
+                raise no alarm, such as misclassified and noisy ones.
             alpha: The rate of false positives.
 
         Returns:
@@ -115,7 +117,7 @@ class Calibrated(ABC):
 
         Args:
             X: ``(m, K)`` array, tensor or `Paths`.
-            alpha: Another rate than that of `calibrate`.
+            alpha: The rate of false positives; None: the rate passed to `calibrate`.
 
         Raises:
             NotCalibratedError: `calibrate` was not called.
@@ -125,7 +127,7 @@ class Calibrated(ABC):
         if alpha is None:
             alpha = self.alpha_
         check_enough(len(scores), alpha)
-        # a little more: in floats 1 - 0.9 is less than 0.1, the smallest p-value that nine paths give
+        # a little more than alpha, because in floats 1 - 0.9 is less than 0.1, the smallest p-value of nine paths
         alarms: Array = self.p_value(X) <= alpha * (1 + 1e-9)
         return alarms
 
@@ -133,11 +135,11 @@ class Calibrated(ABC):
         if not hasattr(self, "calibration_scores_"):
             raise NotCalibratedError(
                 f"{type(self).__name__} is not calibrated: an alarm needs a rate of false positives; call "
-                "calibrate(clean_paths, alpha=0.05) with clean paths it was not fitted on"
+                "calibrate(clean_paths, alpha=0.05) with clean paths that it was not fitted on"
             )
         return self.calibration_scores_
 
     def _forget_calibration(self) -> None:
-        """Drop the scores of an earlier `fit`, which say nothing about this one."""
+        """Drop the scores of an earlier `fit`, which do not belong to this one."""
         for name in ("calibration_scores_", "alpha_"):
             self.__dict__.pop(name, None)

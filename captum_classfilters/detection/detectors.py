@@ -1,7 +1,7 @@
 """The detectors: `PathDetector` learns from clean and adversarial paths, `PathOutlierDetector` from clean ones alone.
 
-Both go into files by skops: a file names the types in it, and only those that are trusted are made.
-N paths, K channels in all.
+Both are saved by skops: a file names its types, and only trusted types are loaded.
+N paths, K channels in all layers together.
 """
 
 import os
@@ -25,10 +25,10 @@ from captum_classfilters.decoupling import Paths
 from captum_classfilters.detection.conformal import Calibrated
 from captum_classfilters.detection.features import Array, ClassProfiles, PathTable, as_array, check_features
 
-# Version 2: the detectors' classes moved into this file
+# In version 2 the detectors' classes moved into this file
 _KIND, _VERSION = "captum_classfilters detector", 2
 _ROOM = "captum_classfilters.detection"
-# ours, which hold numbers and names alone; skops itself knows scikit-learn's and numpy's
+# our types, which hold only numbers and names; skops itself trusts types of scikit-learn and numpy
 _TRUSTED = (
     f"{_ROOM}.detectors.PathDetector",
     f"{_ROOM}.detectors.PathOutlierDetector",
@@ -41,7 +41,7 @@ def _has(name: str) -> Any:
     """Whether the classifier inside has a method, fitted or not."""
 
     def check(detector: "PathDetector") -> bool:
-        # by name: an ensemble without members is false
+        # not by truth value, because an ensemble without members is false
         inside = detector.estimator_ if hasattr(detector, "estimator_") else detector._inside()
         getattr(inside, name)  # its AttributeError says more than False
         return True
@@ -52,11 +52,12 @@ def _has(name: str) -> Any:
 class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
     """Tells adversarial images from clean ones by their calculation paths.
 
-    A scikit-learn classifier like any other: it takes arrays and tensors ``(N, K)``, and `Paths`; it goes into
-    pipelines, ``GridSearchCV`` and ``cross_val_score`` (with ``groups``: see `PathPairs.stack`). `predict` is the
-    classifier's own; `calibrate` adds alarms at a given rate of false positives.
+    It is a scikit-learn classifier, takes arrays and tensors ``(N, K)`` and `Paths`, and works in pipelines,
+    ``GridSearchCV`` and ``cross_val_score`` (with ``groups``: see `PathPairs.stack`). `predict` calls the classifier
+    inside; `calibrate` adds alarms at a given rate of false positives.
 
-    **It detects attacks like those it has learnt from.** An attacker who knows of it can avoid it; see `AdaptivePGD`.
+    **It detects attacks like those that it was trained on.** An attacker who knows of it can avoid it; see
+    `AdaptivePGD`.
 
     Source: "Interpretable neural network decoupling", section 4.4, table 4: random forest, AdaBoost, gradient boosting
     on bits.
@@ -64,13 +65,13 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
     Args:
         estimator: Any scikit-learn classifier of two classes, cloned; None: a random forest of 100 trees, which
             ``random_state`` seeds.
-        features: What is read off `Paths`: ``"bits"`` as in the paper; ``"logits"`` of the gates, which must have been
-            collected; ``"profiles"``: how far the path lies from those of clean images of the class that the network
-            says, layer by layer; or several in a tuple. Arrays are taken as they are.
+        features: What is read from `Paths`: ``"bits"`` as in the paper; ``"logits"`` of the gates, which must have been
+            collected; ``"profiles"``: distances of the path, layer by layer, from paths of clean images of the
+            predicted class; or several in a tuple. Arrays are taken as they are.
         profiles: Profiles of clean images, for ``features="profiles"``: ``ClassProfiles(decoupler.paths(loader))``. Use
-            other images than those in `fit`: paths that the profiles are made of lie nearer to them than new ones, and
-            a detector would learn that.
-        random_state: Seed of the forest that None stands for.
+            other images than those in `fit`: the paths behind the profiles lie nearer to them than new paths do, and a
+            detector would learn that.
+        random_state: Seed of the default forest.
 
     Attributes:
         classes_: The two labels; the second is adversarial.
@@ -111,7 +112,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
             y: ``(N,)`` two labels; the greater one is adversarial.
 
         Raises:
-            OptionError: A feature is unknown, or is read off `Paths` and ``X`` is an array.
+            OptionError: A feature is unknown, or it needs `Paths` and ``X`` is an array.
             ValueError: scikit-learn refuses the input: NaN, a single class, more than two.
         """
         self._forget_calibration()
@@ -129,7 +130,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise ValueError(
                 f"expected paths of two classes, clean and adversarial, got only 1 class: {self.classes_[0]!r}; for "
-                "clean paths alone there is PathOutlierDetector"
+                "clean paths alone use PathOutlierDetector"
             )
         self.table_ = PathTable(names, X, self.profiles) if isinstance(X, Paths) else None
         values = X if self.table_ is None else self.table_.read(X)
@@ -138,7 +139,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> Array:  # noqa: N803
-        """The classifier's prediction, ``(N,)``, one of `classes_` each."""
+        """The classifier's predictions, ``(N,)``, values of `classes_`."""
         return np.asarray(self._ask("predict", X))
 
     @available_if(_has("predict_proba"))
@@ -167,10 +168,9 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
 
         Args:
             path: The file.
-            trusted: Types that you expect in it, by full name, beyond those that skops and this package trust. For
-                forests and AdaBoost that is ``"sklearn.tree._tree.Tree"``: nothing runs when it is read, but a tree
-                that was tampered with can read outside its memory when it predicts. Trust it only in files of people
-                whom you trust.
+            trusted: Full names of types that you expect in the file and that skops and this package do not trust.
+                Forests and AdaBoost need ``"sklearn.tree._tree.Tree"``. Loading runs no code, but a manipulated tree
+                can read outside its memory when it predicts; trust it only in files of people whom you trust.
 
         Raises:
             FileFormatError: The file is broken, holds something else, or holds types that are not trusted.
@@ -206,21 +206,21 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
 
 
 class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
-    """How far a path lies from those of clean images of the class that the network says; fitted on clean paths alone.
+    """Measures how far a path lies from those of clean images of its predicted class; fitted on clean paths alone.
 
-    With `Paths` the distance is that of `ClassProfiles`, over all channels, to the class the network says. An array
-    does not say which class that is: all rows count as one class, and the distance is the mean over columns of
-    ``|x - mean|``, in units of that column's mean deviation.
+    With `Paths` the distance is that of `ClassProfiles`, over all channels, to the predicted class. An array has no
+    predicted classes: all rows count as one class, and the distance is the mean over columns of ``|x - mean|``, in
+    units of that column's mean deviation.
 
-    Follows scikit-learn's outlier detectors: `predict` gives 1 for clean and -1 for outliers, `score_samples` is
-    larger for what is clean; `calibrate` adds alarms at a given rate of false positives.
+    It follows scikit-learn's outlier detectors: `predict` gives 1 for clean and -1 for outliers, `score_samples` is
+    larger for clean paths; `calibrate` adds alarms at a given rate of false positives.
 
     Args:
-        contamination: The share of paths seen in `fit` that `predict` calls outliers, in (0, 0.5]; ``"auto"``: .05.
+        contamination: Share of the paths in `fit` that `predict` calls outliers, in (0, 0.5]; ``"auto"``: .05.
         smoothing: See `ClassProfiles`.
 
     Attributes:
-        offset_: ``decision_function = score_samples - offset_``; what lies below 0 is an outlier.
+        offset_: ``decision_function = score_samples - offset_``; values below 0 are outliers.
         n_features_in_: Number of columns.
     """
 
@@ -241,8 +241,8 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
             y: Ignored.
 
         Raises:
-            OptionError: ``contamination`` or ``smoothing`` out of range.
-            ValueError: scikit-learn refuses the input, as NaN.
+            OptionError: ``contamination`` or ``smoothing`` is out of range.
+            ValueError: scikit-learn refuses the input, for example NaN.
         """
         self._forget_calibration()
         share = self._share()
@@ -262,7 +262,7 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
         return self
 
     def score_samples(self, X: Any) -> Array:  # noqa: N803
-        """Minus the distance, ``(N,)``: larger is more like clean."""
+        """Minus the distance, ``(N,)``; larger for clean paths."""
         check_is_fitted(self)
         if self.profiles_ is None:
             return self._of_array(validate_data(self, as_array(X), dtype=float, reset=False))
@@ -336,7 +336,7 @@ def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> A
         content = skops.load(path, trusted=sorted(allowed))
     except FileFormatError:
         raise
-    # a broken file fails wherever it is broken, with any kind of error
+    # a broken file can raise any kind of error
     except Exception as error:
         raise FileFormatError(f"{path} is broken, or no file of a detector ({brief(error)}); save it again") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:

@@ -1,6 +1,6 @@
-"""What a detector reads off paths: bits, gates' logits, and how far a path lies from those of its class.
+"""What a detector reads from paths: bits, gates' logits, and the distance of a path from those of its class.
 
-N paths, C classes, L layers with K_l channels, K in all.
+N paths, C classes, L layers with K_l channels, K in all layers together.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ FEATURES = ("bits", "logits", "profiles")
 
 
 class ClassProfiles:
-    """The share of clean images of each class that open each channel; how unlikely a path is under them.
+    """The share of clean images of each class that open each channel, and how unlikely a path is under these shares.
 
-    A channel that a share p of the class opens is worth ``-log p`` where it is open and ``-log(1 - p)`` where it is
-    closed; a layer's distance is the mean over its channels. Shares are drawn towards those of all classes together, as
-    if ``smoothing`` more images had been seen, so that a class with few images has no share of 0 or 1.
+    If a share p of the class opens a channel, the channel counts ``-log p`` if it is open and ``-log(1 - p)`` if it is
+    closed; a layer's distance is the mean over its channels. Shares are smoothed: ``smoothing`` images with the shares
+    of all classes together are added to each class, so that no share is 0 or 1.
 
-    The class of a path is what the network says: an adversarial path resembles those of the wrong class.
+    The class of a path is the predicted one, which for an adversarial image is the wrong class.
 
     Args:
-        paths: Paths of clean images, best of many.
-        smoothing: Images that are added, above 0.
+        paths: Paths of clean images, if possible of many.
+        smoothing: Number of images that are added, above 0.
 
     Raises:
         OptionError: There are no paths, or ``smoothing`` is not above 0.
@@ -43,7 +43,7 @@ class ClassProfiles:
         bits, classes = _numbers(paths)
         members = np.eye(paths.num_classes)[classes]
         self.sums, self.counts = members.T @ bits, members.sum(0)
-        # never 0 or 1: the logarithm of 0 is infinite
+        # never 0 or 1, because the logarithm of 0 is infinite
         self.everyone = (bits.sum(0) + 0.5) / (len(bits) + 1)
         self.smoothing = smoothing
         self.layers, self.channels, self.fingerprint = paths.layers, paths.channels, paths.fingerprint
@@ -56,10 +56,10 @@ class ClassProfiles:
 
         Args:
             paths: Paths of the same network.
-            among: The profiles are made of these very paths: each is judged by the others.
+            among: Pass True if the profiles are made of these paths; then each path is judged by the others.
 
         Raises:
-            MergeError: The paths are of another network.
+            MergeError: The paths belong to another network.
         """
         check_same(paths, self)
         bits, classes = _numbers(paths)
@@ -77,7 +77,7 @@ class ClassProfiles:
         return np.average(distances, axis=1, weights=self.channels)
 
     def features(self, paths: Paths) -> Array:
-        """``(N, L + 2)``: `distances`, the `whole`, and the `whole` minus that to the nearest other class."""
+        """``(N, L + 2)``: `distances`, `whole`, and `whole` minus the same distance to the nearest other class."""
         distances = self.distances(paths)
         whole = self.whole(distances)
         return np.column_stack([distances, whole, whole - self._nearest_other(paths)])
@@ -92,7 +92,7 @@ class ClassProfiles:
         return nearest
 
     def _shares(self, label: int, without: Any = None) -> Array:
-        """Share of the class's images that open each channel, smoothed: ``(K,)``, or a row for each one left out."""
+        """Smoothed share of the class's images that open each channel, ``(K,)``, or a row for each path left out."""
         sums, count = self.sums[label], self.counts[label]
         if without is not None:
             sums, count = sums - without, count - 1
@@ -101,16 +101,16 @@ class ClassProfiles:
 
 
 class PathTable:
-    """Reads chosen features off `Paths` of one network.
+    """Reads chosen features from `Paths` of one network.
 
     Args:
         features: One of ``"bits"`` (K), ``"logits"`` (K) and ``"profiles"`` (L + 2), or several.
         paths: Paths of the network.
-        profiles: What ``"profiles"`` are measured from.
+        profiles: The profiles for ``"profiles"``.
 
     Raises:
-        OptionError: A feature is unknown, or ``"profiles"`` are asked for without ``profiles``.
-        MergeError: ``profiles`` are of another network.
+        OptionError: A feature is unknown, or ``"profiles"`` is requested without ``profiles``.
+        MergeError: ``profiles`` belong to another network.
     """
 
     def __init__(self, features: str | Sequence[str], paths: Paths, profiles: ClassProfiles | None) -> None:
@@ -128,8 +128,8 @@ class PathTable:
         """The table, ``(N, features)``.
 
         Raises:
-            MergeError: The paths are of another network.
-            OptionError: Logits are asked for, and the paths have none.
+            MergeError: The paths belong to another network.
+            OptionError: Logits are requested, and the paths have none.
         """
         check_same(paths, self)
         return np.column_stack([self._read(name, paths) for name in self.features])
@@ -146,7 +146,7 @@ class PathTable:
 
 
 def check_features(features: str | Sequence[str]) -> tuple[str, ...]:
-    """Names as a tuple, all of them known."""
+    """Names of features as a tuple; refuse unknown ones."""
     return tuple(some_of(features, "features", FEATURES))
 
 

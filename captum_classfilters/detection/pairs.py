@@ -1,6 +1,6 @@
-"""Paths of images and of their adversarial twins: what a detector learns from and is judged by.
+"""Paths of images and of their adversarial twins, to train and judge a detector.
 
-N images come in, n of them are kept; K channels in all.
+N images are read, n of them are kept; K channels in all layers together.
 """
 
 import os
@@ -31,19 +31,19 @@ _BESIDE = ("index", "images", "adversarial_images", "noise_images")
 
 @dataclass(frozen=True, eq=False)
 class PathPairs:
-    """Paths of images that a network classified right, and of the same images after an attack that fooled it.
+    """Paths of images that a network classified correctly, and of the same images after an attack that fooled it.
 
     Attributes:
         clean: Paths of n images.
         adversarial: Paths of the same images, attacked; labels are still the true classes.
-        noise: Paths of the same images with a random change of the same size. They count as clean: a detector that
-            finds noise has not found attacks.
+        noise: Paths of the same images with a random change of the same size. They count as clean, because a detector
+            of attacks should not detect noise.
         misclassified: Paths of the images that were misclassified and not attacked. They are clean as well.
-        index: ``(n,)`` int64: which image of the loader each pair is, in its order. Pairs of several attacks can be
-            grouped by it if the loader does not shuffle.
+        index: ``(n,)`` int64: the position of each pair's image in the loader. Pairs of several attacks can be grouped
+            by it if the loader does not shuffle.
         tried: How many images were attacked; with ``max_pairs`` up to the image of the last pair.
-        succeeded: On how many of these the attack changed the predicted class: n, before pairs were picked.
-        images: ``(n, colours, H, W)``, if they were to be kept.
+        succeeded: How often the attack changed the predicted class; this is n until pairs are selected by an index.
+        images: ``(n, colours, H, W)``, or None if ``keep_images`` was False.
         adversarial_images: The same after the attack.
         noise_images: The same with noise.
     """
@@ -64,7 +64,7 @@ class PathPairs:
 
     @property
     def dropped(self) -> int:
-        """How many images were attacked in vain."""
+        """How many images were attacked without success."""
         return self.tried - self.succeeded
 
     @property
@@ -83,7 +83,7 @@ class PathPairs:
         return replace(self, **kept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors with a JSON header: attacks take long."""
+        """Write safetensors with a JSON header."""
         tensors = {f"{part}.{name}": value for part in _PARTS for name, value in getattr(self, part).tensors().items()}
         tensors |= {name: value for name in _BESIDE if (value := getattr(self, name)) is not None}
         write(
@@ -147,12 +147,12 @@ def stack_pairs(
     Args:
         clean: Paths of n images.
         adversarial: Paths of the same images in the same order.
-        noise: Paths of these images with noise: clean, and of the same groups.
-        groups: ``(n,)`` which image each is; None: a number for each pair.
+        noise: Paths of these images with noise; they count as clean and belong to the same groups.
+        groups: ``(n,)``, the image of each pair; None: a number for each pair.
 
     Returns:
         ``(X, y, groups)``: `Paths`, which scikit-learn takes as ``(2n, K)`` or ``(3n, K)`` bits; 1 for adversarial and
-        0 for clean, ``int64``; the same group for an image and its twins. Split by the groups: otherwise a detector is
+        0 for clean, ``int64``; the same group for an image and its twins. Split by groups, so that a detector is not
         trained on twins of the paths that it is tested on.
 
     Raises:
@@ -184,27 +184,27 @@ def adversarial_paths(
     seed: int = 0,
     show_progress: bool = False,
 ) -> PathPairs:
-    """Attack every image that the network classifies right; keep the paths of those that were fooled and their twins.
+    """Attack every image that the network classifies correctly; keep paths of successful attacks and of their twins.
 
     Source: "Interpretable neural network decoupling", section 4.4. Differs: only attacks that succeeded count, and
     noise of the same size is a control.
 
     Args:
-        decoupler: The network that is attacked; in `Normalized` if it takes normalised images. In eval mode meanwhile.
+        decoupler: The network to attack, borrowed; in `Normalized` if it takes normalised images.
         loader: Batches ``(images, labels)``: pixels ``(N, colours, H, W)`` in the bounds; read once.
         attack: An `attacks.Attack`: ``Attack(PGD(decoupler, ...), epsilon=8 / 255)``. A `captum.robust.Perturbation` or
-            a function ``(images, labels) -> images`` stands for `Attack` of it, without an epsilon. Made on
-            ``decoupler``, it is the attack on this network; made on another, it tests what transfers.
+            a function ``(images, labels) -> images`` becomes an `Attack` without epsilon. An attack that was made on
+            another network tests whether it transfers to this one.
         logits: Keep the gates' logits.
         keep_images: Keep the images.
-        max_pairs: Stop after the batch in which there are this many, and keep no more. None: all.
+        max_pairs: Stop when there are this many pairs. None: all.
         seed: Seed of the noise. Every pixel changes by the attack's ``epsilon``, up or down at random. Without an
-            epsilon, or where it bounds another norm than each pixel's change, the attack's own changes move to random
+            epsilon, or if it bounds another norm than each pixel's change, the attack's changes are moved to random
             places with random signs.
         show_progress: A tqdm bar.
 
     Returns:
-        `PathPairs`; without pairs, and with a warning, if the attack never succeeds.
+        `PathPairs`. If the attack never succeeds, they are empty and a warning is given.
 
     Raises:
         OptionError: Images or attacked images lie outside the bounds or changed by more than ``epsilon``; ``attack`` is
@@ -212,8 +212,8 @@ def adversarial_paths(
         ShapeError, DeviceError, NonFiniteError: The attack or the loader gives something that does not fit.
         LabelError, EmptyLoaderError: There are no labels, or no batch.
 
-    Attacks take long: whatever ends the pass early, KeyboardInterrupt included, carries the pairs of the batches before
-    it as ``error.partial_result``.
+    An exception that ends the pass early, KeyboardInterrupt too, carries the pairs of the batches before it as
+    ``error.partial_result``.
 
     Example:
         >>> from captum.robust import FGSM
@@ -255,7 +255,7 @@ def adversarial_paths(
 
 
 class _PixelReader(NamedTuple):
-    """Reads paths of pixels, which it normalises first where the network takes normalised images."""
+    """Reads paths of pixels, and normalises them first if the network takes normalised images."""
 
     network: Any
     reader: PathReader
@@ -270,9 +270,9 @@ class _Batch(NamedTuple):
     adversarial: Paths
     noise: Paths
     misclassified: Paths
-    pair_index: Tensor  # of the pairs, among the images of the loader
-    attacked: Tensor  # the same of all images that were attacked
-    images: tuple[Tensor, ...]  # clean, attacked, with noise; empty where they are not to be kept
+    pair_index: Tensor  # positions of the pairs' images in the loader
+    attacked: Tensor  # positions of all attacked images in the loader
+    images: tuple[Tensor, ...]  # clean, attacked, with noise; empty if images are not kept
 
 
 def _attacked_batches(
@@ -307,10 +307,10 @@ def _attacked_batches(
 
 
 def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
-    """Images with random changes of the size of the attack's."""
+    """Images with random changes as large as those of the attack."""
     signs = (torch.rand(images.shape, generator=generator) < 0.5).to(images) * 2 - 1
     moves = (changed - images).abs()
-    # where pixels change by far less on the whole, epsilon bounds another norm, as an L2 attack's does
+    # if pixels change by far less on average, epsilon bounds another norm, such as L2
     if attack.epsilon is not None and bool((moves.square().mean() > (attack.epsilon / 4) ** 2).all()):
         change = signs * attack.epsilon
     else:
@@ -331,7 +331,7 @@ def _together(batches: list[_Batch]) -> PathPairs:
 
 
 def _first(pairs: PathPairs, count: int, batches: list[_Batch]) -> PathPairs:
-    """The pairs as if the pass had ended with the image of the last of them: the share of successes stays true."""
+    """The first pairs; ``tried`` and ``succeeded`` count only images up to that of the last pair."""
     last = pairs.index[count - 1]
     tried = sum(int((batch.attacked <= last).sum()) for batch in batches)
     return replace(pairs[:count], tried=tried, succeeded=count)

@@ -1,4 +1,4 @@
-"""Pictures of calculation paths: which channels open for whom, layer by layer, and do classes differ in theirs?
+"""Pictures of calculation paths: which channels open for which images and classes, layer by layer.
 
 Source: "Interpretable neural network decoupling", figures 1, 3, 4 and 7. `images.py` draws where filters look.
 N images, C classes, L layers with K_l channels.
@@ -50,14 +50,14 @@ from captum_classfilters.visualize.kit import (
 # Petroff 2021, "Accessible color sequences": ten colours that stay apart in a scatter, also for colour-blind readers
 POINTS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 _SHAPES = "os^DvPX<p>*h"
-_LISTED = len(_SHAPES)  # classes: a legend of more is too long, and their names stand in the picture
+_LISTED = len(_SHAPES)  # a legend of more classes is too long; their names are written into the picture
 STATES = {"energetic": "#E69F00", "dynamic": "#0072B2", "silent": "0.8"}
 _OPENED = {
     "energetic": "energetic (open for every image)",
     "dynamic": "dynamic (open for some)",
     "silent": "silent (for none)",
 }
-# Dark ones: from pale grey, closed, to these, open
+# Dark colours: a closed channel is pale grey, an open one has these
 _GROUPS = ("#0072B2", "#C44601", "#117733", "#882255", "#5B4A00", "#332288")
 _CLOSED = "0.92"
 _BETWEEN = "#E69F00"  # layers: seen on dark and on light blue
@@ -156,7 +156,7 @@ def filter_states(states: pd.DataFrame, *, shares: bool = True, ax: Axes | None 
     counts = _checked_states(states)
     layers = [str(name) for name in states.index]
     heights = counts / counts.sum(1, keepdims=True) if shares else counts
-    # the height takes the names in, which stand upright under many bars
+    # the height makes room for names, which are upright under many bars
     size = float(np.clip(0.2 * len(layers) + 1.0, 4.8, 13.0)), 3.0 + 0.06 * longest(layers)
     ax = axes_or_new(ax, size)
     below = np.zeros(len(layers))
@@ -305,7 +305,7 @@ def integral_paths(
     channels: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw which share of each group's images opens each channel: do attacked images take the paths of either class?
+    """Draw which share of each group's images opens each channel, for example of attacked images and of both classes.
 
     Beside each group stands its mean difference to the first group: the mean over channels of the absolute difference
     of shares, in [0, 1]. For groups of one image this is their Hamming distance, as a share. Groups of few images
@@ -499,7 +499,7 @@ def _ordered(values: Floats, seen: Ints, order: str | None) -> tuple[Ints, Ints]
     else:
         others = (values.sum(0) - values) / max(len(values) - 1, 1)
         above = values - others
-        # behind all classes: what is open alike for each, then what is never open
+        # behind all classes come channels that are open equally for each, then those that are never open
         block = np.where(silent, seen[-1] + 2, np.where(above.max(0) <= 1e-9, seen[-1] + 1, seen[above.argmax(0)]))
         rank = -above.max(0)
     channels = np.lexsort((rank, block))

@@ -1,6 +1,6 @@
-"""Numbers against numbers: accuracy against channels kept or multiplications, shares against thresholds, ROC and AUC.
+"""Pictures of measurements: accuracy against channels kept or multiplications, shares against thresholds, ROC and AUC.
 
-`metrics` and `detection` measure; here their frames and scores are drawn.
+The frames and scores come from `metrics` and `detection`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -157,8 +157,7 @@ def k_grid(curve: pd.DataFrame, *, value: str = "accuracy", class_name: str = "a
 
     k1 is how many channels each sample votes for, k2 how many each class keeps.
 
-    Source: Badola et al. 2022, "Decomposing the Deep", figure 1. Differs from the paper: no difference in what is
-    drawn; ``value="relative"`` is its ratio r_A.
+    Source: Badola et al. 2022, "Decomposing the Deep", figure 1. No difference; ``value="relative"`` is its ratio r_A.
 
     Args:
         curve: What `metrics.accuracy_curve` returns for tables named after their k1, ``{"1": ..., "2": ...}``; its
@@ -208,7 +207,7 @@ def k_grid(curve: pd.DataFrame, *, value: str = "accuracy", class_name: str = "a
 
 
 def macs_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw accuracy, with its interval, against multiplications: what does each way of saving them cost?
+    """Draw accuracy, with its interval, against multiplications, to show what saving them costs.
 
     Args:
         frame: One row for each network, method and setting: columns ``network``, ``method``, ``macs``, a share of the
@@ -260,7 +259,7 @@ def macs_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def roc(
     curves: Mapping[str, Sequence[tuple[Any, Any]]], *, false_positive_rate: float | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw ROC curves of detectors, with bands over runs: how many attacks are found at which price in false alarms?
+    """Draw ROC curves of detectors, with bands over runs.
 
     Runs are averaged at equal false-positive rates, since a detector is calibrated to one of them. The area under the
     mean curve is then the mean AUC.
@@ -316,7 +315,7 @@ def roc(
 def auc_matrix(
     frame: pd.DataFrame, *, low: pd.DataFrame | None = None, high: pd.DataFrame | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw how well a detector that was trained on one attack tells another: AUC, attack by attack.
+    """Draw how well a detector that was trained on one attack detects another, as AUC.
 
     Args:
         frame: AUC in [0, 1]: the index is the attack trained on, columns are the attack judged on; NaN where there is

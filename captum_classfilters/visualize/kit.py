@@ -1,6 +1,6 @@
-"""What the pictures share: axes, colours, readable ticks, heat maps, lines with bands, and checks of what is drawn.
+"""What the pictures share: axes, colours, readable ticks, heat maps, lines with bands, and checks of their data.
 
-Nothing here knows what a picture means; the other files of this room do. C classes, K channels.
+C classes, K channels.
 """
 
 import re
@@ -32,7 +32,7 @@ _LINE = 1.25  # height of a line of text, in font sizes
 _WIDE = 0.65  # width of a character, in font sizes
 _LONGEST = 24  # characters of a class name that are shown
 _NOTHING = "0.85"  # grey: there is no number here
-_MOST_BORDERS = 40  # blocks: the lines between more of them would hide the cells
+_MOST_BORDERS = 40  # the lines between more blocks would hide the cells
 ANNOTATED = 20  # cells along a side: the numbers in more of them would be too small to read
 UNSEEN = "hatched: no samples of the class"
 
@@ -47,7 +47,7 @@ MARKERS = "osD^vP*Xh"
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """``ax``, or the axes of a new figure of that size, laid out so that nothing is cut off."""
     if ax is None:
-        # constrained layout knows of colour bars and of legends outside; tight layout does not
+        # constrained layout makes room for colour bars and outside legends; tight layout does not
         return plt.subplots(figsize=size, layout="constrained")[1]
     if not isinstance(ax, Axes):
         raise OptionError(
@@ -88,7 +88,7 @@ def room(ax: Axes) -> tuple[float, float]:
 
 
 def hide_frame(ax: Axes) -> None:
-    """Take the lines around the axes away."""
+    """Remove the lines around the axes."""
     for side in ax.spines.values():
         side.set_visible(False)
 
@@ -211,7 +211,7 @@ def heat_map(
         names: Of rows, and of columns.
         colours: Name of a colour map, and its limits.
         square: Cells are square.
-        digits: Numbers are written into the cells so, up to 20 along a side.
+        digits: Formats the numbers that are written into the cells, up to 20 along a side.
         empty: Rows to hatch; None: those of NaN.
     """
     cmap, (low, high) = colours
@@ -241,7 +241,7 @@ def colour_bar(image: AxesImage, ax: Axes, label: str) -> Axes:
 
 
 def hatch(ax: Axes, left: float, bottom: float, width: float, height: float) -> None:
-    """Strike cells out: grey alone could be read as a small number."""
+    """Hatch cells, because grey alone could be read as a small number."""
     ax.add_patch(
         Rectangle((left, bottom), width, height, facecolor=_NOTHING, edgecolor="0.5", hatch="////", linewidth=0)
     )
@@ -288,7 +288,7 @@ def channel_map(
 
 
 def borders(ax: Axes, blocks: Ints, both: bool = False) -> None:
-    """Lines between blocks; of very many they would hide the cells."""
+    """Lines between blocks, unless they are so many that they would hide the cells."""
     places = np.flatnonzero(np.diff(blocks)) + 0.5
     if len(places) < _MOST_BORDERS:
         for place in places:
@@ -325,7 +325,7 @@ def check_frame(frame: Any, columns: Sequence[str], maker: str, name: str = "fra
 
 
 def check_unique(rows: pd.DataFrame, keys: list[str], name: str = "frame") -> None:
-    """Refuse two runs in one frame: a cell or a point has one number."""
+    """Refuse a frame with two runs, because a cell or a point has one number."""
     repeated = rows[rows.duplicated(keys)]
     if not repeated.empty:
         cell = ", ".join(f"{key} {str(repeated.iloc[0][key])!r}" for key in keys)
@@ -366,7 +366,7 @@ def numbers(values: Any, name: str, dims: int, shape: str) -> Floats:
 
 
 def check_shares(values: Floats, name: str) -> None:
-    """Refuse what is no share: logits above all."""
+    """Refuse values that are no shares, such as logits."""
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise ShapeError(
             f"{name} must be shares in [0, 1], got {values.min():g} to {values.max():g}; of gate logits pass logits > 0"

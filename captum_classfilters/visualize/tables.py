@@ -37,8 +37,8 @@ def class_filters(
 ) -> Axes:
     """Draw a table of scores: classes down, channels across, the channels of one class side by side.
 
-    A channel stands in the block of the class for which it is strongest, strongest first. Channels without any score
-    come last. Classes without samples are hatched.
+    Channels are grouped by the class for which they are strongest, strongest first. Channels without any score come
+    last. Classes without samples are hatched.
 
     Args:
         filters: The table, ``(C, K)``.
@@ -46,7 +46,7 @@ def class_filters(
         normalise: ``"class"``: scores that are sums over samples are divided by the number of the class's samples, so
             that classes can be compared; other scores stay. ``"max"``: each class's largest absolute score becomes 1.
             None: scores as they are.
-        max_channels: Of more channels, those are drawn that stand highest in the ranking of any class.
+        max_channels: Draw at most this many channels: those that rank highest for any class.
         ax: Where to draw.
 
     Returns:
@@ -80,9 +80,9 @@ def class_filters(
 
 
 def overlap(filters: ClassFilters, k: int, *, ax: Axes | None = None) -> Axes:
-    """Draw how many of their k strongest channels each two classes share, as Jaccard index.
+    """Draw how many of their k strongest channels every two classes share, as Jaccard index.
 
-    A line on the colour bar says what k channels drawn at random would share on average.
+    A line on the colour bar marks the mean of random sets of k channels.
 
     Args:
         filters: The table, ``(C, K)``.
@@ -160,7 +160,7 @@ def _chance(k: int, channels: int) -> float:
     """Expected Jaccard index of two random sets of k out of K: shared channels are hypergeometric."""
     ways = ((s, comb(k, s) * comb(channels - k, k - s)) for s in range(max(0, 2 * k - channels), k + 1))
     total = comb(channels, k)
-    # whole numbers are divided last: they do not fit in a float
+    # whole numbers are divided last, because they do not fit in a float
     return sum(s / (2 * k - s) * (count / total) for s, count in ways)
 
 
