@@ -21,6 +21,11 @@ from captum_classfilters import LabelSensitiveGate
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: with several processes none is left to run alone at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/tutorials/test_notebooks", "tests/test_demo")))
+
+
 class _FakeCuda(FakeTensorMode):
     """CUDA tensors without a GPU or values: shapes and devices are computed, and every number asked for is 1."""
 
