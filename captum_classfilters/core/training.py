@@ -4,6 +4,7 @@
 """
 
 import copy
+import io
 import os
 import random
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from captum_classfilters.core.check import integer
-from captum_classfilters.core.errors import FileFormatError, OptionError
+from captum_classfilters.core.errors import FileFormatError, OptionError, brief
 from captum_classfilters.core.files import check_folder, replacing
 from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
 
@@ -145,7 +146,7 @@ class Training:
         self._optimizers, self._schedules = optimizers, schedules
         self._path = None if checkpoint is None else Path(checkpoint.path)
         self._every = None if checkpoint is None else checkpoint.every
-        self._options = dict(options or {}) | ({} if seed is None else {"seed": seed})
+        self._options = plain(dict(options or {}) | ({} if seed is None else {"seed": seed}))
         self._seed, self._group = seed, group
         self._rank = 0 if group is None else dist.get_rank(group)
         self._placement = Placement.of(network)
@@ -158,8 +159,29 @@ class Training:
         self._latest: dict[str, Any] | None = None
         # False while a step changes the weights: no training can go on from a state in the middle of a step
         self._whole = True
+        self._loader: dict[str, Any] = {}
         if self._path is not None:
             check_folder(self._path)
+            # a run that is resumed goes on with plain numbers, so one that is not must do so, too
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group.update({key: plain(value) for key, value in group.items() if key != "params"})
+            for schedule in schedules:
+                _make_plain(schedule)
+            self._check_state()
+
+    def _check_state(self) -> None:
+        """Refuse at once what could be written, but never be read again."""
+        state, file = _skeleton(self._parts_state()), io.BytesIO()
+        try:
+            torch.save(state, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # torch and pickle raise many kinds
+            raise OptionError(
+                f"the state of the network, an optimiser or a scheduler holds what no checkpoint can keep "
+                f"({brief(error)}); use plain numbers, lists and tensors there, or train without checkpoint="
+            ) from error
 
     def run(self, loader: Iterable[Any], epochs: int, show_progress: bool = False) -> None:
         """Train until ``epochs`` are done, those of the checkpoint included.
@@ -177,6 +199,7 @@ class Training:
         """
         if epochs - self.epoch > 1:
             refuse_iterator(loader, "loader")
+        self._loader = _loader_facts(loader) if self._path is not None else {}
         modes = [module.training for module in self._network.modules()]
         if not self._network.training:
             self._network.train()
@@ -262,7 +285,7 @@ class Training:
             return
         mine = {
             "task": self._task.rank_state(), "history": self.history, "loss_sum": self._loss_sum,
-            "samples": self._samples, "start": self._start, "latest": self._latest,
+            "samples": self._samples, "start": self._start, "latest": self._latest, "loader": self._loader,
         }  # fmt: skip
         ranks = self._all_ranks(mine)
         if self._rank == 0:
@@ -295,12 +318,20 @@ class Training:
             )
         if not present[0]:
             return
-        before = copy.deepcopy(self._parts_state())
+        before = copy.deepcopy(self._parts_state()), copy.deepcopy(self._task.rank_state())
+        random_before = get_random(self._placement.device, loader)
+
+        def undo() -> None:
+            self._load_parts(before[0])
+            self._task.load_rank_state(before[1])
+            set_random(random_before, self._placement.device, loader)
+
         try:
             state = torch.load(path, map_location=self._placement.device, weights_only=True)
             self._check_kind(state)
             self._load_parts(state)
             mine = state["ranks"][self._rank]
+            _check_progress(state, mine)
             self._task.load_rank_state(mine["task"])
             self.epoch, self.step = state["epoch"], state["step"]
             self.history, self._loss_sum, self._samples = mine["history"], mine["loss_sum"], mine["samples"]
@@ -308,12 +339,16 @@ class Training:
             begin = self._start if self.step else self._latest
             if begin is not None:
                 set_random(begin, self._placement.device, loader)
+            _check_loader(mine.get("loader", {}), _loader_facts(loader))
         except Exception as error:  # torch.load reports a broken file by many kinds of error
-            self._load_parts(before)
+            undo()
             raise FileFormatError(
-                f"{path} is not a whole checkpoint of this training ({error}); delete it to start anew, or pass the "
-                "model and the options it was made with"
+                f"{path} is not a whole checkpoint of this training ({brief(error, 600)}); delete it to start anew, or "
+                "pass the model, the loader and the options it was made with"
             ) from error
+        except BaseException:
+            undo()
+            raise
 
     @property
     def _kind(self) -> str:
@@ -337,10 +372,10 @@ class Training:
 
     def _parts_state(self) -> dict[str, Any]:
         return {
-            "task": self._task.state_dict(),
+            "task": plain(self._task.state_dict()),
             "network": self._network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "optimizers": [plain(optimizer.state_dict()) for optimizer in self._optimizers],
+            "schedules": [plain(schedule.state_dict()) for schedule in self._schedules],
         }
 
     def _load_parts(self, state: Mapping[str, Any]) -> None:
@@ -355,6 +390,66 @@ class Training:
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, mine, self._group)
         return gathered
+
+
+def plain(value: Any) -> Any:
+    """``value`` with Python's numbers in the place of numpy's, in dicts, lists and tuples: all that checkpoints keep.
+
+    Example:
+        >>> plain({"lr": np.float64(0.5), "betas": (np.float32(0.5), 1)})
+        {'lr': 0.5, 'betas': (0.5, 1)}
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _make_plain(schedule: Any) -> None:
+    """Python's numbers in the place of numpy's in a schedule and those inside of it."""
+    own = vars(schedule)
+    for key, value in own.items():
+        own[key] = plain(value)
+        for inner in value if isinstance(value, list) else ():
+            if isinstance(inner, torch.optim.lr_scheduler.LRScheduler):
+                _make_plain(inner)
+
+
+def _skeleton(value: Any) -> Any:
+    """The same structure with empty tensors."""
+    if isinstance(value, Tensor):
+        return torch.empty(0)
+    if isinstance(value, dict):
+        return {key: _skeleton(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_skeleton(entry) for entry in value)
+    return value
+
+
+def _check_progress(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    counts = {"epoch": state["epoch"], "step": state["step"], "samples": mine["samples"]}
+    if any(type(value) is not int or value < 0 for value in counts.values()):
+        raise ValueError(f"epoch, step and samples must be integers of at least 0, got {counts}")
+    history = mine["history"]
+    if not isinstance(history, list) or len(history) != state["epoch"] or type(mine["loss_sum"]) is not float:
+        raise ValueError("its history is not that of its epochs")
+
+
+def _loader_facts(loader: Any) -> dict[str, Any]:
+    """What must be the same of a loader with which a training goes on; it may lose or gain samples."""
+    size = getattr(loader, "batch_size", None)
+    return {"batch_size": size} if type(size) is int else {}
+
+
+def _check_loader(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    # a list of batches has no batch_size: nothing can be compared with it
+    both = saved.keys() & facts.keys()
+    changed = [f"{name} was {saved[name]}, is {facts[name]}" for name in sorted(both) if saved[name] != facts[name]]
+    if changed:
+        raise ValueError(f"it was made with another loader: {', '.join(changed)}")
 
 
 # -- random states -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -84,12 +84,17 @@ def recover(
         try:
             training.run(loader, epochs, show_progress)
         except BaseException as error:
-            error.partial_result = task.best_network(original)  # type: ignore[attr-defined]
+            best = task.best_network(original)
+            error.partial_result = best  # type: ignore[attr-defined]
             try:
                 training.save()
-            except OSError as other:
-                # the user must see the error that ended the training
-                warnings.warn(f"the checkpoint could not be written: {other}", stacklevel=2)
+            except Exception as other:  # the disk may be full: torch raises many kinds of error
+                # the user must see the error that ended the training, also where warnings are errors
+                with suppress(UserWarning):
+                    warnings.warn(f"the checkpoint could not be written: {other}", stacklevel=2)
+            except BaseException as second:
+                second.partial_result = best  # type: ignore[attr-defined]
+                raise
             raise
     return task.best_network(original)
 

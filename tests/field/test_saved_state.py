@@ -10,20 +10,26 @@ import threading
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from captum_classfilters import assets
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.core.errors import ClassFiltersError, FileFormatError
+from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError
 from captum_classfilters.core.files import read, replacing, write
+from captum_classfilters.core.training import Checkpoint, Task, Training, get_random
 from captum_classfilters.decoupling import PathDecoupler, Paths
 from captum_classfilters.detection.pairs import PathPairs
-from captum_classfilters.gating import LabelSensitiveGate
+from captum_classfilters.gating import LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters.gating.gate import GatePenalty
+from captum_classfilters.gating.label_sensitive import GateSchedule
 from captum_classfilters.heads.moments import HeadMoments
+from captum_classfilters.heads.recover import recover
 from captum_classfilters.splitting.ald_tree import ALDTree
 from captum_classfilters.splitting.splits import split_weights
 
@@ -361,3 +367,166 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(error, number, tmp_path)
 def test_torch_on_a_full_disk_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="could not be written"), replacing(tmp_path / "file.pt"):
         torch.save({"a": torch.zeros(10**5)}, "/dev/full")
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+def batches(size=4, samples=16):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(samples, 1, 6, 6, generator=generator)
+    return list(zip(images.split(size), (torch.arange(samples) % 3).split(size), strict=True))
+
+
+def loader_of(size, samples=16, seed=None):
+    images, labels = zip(*batches(1, samples), strict=True)
+    data = [(image[0], int(label)) for image, label in zip(images, labels, strict=True)]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return DataLoader(data, size, shuffle=True, generator=generator)
+
+
+def weights(network):
+    return torch.cat([value.double().flatten() for value in network.state_dict().values()])
+
+
+@pytest.mark.parametrize("options", [{"lr": np.float64(1e-3)}, {"lr": np.float32(1e-3)}, {"seed": np.int64(3)}])
+def test_numbers_of_numpy_go_through_the_checkpoint_of_recover(options, tmp_path):
+    for epochs in (1, 2):
+        resumed = recover(net(), batches(), epochs, checkpoint=tmp_path / "c.pt", **options)
+    plain = {name: value.item() for name, value in options.items()}
+    assert torch.equal(weights(resumed), weights(recover(net(), batches(), 2, **plain)))
+
+
+def own_optimizer(network, gate, number):
+    groups = [{"params": network.parameters(), "momentum": number(0.5)}, gate.parameter_group(number(0.1))]
+    optimizer = torch.optim.SGD(groups, lr=number(0.1))
+    inner = [torch.optim.lr_scheduler.LinearLR(optimizer, number(0.5), total_iters=3) for _ in range(2)]
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, inner, [2])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", [np.float64, np.float32])
+def test_numbers_of_numpy_go_through_the_checkpoint_of_fit(number, tmp_path):
+    def fit(epochs, path, number):
+        network = net()
+        gate = LabelSensitiveGate(3, 4, generator=torch.Generator().manual_seed(2))
+        optimizer, scheduler = own_optimizer(network, gate, number)
+        schedule, penalty = GateSchedule(np.int64(3), warmup=np.int32(0)), GatePenalty(sparsity=number(0.25))
+        training = LabelSensitiveTraining(network, gate, schedule=schedule, penalty=penalty, weight=number(1))
+        training.fit(batches(), epochs, optimizer=optimizer, scheduler=scheduler, checkpoint=path)
+        return torch.cat([weights(network), weights(gate)])
+
+    fit(2, tmp_path / "c.pt", number)
+    resumed = fit(4, tmp_path / "c.pt", number)
+    torch.testing.assert_close(resumed, fit(4, tmp_path / "other.pt", number), rtol=0, atol=0)
+
+
+def test_what_no_checkpoint_can_keep_is_refused_at_once(tmp_path):
+    network = net()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    optimizer.param_groups[0]["note"] = np.zeros(3)
+    with pytest.raises(OptionError, match="holds what no checkpoint can keep"):
+        Training(network, Task(), [optimizer], checkpoint=Checkpoint(tmp_path / "c.pt"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), OSError(28, "no space left"), ValueError()])
+def test_ctrl_c_on_a_full_disk_keeps_the_trained_network(error, tmp_path, monkeypatch):
+    def full(state, file):
+        raise error
+
+    def interrupted():
+        yield batches()[0]
+        monkeypatch.setattr(torch, "save", full)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recover(net(), interrupted(), 1, checkpoint=tmp_path / "c.pt")
+    assert not torch.equal(weights(caught.value.partial_result), weights(net()))
+
+
+def test_a_second_ctrl_c_while_saving_keeps_the_trained_network(tmp_path, monkeypatch):
+    def twice(state, file):
+        raise KeyboardInterrupt
+
+    def interrupted():
+        yield batches()[0]
+        monkeypatch.setattr(torch, "save", twice)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recover(net(), interrupted(), 1, checkpoint=tmp_path / "c.pt")
+    assert not torch.equal(weights(caught.value.partial_result), weights(net()))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        (lambda: loader_of(4), lambda: loader_of(8), "batch_size was 4, is 8"),
+        (lambda: loader_of(4), lambda: loader_of(4, seed=1), "has 1 generators"),
+    ],
+)
+def test_another_loader_is_refused(first, second, what, tmp_path):
+    recover(net(), first(), 1, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(FileFormatError, match=what):
+        recover(net(), second(), 2, checkpoint=tmp_path / "c.pt")
+
+
+def test_the_loader_s_own_generator_goes_on_from_where_it_was(tmp_path):
+    recover(net(), loader_of(4, seed=1), 1, checkpoint=tmp_path / "c.pt")
+    resumed = recover(net(), loader_of(4, seed=99), 2, checkpoint=tmp_path / "c.pt")
+    assert torch.equal(weights(resumed), weights(recover(net(), loader_of(4, seed=1), 2)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["ranks"][0]["latest"].update(numpy=None),
+        lambda state: state["ranks"][0].update(samples="y" * 10**6),
+        lambda state: state["options"].update(period="y" * 10**6),
+        lambda state: state.update(kind="y" * 10**6),
+        lambda state: state["network"].update({"y" * 10**6: torch.zeros(1)}),
+        lambda state: state.update(epoch=-1),
+    ],
+)
+def test_a_refused_checkpoint_changes_nothing_and_says_little(change, tmp_path):
+    def make():
+        network, gate = net(), LabelSensitiveGate(3, 4, generator=torch.Generator().manual_seed(2))
+        return network, gate, LabelSensitiveTraining(network, gate)
+
+    make()[2].fit(batches(), 2, checkpoint=tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "c.pt")
+    network, gate, training = make()
+    before = [*get_random(torch.device("cpu"), None).values(), weights(network), weights(gate), gate.layer]
+    with pytest.raises(FileFormatError, match="is not a whole checkpoint") as caught:
+        training.fit(batches(), 2, checkpoint=tmp_path / "c.pt")
+    assert len(str(caught.value)) < 1200 + len(str(tmp_path))
+    after = [*get_random(torch.device("cpu"), None).values(), weights(network), weights(gate), gate.layer]
+    assert repr(before) == repr(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_changed_checkpoints_are_refused_shortly_or_work(tmp_path):
+    path, draw, messages = tmp_path / "c.pt", random.Random(19), []
+    recover(net(), batches(), 1, checkpoint=path)
+    whole = path.read_bytes()
+    for _ in range(60):
+        raw = bytearray(whole)
+        for _ in range(draw.choice([1, 4, 30])):
+            raw[draw.randrange(len(raw))] = draw.randrange(256)
+        path.write_bytes(raw[: draw.choice([len(raw), draw.randrange(len(raw))])])
+        try:
+            recover(net(), batches(), 1, checkpoint=path)
+        except ClassFiltersError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert max(map(len, messages)) < 1500 + len(str(path))
