@@ -511,6 +511,8 @@ def test_a_refused_checkpoint_changes_nothing_and_says_little(change, tmp_path):
     change(state)
     torch.save(state, tmp_path / "c.pt")
     network, gate, training = make()
+    # other states than those of the checkpoint
+    torch.manual_seed(123)
     before = [*get_random(torch.device("cpu"), None).values(), weights(network), weights(gate), gate.layer]
     with pytest.raises(FileFormatError, match="is not a whole checkpoint") as caught:
         training.fit(batches(), 2, checkpoint=tmp_path / "c.pt")
