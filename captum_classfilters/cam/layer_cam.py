@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
 from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError, ZeroMapWarning
-from captum_classfilters.core.head import shows_features
+from captum_classfilters.core.feature_map import shows_features
 from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.outputs import logits_of

@@ -18,7 +18,8 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.comparison.aggregate import Aggregation
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.head import Head, shows_features
+from captum_classfilters.core.feature_map import shows_features
+from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.influential.running_sums import Options, Tables

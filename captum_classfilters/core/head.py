@@ -17,36 +17,15 @@ from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import Borrowed
 from captum_classfilters.core.errors import HeadError
+from captum_classfilters.core.feature_map import FeatureMap, MapSearch, close, has_matrix
 from captum_classfilters.core.layers import ITSELF, find_module
 from captum_classfilters.core.outputs import describe, find_logits
 
 # What a head can be
 Candidate: TypeAlias = nn.Linear | nn.Conv2d
 
-# Two images are enough to tell one feature map from another, and cost next to nothing to keep
-_PROBE = 2
 # The head is called last or nearly so; of earlier candidates only the names are kept
 _RECENT = 4
-
-
-@dataclass(frozen=True)
-class FeatureMap:
-    """The module whose output, pooled over positions, is the head's input.
-
-    ``exact`` is False where something stands between pooling and head (the LayerNorm of ConvNeXt): the channels are
-    the same, their values are not.
-    """
-
-    name: str
-    module: nn.Module
-    layout: str
-    relu: bool
-    exact: bool
-
-    def read(self, output: Tensor) -> Tensor:
-        """The module's output as a map of shape ``(N, K, h, w)``."""
-        maps = _as_nchw(output, self.layout)
-        return maps.relu() if self.relu else maps
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ class _Call(NamedTuple):
     inputs: Tensor
     output: Tensor
     version: int | None
-    position: int  # snapshots taken before it
+    position: int  # how many maps were kept before it
 
 
 class HeadSearch:
@@ -111,7 +90,7 @@ class HeadSearch:
         self._names = _names(model)
         self._calls: deque[_Call] = deque(maxlen=_RECENT)
         self._times: Counter[nn.Module] = Counter()
-        self._snapshots: list[tuple[nn.Module, Tensor | None]] = []
+        self._maps = MapSearch()
         self._removers: list[Callable[[], None]] = []
 
     def watch(self, borrow: Borrowed) -> None:
@@ -119,7 +98,7 @@ class HeadSearch:
         modules = list(self._model.modules()) if self._model is not None else []
         for module in modules:
             if module is not self._model:
-                self._removers.append(borrow.after(module, self._snapshot))
+                self._removers.append(borrow.after(module, self._maps.keep))
         for module in modules if self._layer is None else [self._layer]:
             if _is_candidate(module):
                 self._removers.append(borrow.after(module, self._candidate))
@@ -139,25 +118,18 @@ class HeadSearch:
             # a tuple may hold anything beside the logits, in any order: the layer that was named says which is meant
             call = self._given(self._layer, output if isinstance(output, tuple | list) or logits is None else logits)
         features, logits = _pool(call.inputs, call.module), _pool(call.output, call.module)
-        head = Head(self._name(call.module), call.module, self._feature_map(features, call))
+        behind = self._maps.found(features, call.position, call.module.modules(), self._name)
         self._calls.clear()
-        self._snapshots.clear()
-        return Found(head, features, logits)
+        self._maps = MapSearch()
+        return Found(Head(self._name(call.module), call.module, behind), features, logits)
 
     # -- what the hooks keep ---------------------------------------------------------------------------------------
-
-    def _snapshot(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() in (3, 4):
-            # a copy: an in-place activation may follow
-            self._snapshots.append((module, output[:_PROBE].detach().clone()))
-        elif _has_matrix(module):
-            self._snapshots.append((module, None))
 
     def _candidate(self, module: Candidate, args: Any, output: Any) -> None:
         self._times[module] += 1
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             version = None if output.is_inference() else output._version
-            self._calls.append(_Call(module, args[0], output, version, len(self._snapshots)))
+            self._calls.append(_Call(module, args[0], output, version, len(self._maps)))
 
     # -- which of the candidates it is -----------------------------------------------------------------------------
 
@@ -220,7 +192,7 @@ class HeadSearch:
                 return "the model's output is log-probabilities: a log-softmax follows the head"
         for call in self._calls:
             behind = _pool(call.output.relu(), call.module)
-            if behind.shape == output.flatten(1).shape and _close(behind, output.flatten(1)):
+            if behind.shape == output.flatten(1).shape and close(behind, output.flatten(1)):
                 return f"an activation stands between {self._name(call.module)} and the model's output"
         return "the model's output is not the output of an nn.Linear or of a 1x1 convolution"
 
@@ -236,40 +208,6 @@ class HeadSearch:
     def _name(self, module: nn.Module) -> str:
         return self._names.get(module, [type(module).__name__])[0]
 
-    # -- the map behind it -----------------------------------------------------------------------------------------
-
-    def _feature_map(self, features: Tensor, head: _Call) -> FeatureMap | None:
-        """Walk back from the head to the nearest map; a convolution or a Linear is as far as it can be."""
-        wanted, small, normalised = features[:_PROBE], None, None
-        inside = set(head.module.modules())
-        for module, snapshot in reversed(self._snapshots[: head.position]):
-            if module in inside:
-                continue
-            for layout in _layouts(snapshot, features.shape[1]):
-                maps = _as_nchw(snapshot, layout)  # type: ignore[arg-type]  # None has no layout
-                relu = _pools_to(maps, wanted)
-                has_positions = maps[0, 0].numel() > 1
-                candidate = FeatureMap(self._name(module), module, layout, bool(relu), relu is not None)
-                if relu is not None and has_positions:
-                    return candidate
-                if relu is not None:
-                    small = small or candidate
-                elif has_positions:
-                    normalised = normalised or candidate
-            if _has_matrix(module):
-                break
-        return normalised or small
-
-
-def shows_features(output: Any, features: Tensor) -> bool:
-    """Do the channels of a layer's output, averaged (or maximised) over positions, give the head's input ``(N, K)``?"""
-    if not isinstance(output, Tensor) or len(output) != len(features):
-        return False
-    if output.shape == features.shape:
-        return _close(output, features)
-    layouts = _layouts(output if output.dim() in (3, 4) else None, features.shape[1])
-    return any(_pools_to(_as_nchw(output, layout), features) is not None for layout in layouts)
-
 
 def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
     """The head that ``layer`` names, without a forward pass; nothing is known of the map behind it."""
@@ -283,7 +221,7 @@ def last_head(model: nn.Module) -> Head:
     Raises:
         HeadError: That layer is no ``nn.Linear`` or 1x1 convolution.
     """
-    with_matrix = [module for module in model.modules() if _has_matrix(module) or _is_quantised(module)]
+    with_matrix = [module for module in model.modules() if has_matrix(module) or _is_quantised(module)]
     if not with_matrix:
         raise HeadError("the model has no layer with a matrix of weights, so no head; pass layer= with the one meant")
     return find_head(model, with_matrix[-1])
@@ -309,10 +247,6 @@ def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
 
 def _is_quantised(module: nn.Module) -> bool:
     return "quantized" in type(module).__module__ and hasattr(module, "weight")
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
@@ -352,42 +286,4 @@ def _gives(call: _Call, output: Any) -> bool:
         return False  # something wrote into it afterwards
     weight, bias = call.module.weight.flatten(1), call.module.bias
     features = _pool(call.inputs, call.module)
-    return _close(F.linear(features.to(weight.dtype), weight, bias), flat)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    half = min(torch.finfo(a.dtype).bits, torch.finfo(b.dtype).bits) < 32
-    # what is not finite is no reason to look elsewhere: `head_pass.py` refuses it and names the batch
-    a, b = (tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (a, b))
-    scale = max(float(a.abs().max()), float(b.abs().max()), 1e-30)
-    # 1e-3: a GPU's convolutions round float32 to TF32 unless told otherwise, its matrix products do not
-    return bool(((a - b).abs().max() <= (3e-2 if half else 1e-3) * scale).item())
-
-
-def _layouts(snapshot: Tensor | None, channels: int) -> list[str]:
-    if snapshot is None:
-        return []
-    if snapshot.dim() == 4:
-        return [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if snapshot.shape[axis] == channels]
-    # one token alone is a class token, not a map
-    square = snapshot.shape[1] > 1 and round(snapshot.shape[1] ** 0.5) ** 2 == snapshot.shape[1]
-    return ["NLC"] if snapshot.shape[2] == channels and square else []
-
-
-def _as_nchw(tensor: Tensor, layout: str) -> Tensor:
-    if layout == "NHWC":
-        return tensor.permute(0, 3, 1, 2)
-    if layout == "NLC":
-        side = round(tensor.shape[1] ** 0.5)
-        return tensor.transpose(1, 2).reshape(len(tensor), -1, side, side)
-    return tensor
-
-
-def _pools_to(maps: Tensor, features: Tensor) -> bool | None:
-    """Does the map's average (or maximum) give the features? False: as it is; True: after a ReLU; None: no."""
-    maps = maps.flatten(2)
-    for relu in (False, True):
-        values = maps.relu() if relu else maps
-        if any(p.shape == features.shape and _close(p, features) for p in (values.double().mean(2), values.amax(2))):
-            return relu
-    return None
+    return close(F.linear(features.to(weight.dtype), weight, bias), flat)
