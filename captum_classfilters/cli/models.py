@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captum_classfilters.cli.data import Preprocessing
-from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError, ShapeError, quoted
+from captum_classfilters.core.errors import ClassFiltersError, FileFormatError, OptionError, ShapeError, brief, quoted
 
 # Under which key training scripts keep the network, and what DataParallel and torch.compile put before its names
 _INSIDE = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
@@ -460,9 +460,17 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise OptionError(f"--device must be auto, cpu, cuda, cuda:N, mps or xpu, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"--device {name}, but torch sees {torch.cuda.device_count()} CUDA devices here; pass --device cpu"
         )
+    try:
+        torch.ones(1).to(device).cpu()
+    except Exception as error:  # torch raises many kinds for a device that is not there
+        raise OptionError(f"--device {name} does not work here ({_reason(error)}); pass --device cpu") from error
     return device
+
+
+def _reason(error: Exception) -> str:
+    return brief(" ".join(str(error).split()).partition(". ")[0].rstrip(".!"), 120)

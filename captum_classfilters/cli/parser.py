@@ -121,7 +121,9 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--random-weights", action="store_true", help="for trying out: the result means nothing")
     model.add_argument("--layer", metavar="NAME", help="the head, where it cannot be found: its dotted name")
     model.add_argument("--num-classes", type=_count, metavar="N", help="outputs of a torchvision or timm network")
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto (default): cuda where there is one")
+    model.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (default): cuda where there is one"
+    )
 
     data = parser.add_argument_group("images")
     data.add_argument("--split", metavar="NAME", help="of DATA: train, test, val; of a folder: the folder below it")

@@ -335,7 +335,10 @@ def _check_device(owner: Any, device: torch.device | str | None) -> None:
     first = next(owner.parameters(), None)
     if device is None or first is None:
         return
-    asked = torch.device(device)
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"device must be one that torch knows, such as 'cuda:0', got {device!r}") from error
     same_index = asked.index is None or asked.index == (first.device.index or 0)
     if asked.type != first.device.type or not same_index:
         raise DeviceError(

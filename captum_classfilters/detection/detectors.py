@@ -5,7 +5,7 @@ N paths, K channels in all layers together.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -169,8 +169,9 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
         Args:
             path: The file.
             trusted: Full names of types that you expect in the file and that skops and this package do not trust.
-                Forests and AdaBoost need ``"sklearn.tree._tree.Tree"``. Loading runs no code, but a manipulated tree
-                can read outside its memory when it predicts; trust it only in files of people whom you trust.
+                Without them the error names those that the file needs. Forests and AdaBoost need
+                ``["sklearn.tree._tree.Tree"]``. Loading runs no code, but a manipulated tree can read outside its
+                memory when it predicts; trust it only in files of people whom you trust.
 
         Raises:
             FileFormatError: The file is broken, holds something else, or holds types that are not trusted.
@@ -319,8 +320,11 @@ def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> A
     skops = _skops()
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such file: {path}")
-    if isinstance(trusted, str):
-        raise OptionError(f"trusted must be a list of full names of types, got the string {trusted!r}")
+    if isinstance(trusted, str) or not isinstance(trusted, Iterable):
+        raise OptionError(
+            f"trusted must be a list of full names of types, got {trusted!r}. Call load(path) without it: what the "
+            "file needs, if anything, is then named; there is no way to trust whatever a file holds"
+        )
     allowed = {*_TRUSTED, *trusted}
     try:
         if strangers := sorted(set(skops.get_untrusted_types(file=path)) - allowed):
@@ -330,8 +334,7 @@ def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> A
                     f"({brief(', '.join(strangers))}); fit the detector and save it again"
                 )
             raise FileFormatError(
-                f"{path} holds types that are not trusted: {brief(', '.join(strangers))}; if you know where the file "
-                "comes from and expect them, pass trusted=[...] with their names"
+                f"{path} holds types that are not trusted: {brief(', '.join(strangers))}; {_remedy(strangers)}"
             )
         content = skops.load(path, trusted=sorted(allowed))
     except FileFormatError:
@@ -349,6 +352,13 @@ def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> A
     if not isinstance(detector := content.get("detector"), kind):
         raise FileFormatError(f"{path} holds a {type(detector).__name__}, expected a {kind.__name__}")
     return detector
+
+
+def _remedy(strangers: list[str]) -> str:
+    # only names of these libraries are written out to be copied: a hostile file could name anything
+    if all(name.startswith(("sklearn.", "numpy.", "scipy.")) for name in strangers):
+        return f"if you know who wrote the file, load it with load(path, trusted={brief(strangers, 1000)})"
+    return "if you know where the file comes from and expect them, pass trusted=[...] with their names"
 
 
 def _skops() -> Any:

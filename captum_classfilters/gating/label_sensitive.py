@@ -3,6 +3,7 @@
 `core/training.py` holds the loop. N samples, C classes, K channels.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -217,8 +218,8 @@ class LabelSensitiveTraining:
 
         Args:
             loader: Batches ``(inputs, labels)``, read once for each epoch; under DDP each rank's own.
-            epochs: How many, those of the checkpoint included. The last one should be plain. Without an ``optimizer``
-                they must be as many as when the checkpoint was written: the cosine depends on them.
+            epochs: How many, those of the checkpoint included. The last one should be plain. A run can be lengthened:
+                with more epochs than when the checkpoint was written, the rest follows the cosine over all of them.
             lr: Learning rate of SGD with momentum 0.9, the paper's optimiser; it falls to 0 as a cosine over the
                 epochs. One number for network and gate, as in the paper, or two, ``(network, gate)``.
             optimizer: One or several of your own instead, the gate among their parameters.
@@ -249,8 +250,7 @@ class LabelSensitiveTraining:
                 raise OptionError(
                     "a scheduler steps the optimiser that it was made for, and none was given; pass optimizer= as well"
                 )
-            # the cosine falls over so many epochs
-            options |= {"epochs": epochs, "lr": rates}
+            options |= {"lr": rates}
             optimizers = [self._paper_optimizer(*rates)]
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], epochs)
         else:
@@ -265,6 +265,8 @@ class LabelSensitiveTraining:
             checkpoint=Checkpoint.of(checkpoint), options=options, group=self._group,
         )  # fmt: skip
         training.resume(loader)
+        if optimizer is None:
+            _fall_over(scheduler, epochs, rates)
         training.run(loader, epochs, show_progress)
         return training.history
 
@@ -450,6 +452,16 @@ def _check_optimizers(gate: LabelSensitiveGate, optimizers: list[Optimizer], sch
             )
         if all(schedule.optimizer is not optimizer for optimizer in optimizers):
             raise OptionError("the scheduler was made for an optimiser that was not given; pass it in optimizer=")
+
+
+def _fall_over(schedule: torch.optim.lr_scheduler.CosineAnnealingLR, epochs: int, rates: tuple[float, ...]) -> None:
+    """Make the cosine of a resumed run one over ``epochs``, where the checkpoint's was over more or fewer."""
+    if schedule.T_max == epochs:
+        return
+    schedule.T_max = epochs
+    share = (1 + math.cos(math.pi * min(schedule.last_epoch, epochs) / epochs)) / 2
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=False):
+        group["lr"] = rate * share
 
 
 def _as_list(value: Any, kind: type, name: str) -> list[Any]:

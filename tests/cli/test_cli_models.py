@@ -266,6 +266,10 @@ def test_a_device_that_is_not_there(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "pass --device cpu" in refused("resnet18", "--random-weights", "--device", "cuda")
     assert "--device must be auto, cpu, cuda" in refused("resnet18", "--random-weights", "--device", "gpu")
+    for name in ("xla", "meta", "privateuseone"):
+        said = refused("resnet18", "--random-weights", "--device", name)
+        assert f"--device {name} does not work here (" in said
+        assert "pass --device cpu" in said
 
 
 def test_too_little_memory_is_said_in_words(run, shared_images, module, tmp_path):

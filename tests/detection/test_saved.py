@@ -215,8 +215,21 @@ def test_types_that_are_not_trusted_are_not_made(tmp_path, judged):
     assert name in str(told.value)
     same(PathDetector.load(tmp_path / "strange", trusted=[name]), detector, judged)
     assert MADE
-    with pytest.raises(OptionError, match=f"trusted must be a list of full names of types, got the string '{name}'"):
-        PathDetector.load(tmp_path / "strange", trusted=name)
+    for wrong in (name, True):
+        with pytest.raises(OptionError, match=rf"full names of types, got {wrong!r}. Call load\(path\) without"):
+            PathDetector.load(tmp_path / "strange", trusted=wrong)
+
+
+@pytest.mark.parametrize("inside", [None, AdaBoostClassifier(n_estimators=2)], ids=["forest of the README", "AdaBoost"])
+def test_the_types_that_a_file_needs_are_named_and_the_remedy_can_be_copied(tmp_path, judged, inside):
+    X, y, _ = stack_pairs(*planted(30, logits=True))
+    detector = PathDetector(inside, random_state=0).fit(X, y).calibrate(X)
+    detector.save(tmp_path / "detector")
+    with pytest.raises(FileFormatError, match="holds types that are not trusted: ") as told:
+        PathDetector.load(tmp_path / "detector")
+    remedy = str(told.value).rpartition("load it with load(path, ")[2]
+    again = eval(f"PathDetector.load(path, {remedy}", {"PathDetector": PathDetector, "path": tmp_path / "detector"})
+    same(again, detector, judged)
 
 
 @pytest.mark.parametrize(("module", "kind"), [("subprocess", "Popen"), ("test_saved", "Stranger"), ("os", "system")])

@@ -149,6 +149,33 @@ def test_a_training_that_is_through_is_not_trained_again_and_gives_its_history(s
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_run_can_be_lengthened_and_the_rest_follows_the_cosine_over_all_epochs(small_cnn, batches, tmp_path):
+    def start():
+        model = small_cnn().train()
+        model.dropout.p = 0.0
+        return model, LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
+
+    for epochs in (1, 3):
+        model, gate = start()
+        training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=2))
+        history = training.fit(batches, epochs, lr=(0.2, 0.1), checkpoint=tmp_path / "run.pt")
+    assert [row["epoch"] for row in history] == [0, 1, 2]
+
+    twin, other = start()
+    by_hand = LabelSensitiveTraining(twin, other, schedule=GateSchedule(period=2))
+    optimizer = torch.optim.SGD([{"params": twin.parameters()}, other.parameter_group(lr=0.1)], lr=0.2, momentum=0.9)
+    # the first epoch began at the full rate, then come two and three thirds of the way down
+    for epoch, share in enumerate([1, (1 + math.cos(math.pi / 3)) / 2, (1 + math.cos(2 * math.pi / 3)) / 2]):
+        for group, rate in zip(optimizer.param_groups, (0.2, 0.1), strict=True):
+            group["lr"] = rate * share
+        for x, y in batches:
+            optimizer.zero_grad()
+            by_hand.loss(x, y, epoch).backward()
+            optimizer.step()
+            by_hand.after_step()
+    torch.testing.assert_close(states_of(model, gate), states_of(twin, other), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_within_an_epoch_is_gone_on_from_to_the_same_bits(kind, tmp_path):
     def stop():
