@@ -331,6 +331,31 @@ def class_map(batch: Batch, classes: Tensor, chosen: Tensor, channel_weights: st
     return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)
 
 
+def position_map(batch: Batch, slope: Tensor, offset: Tensor | None = None) -> Tensor | None:
+    """What each position adds to a score that is a sum over channels, ``sum_k slope_k * feature_k + offset_k``.
+
+    Args:
+        batch: With maps.
+        slope: ``(N, K)``.
+        offset: ``(N, K)``; None: zeros.
+
+    Returns:
+        ``(N, 1, h, w)``, which sums to the score of each sample; None where the features are not the average of a map:
+        with a maximum or a norm between map and head, positions do not add up to the feature.
+    """
+    if batch.maps is None:
+        return None
+    maps, features = batch.maps.double(), batch.features.double()
+    half = min(torch.finfo(batch.maps.dtype).bits, torch.finfo(batch.features.dtype).bits) < 32
+    most = (3e-2 if half else 1e-3) * (float(features.abs().max()) + 1e-12)
+    if float((maps.mean((2, 3)) - features).abs().max()) > most:
+        return None
+    total = torch.einsum("nkhw,nk->nhw", maps, slope.double())
+    if offset is not None:
+        total = total + offset.double().sum(1)[:, None, None]
+    return (total / maps[0, 0].numel()).unsqueeze(1).float()
+
+
 def _check_device(owner: Any, device: torch.device | str | None) -> None:
     first = next(owner.parameters(), None)
     if device is None or first is None:

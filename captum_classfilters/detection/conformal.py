@@ -112,7 +112,7 @@ class Calibrated(ABC):
         """
         return p_values(self.strangeness(X), self._scores())
 
-    def is_adversarial(self, X: Any, alpha: float | None = None) -> Array:  # noqa: N803
+    def alarms(self, X: Any, alpha: float | None = None) -> Array:  # noqa: N803
         """Alarms, ``(m,)`` bool: ``p_value(X) <= alpha``.
 
         Args:

@@ -34,6 +34,9 @@ _TRUSTED = (
     f"{_ROOM}.detectors.PathOutlierDetector",
     f"{_ROOM}.features.ClassProfiles",
     f"{_ROOM}.features.PathTable",
+    f"{_ROOM}.familiarity.FamiliarityDetector",
+    f"{_ROOM}.gaussians.Diagonal",
+    f"{_ROOM}.gaussians.Gaussian",
 )
 
 
@@ -160,7 +163,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the detector and its calibration with skops: nothing in the file runs when it is read."""
-        _save(self, path)
+        save_detector(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> "PathDetector":
@@ -176,7 +179,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
         Raises:
             FileFormatError: The file is broken, holds something else, or holds types that are not trusted.
         """
-        detector: PathDetector = _load(cls, path, trusted)
+        detector: PathDetector = load_detector(cls, path, trusted)
         return detector
 
     def _inside(self) -> Any:
@@ -288,12 +291,12 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the detector and its calibration with skops: nothing in the file runs when it is read."""
-        _save(self, path)
+        save_detector(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> "PathOutlierDetector":
         """Read what `save` wrote; see `PathDetector.load`."""
-        detector: PathOutlierDetector = _load(cls, path, trusted)
+        detector: PathOutlierDetector = load_detector(cls, path, trusted)
         return detector
 
     def _share(self) -> float:
@@ -307,7 +310,7 @@ class PathOutlierDetector(Calibrated, OutlierMixin, BaseEstimator):
         return scores
 
 
-def _save(detector: Any, path: str | os.PathLike[str]) -> None:
+def save_detector(detector: Any, path: str | os.PathLike[str]) -> None:
     """Write a detector; see `PathDetector.save`."""
     skops = _skops()
     content = {"kind": _KIND, "version": _VERSION, "package": __version__, "detector": detector}
@@ -315,7 +318,7 @@ def _save(detector: Any, path: str | os.PathLike[str]) -> None:
         skops.dump(content, beside)
 
 
-def _load(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> Any:
+def load_detector(kind: type, path: str | os.PathLike[str], trusted: Sequence[str]) -> Any:
     """Read a detector; see `PathDetector.load`."""
     skops = _skops()
     if not os.path.exists(path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.head_pass import Batch, single_batch
+from captum_classfilters.core.head_pass import Batch, position_map, single_batch
 from captum_classfilters.core.targets import classes_of
 
 
@@ -91,7 +91,8 @@ def explain_confusion(
     difference = weight[won] - weight[lost]
     contribution = difference * batch.features.double()
     biases = bias[won] - bias[lost]
-    won_by, lost_by = _maps(run(True) if batch.head.feature_map is not None else batch, difference, contribution)
+    mapped = run(True) if batch.head.feature_map is not None else batch
+    won_by, lost_by = (position_map(mapped, difference * side) for side in (contribution > 0, contribution <= 0))
     return Confusion(
         _table(batch.features.double(), weight[won], weight[lost], contribution, bias[won], bias[lost]),
         contribution.sum(1) + biases,
@@ -100,22 +101,6 @@ def explain_confusion(
         won_by,
         lost_by,
     )
-
-
-def _maps(batch: Batch, difference: Tensor, contribution: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What each position adds, ``(N, 1, h, w)``: first through channels for the predicted class, then the others."""
-    if batch.maps is None:
-        return None, None
-    maps, features = batch.maps.double(), batch.features.double()
-    scale = float(features.abs().max()) + 1e-12
-    # with a maximum or a norm between map and head, positions do not add up to the feature
-    half = min(torch.finfo(batch.maps.dtype).bits, torch.finfo(batch.features.dtype).bits) < 32
-    if float((maps.mean((2, 3)) - features).abs().max()) > (3e-2 if half else 1e-3) * scale:
-        return None, None
-    weights = difference / maps[0, 0].numel()
-    sides = [weights * (contribution > 0), weights * (contribution <= 0)]
-    won_by, lost_by = (torch.einsum("nkhw,nk->nhw", maps, side).unsqueeze(1).float() for side in sides)
-    return won_by, lost_by
 
 
 def _table(
