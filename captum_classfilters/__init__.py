@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
     from captum_classfilters.decoupling import Paths as Paths
+    from captum_classfilters.detection import FamiliarityDetector as FamiliarityDetector
     from captum_classfilters.detection import PathDetector as PathDetector
     from captum_classfilters.detection import PathOutlierDetector as PathOutlierDetector
     from captum_classfilters.detection import PathPairs as PathPairs
     from captum_classfilters.detection import adversarial_paths as adversarial_paths
+    from captum_classfilters.detection import explain_alarm as explain_alarm
     from captum_classfilters.gating import FilterAmbiguity as FilterAmbiguity
     from captum_classfilters.gating import GatePenalty as GatePenalty
     from captum_classfilters.gating import GateSchedule as GateSchedule
@@ -57,6 +59,7 @@ _HOMES = {
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
     "HeadPass": "core.head_pass",
+    "FamiliarityDetector": "detection",
     "FilterAmbiguity": "gating",
     "GatePenalty": "gating",
     "GateSchedule": "gating",
@@ -80,6 +83,7 @@ _HOMES = {
     "concepts": "concepts",
     "decompose": "heads",
     "detection": "detection",
+    "explain_alarm": "detection",
     "explain_confusion": "metrics",
     "filter_ambiguity": "gating",
     "heads": "heads",

@@ -787,8 +787,8 @@ def _judged(detector: Any, alpha: float) -> dict[str, Any]:
         "predict": detector.predict(judged),
         "strangeness": detector.strangeness(judged),
         "p value": detector.p_value(judged),
-        "alarm": detector.is_adversarial(judged),
-        "alarm at .3": detector.is_adversarial(judged, 0.3),
+        "alarm": detector.alarms(judged),
+        "alarm at .3": detector.alarms(judged, 0.3),
     }
 
 

@@ -66,7 +66,7 @@ def adaptive(bench: Bench) -> None:
             row = {"attack": f"{name}, {epsilon}/255", "fooled": f"{pairs.success:.2f} of {pairs.tried}"}
             for known, detector in detectors.items():
                 looked_at, marks, _ = pairs.stack()
-                unseen = int((~detector.is_adversarial(pairs.adversarial)).sum())
+                unseen = int((~detector.alarms(pairs.adversarial)).sum())
                 low, high = wilson(unseen, pairs.tried)
                 auc = roc_auc_score(marks, detector.strangeness(looked_at))
                 row[known] = f"{auc:.2f}, {unseen / pairs.tried:.2f} [{low:.2f}, {high:.2f}]"
@@ -137,7 +137,7 @@ def calibration(bench: Bench) -> None:
     for name, detector in detectors.items():
         detector.calibrate(alarm_set, alpha=0.01)
         for alpha in (0.01, 0.05, 0.1):
-            alarms = detector.is_adversarial(unseen, alpha)
+            alarms = detector.alarms(unseen, alpha)
             low, high = false_positive_interval(alpha, len(alarm_set), len(unseen))
             inside = "yes" if low <= alarms.mean() <= high else "NO"
             rows.append({
@@ -161,10 +161,10 @@ def noise(bench: Bench) -> None:
             X, y, _ = train.stack(noise=told)
             detector = forest(bench, 0, BOTH).fit(X, y).calibrate(alarm_set)
             row[f"AUC, {label}"] = f"{auc_of(detector, test, noise=told):.3f}"
-            row[f"alarms on noise, {label}"] = f"{detector.is_adversarial(test.noise).mean():.3f}"
+            row[f"alarms on noise, {label}"] = f"{detector.alarms(test.noise).mean():.3f}"
             if told:
-                row["alarms on the attack"] = f"{detector.is_adversarial(test.adversarial).mean():.3f}"
-                row["alarms on their clean twins"] = f"{detector.is_adversarial(test.clean).mean():.3f}"
+                row["alarms on the attack"] = f"{detector.alarms(test.adversarial).mean():.3f}"
+                row["alarms on their clean twins"] = f"{detector.alarms(test.clean).mean():.3f}"
         rows[name] = row
     print("\n### Noise of the same size (alarm at 5 %; forest, logits and profiles)\n")
     markdown(pd.DataFrame(rows).T.rename_axis("attack"), "one run")

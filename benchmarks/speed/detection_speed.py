@@ -44,7 +44,7 @@ def main() -> None:
         paths = decoupler.paths(batch)
         for name, detector in fitted.items():
             detector.calibrate(pairs.clean)
-            runs = {"forward": partial(plain, decoupler, batch), "alarm": partial(detector.is_adversarial, paths)}
+            runs = {"forward": partial(plain, decoupler, batch), "alarm": partial(detector.alarms, paths)}
             found = ratio(interleaved(runs, options.repeats, 2), "alarm", "forward")
             table.add(f"alarm of {size} images / forward, {name}", str(found), found.value, 0.2)
         asked = partial(asked_of_images, fitted["gradient boosting of 100"], decoupler, batch)
@@ -53,7 +53,7 @@ def main() -> None:
             "asked",
             "forward",
         )
-        table.add(f"is_adversarial(paths(x)), x of {size} / forward, gradient boosting", str(found))
+        table.add(f"alarms(paths(x)), x of {size} / forward, gradient boosting", str(found))
     building(table, decoupler, images, max(3, options.repeats // 5))
     critical(table, decoupler, images)
     print(table)
@@ -92,7 +92,7 @@ def critical(table: Table, decoupler, images: torch.Tensor) -> None:
 
 
 def asked_of_images(detector, decoupler, images: torch.Tensor) -> None:
-    detector.is_adversarial(decoupler.paths(images))
+    detector.alarms(decoupler.paths(images))
 
 
 def plain(decoupler, images: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from captum_classfilters.class_filters import ClassFilters, check_table
+from captum_classfilters.cli.data import Loader, Source, open_unlabelled
 from captum_classfilters.cli.prepare import Job, working
 from captum_classfilters.cli.writing import as_csv, as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
@@ -93,6 +94,61 @@ def decompose(options: Any) -> None:
             tables = None if filters is None else {filters.method: filters}
             _judge(job, options, tables, [options.k], refit=refit, moments=moments)
         job.output.text("decompose.json", as_json(job.console.facts) + "\n")
+
+
+def watch(options: Any) -> None:
+    """A network, its training images and clean ones in; alarms for other images out."""
+    from captum_classfilters.detection import FamiliarityDetector
+    from captum_classfilters.detection.conformal import check_enough
+
+    with working(options, ["scores.csv", "alarms.png", "detector.skops", "watch.json"]) as job:
+        clean, watched = (open_unlabelled(text, job.class_names) for text in (options.calibrate, options.images))
+        if clean.about == job.console.facts["data"]:
+            raise OptionError(
+                f"--calibrate {options.calibrate} names the images that the detector learns from; the promised rate of "
+                "false alarms needs clean images that it has not seen"
+            )
+        check_enough(len(clean.labels), options.alpha)
+
+        def head_pass(loader: Any) -> HeadPass:
+            return HeadPass(job.model, loader, layer=options.layer, show_progress=_bars(options))
+
+        with _counting(job):
+            detector = FamiliarityDetector(options.method).fit(head_pass(job.loader))
+        detector.calibrate(head_pass(job.loader_of(clean)), options.alpha)
+        with job.output.into("detector.skops") as path:
+            detector.save(path)
+        scores = _watched(job, detector, job.loader_of(watched), head_pass)
+        job.output.text("scores.csv", as_csv(scores))
+        _tell_alarms(job, options, scores)
+        _draw_alarms(job, options, detector, scores, watched)
+        job.output.text("watch.json", as_json(job.console.facts) + "\n")
+
+
+def _watched(job: Job, detector: Any, loader: Loader, head_pass: Callable[[Any], HeadPass]) -> Any:
+    """One row for each image that could be read: strangeness, p-value, alarm, and what the network says."""
+    import numpy as np
+    import pandas as pd
+
+    from captum_classfilters.detection.conformal import goes_off, p_values
+    from captum_classfilters.detection.familiarity import HeadValues
+
+    strangeness, predicted = [], []
+    with head_pass(loader).batches(need_labels=False, description="watch") as stream:
+        for batch in stream:
+            strangeness.append(detector.score_values(HeadValues.of(batch)))
+            predicted += batch.logits.argmax(1).tolist()
+    scores = np.concatenate(strangeness)
+    p = p_values(scores, detector.calibration_scores_)
+    return pd.DataFrame(
+        {
+            "image": loader.names_read(),
+            "strangeness": scores,
+            "p_value": p,
+            "alarm": goes_off(p, detector.alpha_),
+            "predicted": [job.class_names[index] for index in predicted],
+        }
+    )
 
 
 # -- passes over the images --------------------------------------------------------------------------------------------
@@ -210,6 +266,49 @@ def _judge(
     )
     for row in overall.itertuples():
         job.console.say(f"  {row.filters:<24}k = {row.k:<6}{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
+
+
+def _tell_alarms(job: Job, options: Any, scores: Any) -> None:
+    found = scores[scores.alarm].sort_values("strangeness", ascending=False)
+    job.console.facts |= {
+        "method": options.method,
+        "alpha": options.alpha,
+        "watched": len(scores),
+        "alarms": len(found),
+        "strangest": found.head(20).to_dict("records"),
+    }
+    job.console.say(
+        f"\n{len(found)} of {len(scores)} images raise an alarm ({options.method}); of images like the clean ones "
+        f"{options.alpha:.3g} would, {options.alpha * len(scores):.1f} of {len(scores)}"
+    )
+    for row in found.head(10).itertuples():
+        job.console.say(f"  {row.p_value:<10.3g}{row.image}  (predicted: {row.predicted})")
+    if len(found) > 10:
+        job.console.say(f"  ... and {len(found) - 10} more, in scores.csv")
+
+
+def _draw_alarms(job: Job, options: Any, detector: Any, scores: Any, watched: Source) -> None:
+    """The strangest images, whether or not they raise an alarm."""
+    from captum_classfilters import visualize
+    from captum_classfilters.detection import explain_alarm
+    from captum_classfilters.detection.familiarity import SUMS
+
+    if detector.method not in SUMS:
+        job.console.note(
+            f"no picture: the score of {detector.method} is no sum over channels; --method mahalanobis is one"
+        )
+        return
+    strangest = scores.sort_values("strangeness", ascending=False).head(options.most)
+    places = {watched.name(index): index for index in range(len(watched.images))}
+    chosen = [places[name] for name in strangest.image]
+    part = watched._replace(images=[watched.images[index] for index in chosen], labels=[0] * len(chosen), left_out={})
+    inputs = torch.cat([images for images, _ in job.loader_of(part)])
+    alarm = explain_alarm(detector, job.model, inputs, layer=options.layer)
+    titles = [
+        f"{Path(row.image).name}\np = {row.p_value:.3g}, predicted: {row.predicted}" for row in strangest.itertuples()
+    ]
+    pixels = job.preprocessing.pixels(inputs)
+    job.output.picture("alarms.png", lambda: visualize.unfamiliar(pixels, alarm, titles))
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------

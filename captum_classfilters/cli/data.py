@@ -49,6 +49,11 @@ class Source(NamedTuple):
     whole: bool = False  # images of that size already: nothing is cut off
     left_out: Mapping[str, str] = MappingProxyType({})  # files that are not read, and why
 
+    def name(self, index: int) -> str:
+        """The path of an image, or its place in the data set."""
+        image_or_path = self.images[index]
+        return str(image_or_path) if isinstance(image_or_path, Path) else f"image {index} of {self.about}"
+
 
 def open_source(text: str, split: str | None, *, judging: bool = False) -> Source:
     """Find the images that DATA names.
@@ -69,6 +74,25 @@ def open_source(text: str, split: str | None, *, judging: bool = False) -> Sourc
             raise OptionError(f"{name} has the splits {' and '.join(splits)}, got {split!r}")
         return read(Path(root).expanduser(), split)
     return _folder(Path(text).expanduser(), split)
+
+
+def open_unlabelled(text: str, class_names: tuple[str, ...]) -> Source:
+    """Images whose classes do not matter: all that lie in a folder, at any depth; or the test images of ``name:ROOT``.
+
+    Args:
+        text: A folder, or ``name:ROOT``.
+        class_names: The network's classes.
+    """
+    if text.partition(":")[0] in _NAMED and not Path(text).is_dir():
+        source = open_source(text, None, judging=True)
+        return source._replace(class_names=class_names, labels=[0] * len(source.labels))
+    root = Path(text).expanduser()
+    _check_root(root, "images")
+    left_out: dict[str, str] = {}
+    images = _images(root, deep=True, left_out=left_out)
+    if not images:
+        raise OptionError(f"no image in {root}; expected files ending in {', '.join(EXTENSIONS)}")
+    return Source(f"folder {root.resolve()}", class_names, images, [0] * len(images), 3, 224, left_out=left_out)
 
 
 def first_of_each(source: Source, most: int | None) -> Source:
@@ -180,13 +204,12 @@ def _refuse_splits(root: Path, folders: list[Path]) -> None:
         )
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Path, content: str = "a folder of images for each class") -> None:
     if root.is_file():
-        raise OptionError(f"{root} is a file; expected a folder with one folder of images for each class")
+        raise OptionError(f"{root} is a file; expected a folder with {content}")
     if not root.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {root}; expected one with a folder of images for each class, or "
-            f"{', '.join(f'{name}:ROOT' for name in _NAMED)}"
+            f"there is no folder {root}; expected one with {content}, or {', '.join(f'{name}:ROOT' for name in _NAMED)}"
         )
 
 
@@ -216,7 +239,7 @@ def _images(folder: Path, deep: bool, left_out: dict[str, str] | None = None) ->
             if name.startswith("."):
                 reasons[name] = "hidden file"
             elif path.suffix.lower() not in EXTENSIONS:
-                reasons[name] = f"not among {', '.join(EXTENSIONS)}"
+                reasons[name] = f"no image; those end in {', '.join(EXTENSIONS)}"
             elif path.exists() and not path.is_file():
                 reasons[name] = "not a regular file"
             else:
@@ -334,6 +357,11 @@ class Preprocessing:
         """For ``--json``."""
         return asdict(self)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Preprocessed images ``(N, colours, H, W)`` as pictures in [0, 1]."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The same as torchvision's and timm's own for their published weights."""
         steps = [
@@ -411,7 +439,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, preprocessing: Preprocessing, batch_size: int, workers: int, strict: bool):
-        self._images = _Images(source, preprocessing)
+        self._images, self._source = _Images(source, preprocessing), source
         self.left_out = source.left_out
         self._strict = strict
         self._loader: DataLoader[Any] = DataLoader(
@@ -444,9 +472,14 @@ class Loader:
             name, why = next(iter(self.skipped.items()))
             raise FileFormatError(f"none of the {len(self._images)} images could be read; the first: {name} ({why})")
 
+    def names_read(self) -> list[str]:
+        """Names of the images that the last pass gave, in order."""
+        names = map(self._source.name, range(len(self._images)))
+        return [name for name in names if name not in self.skipped]
+
     def left_out_words(self) -> str:
         """How many files are not read, and the first of them."""
-        shown = ", ".join(f"{name} ({why.split(' among')[0]})" for name, why in list(self.left_out.items())[:3])
+        shown = ", ".join(f"{name} ({why.partition(';')[0]})" for name, why in list(self.left_out.items())[:3])
         count = len(self.left_out)
         return f"{count} file{'s' * (count > 1)} left out: {shown}{', ...' * (count > 3)}"
 
@@ -470,13 +503,10 @@ class _Images(Dataset[Any]):
         return len(self._source.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[str, str]:
-        image_or_path = self._source.images[index]
         try:
-            return self._transform(self._decoded(image_or_path)), self._source.labels[index]
+            return self._transform(self._decoded(self._source.images[index])), self._source.labels[index]
         except Exception as error:  # a broken file can raise anything
-            is_path = isinstance(image_or_path, Path)
-            name = image_or_path if is_path else f"image {index} of {self._source.about}"
-            return str(name), str(error) or type(error).__name__
+            return self._source.name(index), str(error) or type(error).__name__
 
     def _decoded(self, image_or_path: Any) -> Image.Image:
         if not isinstance(image_or_path, Path):

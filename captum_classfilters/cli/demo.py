@@ -112,7 +112,7 @@ def run_demo(out: Path) -> None:
     half = len(paths) // 2
     detector = PathDetector(random_state=0).fit(*learn.stack()[:2]).calibrate(paths[:half], alpha=0.05)
     later = judge[judge.index >= half]
-    alarms = [detector.is_adversarial(part).mean() for part in (paths[half:], later.noise, later.adversarial)]
+    alarms = [detector.alarms(part).mean() for part in (paths[half:], later.noise, later.adversarial)]
     print(
         f"\nAdversarial images (FGSM, 8/255): {judge}. A forest that has seen their paths on training images, told to "
         f"give false alarms for 5 % of clean ones: {alarms[0]:.0%} of clean images, {alarms[1]:.0%} of noisy ones, "

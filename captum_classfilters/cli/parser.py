@@ -9,6 +9,11 @@ SELECTORS = (
     "correlation", "random",
 )  # fmt: skip
 
+METHODS = (
+    "mahalanobis", "relative_mahalanobis", "class_gaussian", "nearest_neighbours", "react", "energy", "max_logit",
+    "max_softmax",
+)  # fmt: skip
+
 _WRITES = {
     "attribute": """\
 Find the class filters of your network on your images. Writes into DIR: filters.safetensors (ClassFilters.load reads
@@ -22,6 +27,13 @@ The same network with a head that reads only k features for each class. Writes i
 dict (how to load it again is printed); decompose.json; the filters and moments it took; with --judge accuracy.csv.
 
   captum-classfilters decompose resnet18 pets/train --weights pets.pt --k 5 --refit omp --judge pets/val --out small
+""",
+    "watch": """\
+Which of these images are unlike those that the network was trained on? The share of false alarms is promised, from
+other images that are clean. Writes into DIR: scores.csv (strangeness, p-value and alarm of each image), alarms.png (the
+strangest images, where, and by which channels), detector.skops (FamiliarityDetector.load reads it), watch.json.
+
+  captum-classfilters watch resnet18 pets/train --weights pets.pt --calibrate pets/val --images inbox --out watched
 """,
 }
 _MODEL = """\
@@ -47,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, add, about in (
         ("attribute", _attribute, "your network, your images: class filters in a file, a table, pictures"),
         ("decompose", _decompose, "the same network with a head that reads only k features for each class"),
+        ("watch", _watch, "alarms for images unlike those that your network was trained on"),
     ):
         command = commands.add_parser(
             name,
@@ -55,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_MODEL,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _shared(command)
+        _shared(command, judge=name != "watch")
         add(command)
     return parser
 
@@ -99,19 +112,40 @@ def _decompose(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrate",
+        required=True,
+        metavar="DATA3",
+        help="clean images that the network was not trained on, as many as you can: a folder, classes do not matter",
+    )
+    parser.add_argument("--images", required=True, metavar="DATA4", help="the images to watch: a folder, at any depth")
+    parser.add_argument(
+        "--method", choices=METHODS, default="mahalanobis", help="how strangeness is measured (default: mahalanobis)"
+    )
+    parser.add_argument(
+        "--alpha", type=_share, default=0.05, metavar="X", help="share of clean images that may raise a false alarm"
+    )
+    parser.add_argument("--most", type=_count, default=12, metavar="N", help="images in the picture (default: 12)")
+    parser.set_defaults(k=1, judge=None, judge_split=None)
+
+
 def _k1(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k1", type=_count, help="features each image votes for; selectors that vote only (default: sqrt(K))"
     )
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
+def _shared(parser: argparse.ArgumentParser, judge: bool) -> None:
     parser.add_argument("model", metavar="MODEL", help="see below")
     parser.add_argument("data", metavar="DATA", help="see below; training images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what comes out")
-    parser.add_argument(
-        "--judge", metavar="DATA2", help="other images, same classes: accuracy with k channels, and a random control"
-    )
+    if judge:
+        parser.add_argument(
+            "--judge",
+            metavar="DATA2",
+            help="other images, same classes: accuracy with k channels, and a random control",
+        )
 
     model = parser.add_argument_group("model")
     source = model.add_mutually_exclusive_group()
@@ -127,7 +161,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 
     data = parser.add_argument_group("images")
     data.add_argument("--split", metavar="NAME", help="of DATA: train, test, val; of a folder: the folder below it")
-    data.add_argument("--judge-split", metavar="NAME", help="of DATA2 (default: test or val; of a folder: none)")
+    if judge:
+        data.add_argument("--judge-split", metavar="NAME", help="of DATA2 (default: test or val; of a folder: none)")
     data.add_argument(
         "--classes", type=Path, metavar="FILE", help="the network's classes in its order, one a line, by folder names"
     )
@@ -177,3 +212,10 @@ def _number(kind: Callable[[str], float], least: float, words: str) -> Callable[
 _count = _number(int, 1, "a whole number of at least 1")
 _natural = _number(int, 0, "a whole number of at least 0")
 _positive = _number(float, 1e-12, "a number above 0")
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value

@@ -1,7 +1,7 @@
 """Find everything that a command line names, and refuse what is wrong before a pass over the images starts."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ class Job(NamedTuple):
     class_names: tuple[str, ...]
     loader: Loader
     judge: Loader | None
+    preprocessing: Preprocessing
+    loader_of: Callable[[Source], Loader]  # reads other images in the same way
+    loaders: list[Loader]  # all that were made
 
     @property
     def model(self) -> torch.nn.Module:
@@ -53,23 +56,19 @@ def working(options: Any, files: Iterable[str]) -> Iterator[Job]:
     output = Output(options.out, files)
     try:
         job = _prepare(options, output)
-        for part in (job.loader, job.judge):
-            if part is not None and part.left_out:
-                job.console.note(part.left_out_words())
         yield job
     except BaseException:
         if output.written:
             print(f"note: written before that: {', '.join(map(str, output.written))}", file=sys.stderr)
         output.remove_if_empty()
         raise
-    skipped = [part for part in (job.loader, job.judge) if part is not None and part.skipped]
+    skipped = [part for part in job.loaders if part.skipped]
     for part in skipped:
         job.console.note(part.skipped_words())
     names = ", ".join(path.name for path in job.output.written)
     job.console.say(f"\nIn {job.output.folder.resolve()}: {names}")
     job.console.facts["skipped"] = [name for part in skipped for name in part.skipped]
-    parts = [part for part in (job.loader, job.judge) if part is not None]
-    job.console.facts["left_out"] = [name for part in parts for name in part.left_out]
+    job.console.facts["left_out"] = [name for part in job.loaders for name in part.left_out]
     if old := job.output.from_before():
         job.console.note(f"from an earlier run, not of this one: {', '.join(old)} in {job.output.folder}")
     job.console.facts["files"] = job.output.written
@@ -86,10 +85,15 @@ def _prepare(options: Any, output: Output) -> Job:
     head = _head(network, preprocessing, options.layer)
     _check_classes(head, source, network)
     check_k(options.k, head.num_features, "--k")
-    loader, judging = (
-        None if part is None else Loader(part, preprocessing, options.batch_size, options.workers, options.strict)
-        for part in (source, judge)
-    )
+    loaders: list[Loader] = []
+
+    def loader_of(part: Source) -> Loader:
+        loaders.append(Loader(part, preprocessing, options.batch_size, options.workers, options.strict))
+        if part.left_out:
+            console.note(loaders[-1].left_out_words())
+        return loaders[-1]
+
+    loader, judging = loader_of(source), None if judge is None else loader_of(judge)
     console.facts = {
         "command": options.command,
         "model": network.about,
@@ -106,7 +110,7 @@ def _prepare(options: Any, output: Output) -> Job:
     console.say(f"Network: {network.about}; head {head.name}, {head.num_features} channels, on {device}")
     console.say(f"Images:  {source.about}: {len(source.labels)} of {len(source.class_names)} classes")
     console.say(f"         {preprocessing}")
-    return Job(console, output, network, head, source.class_names, loader, judging)  # type: ignore[arg-type]
+    return Job(console, output, network, head, source.class_names, loader, judging, preprocessing, loader_of, loaders)
 
 
 def _sources(options: Any) -> tuple[Source, Source | None]:

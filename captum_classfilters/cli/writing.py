@@ -18,8 +18,8 @@ from captum_classfilters.core.errors import printable
 from captum_classfilters.core.files import check_folder, replacing
 
 _OURS = re.compile(
-    r"(filters|moments|small|class_filters|overlap|accuracy_curve|accuracy|top|decompose)(_\w+)?(\.partial)?"
-    r"\.(safetensors|csv|png|json)"
+    r"(filters|moments|small|class_filters|overlap|accuracy_curve|accuracy|top|decompose|scores|alarms|detector|watch)(_\w+)?(\.partial)?"
+    r"\.(safetensors|csv|png|json|skops)"
 )
 
 

@@ -21,7 +21,8 @@ class Alarm:
     Attributes:
         table: One row for each sample and channel, the highest contribution first: ``sample``, ``channel`` (-1: what
             belongs to no channel), ``feature``, ``usual`` (the feature of the class mean or neighbour that it is
-            compared with; NaN where there is none), ``contribution``. The contributions of a sample sum to ``strangeness``.
+            compared with; NaN where there is none), ``contribution``. The contributions of a sample sum to
+            ``strangeness``.
         strangeness: ``(N,)``, the detector's score.
         compared_with: ``(N,)`` int64, the class that the sample was compared with; for the nearest neighbours the place
             of the neighbour among the kept training images.

@@ -1,6 +1,6 @@
-"""Split-conformal p-values: how rarely does a clean image have a path as strange as this one?
+"""Split-conformal p-values: how rarely is a clean image as strange as this one?
 
-n clean paths are used for calibration, m paths are judged.
+n clean images are used for calibration, m images are judged: by their paths, or by the head's input.
 """
 
 import math
@@ -36,6 +36,13 @@ def p_values(scores: Array, calibration: Array) -> Array:
     return (1 + len(calibration) - below) / (len(calibration) + 1)
 
 
+def goes_off(p: Array, alpha: float) -> Array:
+    """Alarms, bool, from p-values of any shape."""
+    # a little more than alpha, because in floats 1 - 0.9 is less than 0.1, the smallest p-value of nine paths
+    alarms: Array = p <= alpha * (1 + 1e-9)
+    return alarms
+
+
 def false_positive_interval(alpha: float, calibration: int, judged: int, level: float = 0.99) -> tuple[float, float]:
     """Interval ``(low, high)`` of the share of false positives that a calibrated detector gives by chance alone.
 
@@ -69,15 +76,15 @@ def check_enough(count: int, alpha: float) -> None:
     # 1e-9: rounding may make 1 / 0.05 a little more than 20
     if count < (needed := math.ceil(1 / alpha - 1e-9) - 1):
         raise CalibrationError(
-            f"a false-positive rate of {alpha:g} needs at least {needed} clean paths for calibration, got {count}; "
+            f"a false-positive rate of {alpha:g} needs at least {needed} clean images for calibration, got {count}; "
             "give more, or a larger alpha"
         )
 
 
 class Calibrated(ABC):
-    """A detector with p-values, and with alarms at a given rate, from clean paths that it was not fitted on.
+    """A detector with p-values, and with alarms at a given rate, from clean images that it was not fitted on.
 
-    A subclass defines `strangeness`, which is larger for paths that are more likely adversarial.
+    A subclass defines `strangeness`, which is larger for images that are more likely adversarial, or unfamiliar.
     """
 
     @abstractmethod
@@ -85,12 +92,12 @@ class Calibrated(ABC):
         """``(m,)`` float64."""
 
     def calibrate(self, X_clean: Any, alpha: float = 0.05) -> Any:  # noqa: N803
-        """Set the alarm to go off for a share ``alpha`` of clean images, by paths the detector was not fitted on.
+        """Set the alarm to go off for a share ``alpha`` of clean images, by images the detector was not fitted on.
 
         Args:
-            X_clean: ``(n, K)`` array, tensor or `Paths` of clean images, drawn like those judged later. Do not use the
-                network's training images, whose paths differ from those of new images. Include all images that should
-                raise no alarm, such as misclassified and noisy ones.
+            X_clean: What `strangeness` takes, of clean images, drawn like those judged later. Do not use the network's
+                training images, whose paths and features differ from those of new images. Include all images that
+                should raise no alarm, such as misclassified and noisy ones.
             alpha: The rate of false positives.
 
         Returns:
@@ -105,7 +112,7 @@ class Calibrated(ABC):
         return self
 
     def p_value(self, X: Any) -> Array:  # noqa: N803
-        """How often a clean path is at least as strange, ``(m,)``; see `p_values`.
+        """How often a clean image is at least as strange, ``(m,)``; see `p_values`.
 
         Raises:
             NotCalibratedError: `calibrate` was not called.
@@ -116,26 +123,24 @@ class Calibrated(ABC):
         """Alarms, ``(m,)`` bool: ``p_value(X) <= alpha``.
 
         Args:
-            X: ``(m, K)`` array, tensor or `Paths`.
+            X: What `strangeness` takes.
             alpha: The rate of false positives; None: the rate passed to `calibrate`.
 
         Raises:
             NotCalibratedError: `calibrate` was not called.
-            CalibrationError: There are too few paths for this rate.
+            CalibrationError: There are too few images for this rate.
         """
         scores = self._scores()
         if alpha is None:
             alpha = self.alpha_
         check_enough(len(scores), alpha)
-        # a little more than alpha, because in floats 1 - 0.9 is less than 0.1, the smallest p-value of nine paths
-        alarms: Array = self.p_value(X) <= alpha * (1 + 1e-9)
-        return alarms
+        return goes_off(self.p_value(X), alpha)
 
     def _scores(self) -> Array:
         if not hasattr(self, "calibration_scores_"):
             raise NotCalibratedError(
                 f"{type(self).__name__} is not calibrated: an alarm needs a rate of false positives; call "
-                "calibrate(clean_paths, alpha=0.05) with clean paths that it was not fitted on"
+                "calibrate(clean, alpha=0.05) with clean images that it was not fitted on"
             )
         return self.calibration_scores_
 

@@ -86,7 +86,7 @@ class PathDetector(Calibrated, ClassifierMixin, BaseEstimator):
         >>> detector = PathDetector(random_state=0).fit(np.vstack([clean, attacked]), [0] * 6 + [1] * 6)
         >>> detector.predict([[0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 1]]).tolist()
         [0, 1]
-        >>> bool(detector.calibrate(clean, alpha=0.2).is_adversarial(attacked).all())
+        >>> bool(detector.calibrate(clean, alpha=0.2).alarms(attacked).all())
         True
     """
 

@@ -44,18 +44,25 @@ METHODS = (
 )
 _NEAREST_OF = 10_000  # training images that are kept, at most
 _NEED_LOGITS = ("react", "energy", "max_logit", "max_softmax")
+# Methods whose score is a sum over channels
+SUMS = ("mahalanobis", "relative_mahalanobis", "class_gaussian", "nearest_neighbours", "max_logit")
 
 
 class HeadValues(NamedTuple):
     """What is read of some samples."""
 
     features: Array  # (N, K) float64
-    logits: Array | None  # (N, C) float64; None for bare features
+    logits: Array  # (N, C) float64; (N, 0) for bare features
 
     @classmethod
     def of(cls, batch: Batch) -> "HeadValues":
         """What a batch of a `HeadPass` gave."""
         return cls(_numpy(batch.features), _numpy(batch.logits))
+
+    @classmethod
+    def bare(cls, features: Array) -> "HeadValues":
+        """Features without a network."""
+        return cls(features, np.empty((len(features), 0)))
 
 
 class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
@@ -112,7 +119,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
     counts_: Array
     shrinkage_: float | None
     fingerprint_: str | None
-    kept_: Array
+    neighbours_: Array
     n_features_in_: int
 
     def __init__(
@@ -162,7 +169,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             sums, kept = self._of_features(X, y)
         self.n_features_in_ = kept.features.shape[1]
         self._learn(sums, kept)
-        self.offset_ = float(np.quantile(-self._score(kept), self._share()))
+        self.offset_ = float(np.quantile(-self.score_values(kept), self._share()))
         return self
 
     def _of_network(self, head_pass: HeadPass) -> tuple["_Sums", HeadValues]:
@@ -203,7 +210,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         sums = _Sums(int(classes.max()) + 1)
         sums.add(torch.from_numpy(values), torch.from_numpy(classes))
         kept = _Reservoir(self.random_state)
-        kept.add(HeadValues(values, None))
+        kept.add(HeadValues.bare(values))
         return sums, kept.values()
 
     def _learn(self, sums: "_Sums", kept: HeadValues) -> None:
@@ -228,7 +235,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         elif self.method == "class_gaussian":
             self.diagonal_ = diagonal(counts, total, squares)
         elif self.method == "nearest_neighbours":
-            self.neighbours_ = np.float32(normalised(kept.features))
+            self.neighbours_ = normalised(kept.features).astype(np.float32)
             if self.neighbours > len(self.neighbours_):
                 raise OptionError(
                     f"neighbours={self.neighbours}, but there are only {len(self.neighbours_)} training images to "
@@ -253,7 +260,6 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             raise OptionError(f'contamination must be in (0, 0.5] or "auto", got {self.contamination!r}')
         return float(share)
 
-
     # -- scoring -------------------------------------------------------------------------------------------------------
 
     def score_samples(self, X: Any) -> Array:  # noqa: N803
@@ -269,7 +275,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         Raises:
             MergeError: The `HeadPass` is of another network.
         """
-        return np.concatenate([self._score(values) for values in self._blocks(X)])
+        return np.concatenate([self.score_values(values) for values in self._blocks(X)])
 
     def decision_function(self, X: Any) -> Array:  # noqa: N803
         """``score_samples - offset_``, ``(N,)``; below 0: an outlier."""
@@ -290,13 +296,13 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         if self.method not in ("mahalanobis", "relative_mahalanobis", "class_gaussian"):
             raise OptionError(
-                f"method={self.method!r} has no class means; take \"mahalanobis\", \"relative_mahalanobis\" or "
+                f'method={self.method!r} has no class means; take "mahalanobis", "relative_mahalanobis" or '
                 '"class_gaussian"'
             )
         rows = []
         for values in self._blocks(X):
             distances = self._class_distances(values.features)[:, self.counts_ > 0]
-            rows.append(distances if values.logits is None else np.hstack([values.logits, distances]))
+            rows.append(np.hstack([values.logits, distances]))
         return np.concatenate(rows)
 
     def _blocks(self, X: Any) -> Iterator[HeadValues]:  # noqa: N803
@@ -307,7 +313,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
                     f"this detector reads the network's logits, which bare features do not hold, got "
                     f"{type(X).__name__}; pass a HeadPass"
                 )
-            yield HeadValues(validate_data(self, as_array(X), dtype=float, reset=False), None)
+            yield HeadValues.bare(validate_data(self, as_array(X), dtype=float, reset=False))
             return
         with X.batches(need_labels=False, description="FamiliarityDetector") as stream:
             for batch in stream:
@@ -324,12 +330,14 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             return
         if (mine := _fingerprint(head)) != self.fingerprint_:
             raise MergeError(
-                f"this network's head {head.name!r} is not the one that the detector was fitted on (fingerprints {mine} "
-                f"and {self.fingerprint_}); fit a detector on this network"
+                f"this network's head {head.name!r} is not the one that the detector was fitted on (fingerprints "
+                f"{mine} and {self.fingerprint_}); fit a detector on this network"
             )
 
     def _class_distances(self, features: Array) -> Array:
-        table: Array = (self.diagonal_ if self.method == "class_gaussian" else self.classes_gaussian_).distances(features)
+        table: Array = (self.diagonal_ if self.method == "class_gaussian" else self.classes_gaussian_).distances(
+            features
+        )
         return table
 
     def compared_with(self, values: HeadValues) -> Array:
@@ -339,11 +347,12 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         """
         nearest = self._class_distances(values.features).argmin(1)
         if self.against == "nearest":
-            return nearest
-        predicted = values.logits.argmax(1)  # type: ignore[union-attr]  # refused without
-        return np.where(self.counts_[predicted] > 0, predicted, nearest)
+            return np.asarray(nearest)
+        predicted = values.logits.argmax(1)
+        return np.asarray(np.where(self.counts_[predicted] > 0, predicted, nearest))
 
-    def _score(self, values: HeadValues) -> Array:
+    def score_values(self, values: HeadValues) -> Array:
+        """`strangeness` of what was read already, ``(N,)``."""
         features, logits = values
         if self.method in ("mahalanobis", "relative_mahalanobis", "class_gaussian"):
             distances = self._class_distances(features)[np.arange(len(features)), self.compared_with(values)]
@@ -355,13 +364,13 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         if self.method == "react":
             logits = np.minimum(features, self.threshold_) @ self.weight_.T + self.bias_
         if self.method == "max_logit":
-            return np.negative(logits.max(1))  # type: ignore[union-attr]
+            return np.asarray(-logits.max(1))
         return largest_softmax(logits) if self.method == "max_softmax" else energy(logits)
 
     def _neighbours_of(self, features: Array) -> tuple[Array, Array]:
         """Squared distance to the k-th neighbour, and which one it is."""
         # of vectors of length 1, the nearest have the largest products
-        products = np.float32(normalised(features)) @ self.neighbours_.T
+        products = normalised(features).astype(np.float32) @ self.neighbours_.T
         place = products.shape[1] - self.neighbours
         which = np.argpartition(products, place, axis=1)[:, place]
         difference = normalised(features) - self.neighbours_[which]
@@ -376,19 +385,18 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             OptionError: The score is no sum over channels.
         """
         features = values.features
-        if self.method in ("energy", "react", "max_softmax"):
+        if self.method not in SUMS:
             raise OptionError(
-                f"method={self.method!r} joins the logits of all classes, so its score is no sum over channels; "
-                'for that take "max_logit", "mahalanobis", "relative_mahalanobis", "class_gaussian" or '
-                '"nearest_neighbours"'
+                f"method={self.method!r} joins the logits of all classes, so its score is no sum over channels; for "
+                f"that take one of {', '.join(SUMS)}"
             )
         if self.method == "max_logit":
-            classes = values.logits.argmax(1)  # type: ignore[union-attr]
+            classes = values.logits.argmax(1)
             slope = -self.weight_[classes]
             return Terms(slope, np.zeros_like(slope), -self.bias_[classes], None), classes
         if self.method == "nearest_neighbours":
             which = self._neighbours_of(features)[1]
-            unit, other = normalised(features), np.float64(self.neighbours_[which])
+            unit, other = normalised(features), self.neighbours_[which].astype(float)
             length = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-300)
             slope, offset = (unit - other) / length, -other * (unit - other)
             return Terms(slope, offset, np.zeros(len(features)), other * length), which
@@ -438,22 +446,18 @@ class _Reservoir:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._keys: Array = np.empty(0)
-        self._values: HeadValues | None = None
+        self._parts: list[HeadValues] = []
 
     def add(self, values: HeadValues) -> None:
         keys = np.concatenate([self._keys, self._random.random(len(values.features))])
         kept = np.argpartition(keys, _NEAREST_OF)[:_NEAREST_OF] if len(keys) > _NEAREST_OF else slice(None)
         self._keys = keys[kept]
-        before = self._values
-        joined = values if before is None else HeadValues(*(_join(a, b) for a, b in zip(before, values, strict=True)))
-        self._values = HeadValues(*(None if part is None else part[kept] for part in joined))  # type: ignore[arg-type]
+        features, logits = (np.concatenate(parts)[kept] for parts in zip(*self._parts, values, strict=True))
+        self._parts = [HeadValues(features, logits)]
 
     def values(self) -> HeadValues:
-        return self._values  # type: ignore[return-value]  # asked for after the first batch
-
-
-def _join(before: Array | None, new: Array | None) -> Array | None:
-    return None if before is None or new is None else np.concatenate([before, new])
+        """Asked for after the first batch."""
+        return self._parts[0]
 
 
 def _numpy(value: Tensor) -> Array:

@@ -154,10 +154,10 @@ def largest_softmax(logits: Array) -> Array:
 
     Source: Hendrycks & Gimpel 2017, "A baseline for detecting misclassified and out-of-distribution examples".
     """
-    return -np.exp(logits.max(1) - logsumexp(logits, axis=1))
+    return np.asarray(-np.exp(logits.max(1) - logsumexp(logits, axis=1)))
 
 
 def normalised(features: Array) -> Array:
     """Features of length 1; zeros stay zeros."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.divide(features, length, out=np.zeros_like(features), where=length > 0)
+    return np.asarray(np.divide(features, length, out=np.zeros_like(features), where=length > 0))

@@ -25,6 +25,7 @@ from captum_classfilters.visualize.images import branch_maps, filter_cards, occl
 from captum_classfilters.visualize.images import switched_off as switched_off
 from captum_classfilters.visualize.splitting import ald_fit, ald_tree
 from captum_classfilters.visualize.tables import class_filters, overlap
+from captum_classfilters.visualize.unfamiliar import unfamiliar
 
 __all__ = [
     "accuracy_curve",
@@ -50,4 +51,5 @@ __all__ = [
     "path_profiles",
     "roc",
     "similarity",
+    "unfamiliar",
 ]

@@ -39,7 +39,7 @@ from captum_classfilters.visualize.kit import (
 
 # Where a map is 0 the photograph stays as it is, instead of being whitened
 _POSITIVE = LinearSegmentedColormap.from_list("activation", [(0.9, 0.35, 0.0, 0.0), (0.9, 0.35, 0.0, 1.0)])
-_SIGNED = LinearSegmentedColormap.from_list(
+DIVERGING = LinearSegmentedColormap.from_list(
     "signed activation", [(0.0, 0.35, 0.9, 1.0), (1.0, 1.0, 1.0, 0.0), (0.9, 0.35, 0.0, 1.0)]
 )
 # 257: an odd number of colours has one in the middle
@@ -184,7 +184,7 @@ def branch_maps(
         largest[:] = largest.max()
     columns = len(shown) + 1
     tiles = (values / np.where(largest > 0, largest, 1)[:, None, None, None]).reshape(count * height, columns * width)
-    strip = np.concatenate([_photograph(image) for image in images])
+    strip = np.concatenate([as_photograph(image) for image in images])
     tile = min(1.35, 14 / columns)
     ax = axes_or_new(ax, (tile * columns + 1.7, tile * count * height / width + 0.5))
     # Captum divides by the largest value and stops at 0: a column that is taken off again has the scale's end
@@ -253,7 +253,7 @@ def switched_off(
         >>> [ax.get_title() for ax in axes]
         ['image', 'region covered', 'filter 7\\nIoU 1.00', 'merged (1 filter)\\nIoU 1.00']
     """
-    _check_pixels(image, "image")
+    check_pixels(image, "image")
     size = (image.shape[1], image.shape[2])
     _check_mask(region, size, "region", "(H, W)")
     _check_mask(fields, size, "fields", "(F, H, W)")
@@ -266,14 +266,14 @@ def switched_off(
     names = _one_for_each(names, "names", count) or [f"filter {index}" for index in range(count)]
     values = _one_for_each(ious, "ious", count) or [_iou(field, region) for field in fields]
     covered = occlude(image[None].float(), region[None])[0] if covered is None else covered
-    _check_pixels(covered, "covered", image.shape)
+    check_pixels(covered, "covered", image.shape)
 
     # room for the titles and the words below
     height = float(np.clip(1.8 * size[0] / size[1], 0.8, 4.0)) + 0.7
     axes = panels_or_new(ax, count + 3, across=6, size=(1.95, height))
     outline = _edges(region)
     for axis, picture in zip(axes, [image, covered, *[image] * (count + 1)], strict=True):
-        axis.imshow(_photograph(picture), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(as_photograph(picture), cmap="gray", vmin=0, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
     titles = ["image", "region covered"]
@@ -436,7 +436,7 @@ def _check_maps(images: Any, maps: Any, names: Any, share: str) -> None:
         got: Any = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ShapeError(f"images must be a tensor (N, c, H, W), got {got}; of one image pass image[None]")
     for place, image in enumerate(images):
-        _check_pixels(image, f"image {place}")
+        check_pixels(image, f"image {place}")
     if not isinstance(maps, Mapping) or not maps:
         got = "none" if isinstance(maps, Mapping) else type(maps).__name__
         raise OptionError(f'maps must be tensors by panel\'s name, at least one, got {got}; pass {{"+1": map}}')
@@ -455,7 +455,8 @@ def _check_maps(images: Any, maps: Any, names: Any, share: str) -> None:
         raise OptionError(f"names must be {len(images)}, one for each image, got {got}")
 
 
-def _check_pixels(image: Any, name: str, shape: Any = None) -> None:
+def check_pixels(image: Any, name: str, shape: Any = None) -> None:
+    """Refuse what is no picture ``(c, H, W)`` in [0, 1]."""
     """Refuse what is no picture in [0, 1], or not of the shape of another."""
     if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] not in (1, 3):
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
@@ -503,7 +504,8 @@ def _blend(
     return [grey, overlay]
 
 
-def _photograph(image: Tensor) -> Floats:
+def as_photograph(image: Tensor) -> Floats:
+    """``(c, H, W)`` in [0, 1] as matplotlib takes it, ``(H, W, c)``."""
     # HWC only here, at matplotlib's door
     return np.asarray(image.detach().cpu().double().permute(1, 2, 0))
 
@@ -529,13 +531,13 @@ def _range(cards: list[Card]) -> tuple[float, float]:
 
 
 def _draw_card(ax: Axes, card: Card, low: float, high: float, signed: bool) -> None:
-    picture = _photograph(((card.image.double() - low) / (high - low)).clamp(0, 1))
+    picture = as_photograph(((card.image.double() - low) / (high - low)).clamp(0, 1))
     size = (int(picture.shape[0]), int(picture.shape[1]))
     spread = LayerAttribution.interpolate(card.map[None, None], size, "bilinear")[0, 0].double().numpy()
     largest = float(np.abs(spread).max())
     if largest > 0:
         # Captum divides by a number close to the largest: brought to 1 first, small activations do not look like none
-        _blend(ax, spread / largest, picture, _SIGNED if signed else _POSITIVE, "all" if signed else "positive")
+        _blend(ax, spread / largest, picture, DIVERGING if signed else _POSITIVE, "all" if signed else "positive")
     else:
         # Captum's visualiser asserts that some attribution is not zero (its issues 481 and 959)
         ax.imshow(picture.mean(2) * 255, cmap="gray", vmin=0, vmax=255)

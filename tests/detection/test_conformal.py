@@ -57,7 +57,7 @@ def test_clean_ones_are_alarms_as_often_as_was_asked_for():
     counts = []
     for _ in range(draws):
         detector = Given().calibrate(generator.normal(size=n), alpha=alpha)
-        counts.append(int(detector.is_adversarial(generator.normal(size=m)).sum()))
+        counts.append(int(detector.alarms(generator.normal(size=m)).sum()))
     # known mean and variance, of sums of 400: three in a thousand lie outside by chance, and this seed is not one
     expected = stats.betabinom(m, 10, 90)
     assert abs(np.mean(counts) - m * alpha) < 3 * expected.std() / draws**0.5
@@ -73,7 +73,7 @@ def test_the_rate_of_a_detector_lies_in_the_interval():
     clean, _ = planted(1200)
     detector = PathOutlierDetector().fit(clean[:300]).calibrate(clean[300:600], alpha=0.05)
     low, high = false_positive_interval(0.05, 300, 600)
-    assert low <= detector.is_adversarial(clean[600:]).mean() <= high
+    assert low <= detector.alarms(clean[600:]).mean() <= high
 
 
 @pytest.mark.parametrize(("alpha", "n", "m", "level"), [
@@ -106,20 +106,20 @@ def test_too_few_clean_ones_are_told_how_many_it_takes(alpha, needed):
     for call in (
         lambda: check_enough(needed - 1, alpha),
         lambda: Given().calibrate(np.arange(needed - 1), alpha),
-        lambda: Given().calibrate(np.arange(needed), alpha).is_adversarial(strange, alpha * 0.7),
+        lambda: Given().calibrate(np.arange(needed), alpha).alarms(strange, alpha * 0.7),
         lambda: false_positive_interval(alpha, needed - 1, 100),
     ):
-        with pytest.raises(errors.CalibrationError, match=r"needs at least .* clean paths for calibration, got"):
+        with pytest.raises(errors.CalibrationError, match=r"needs at least .* clean images for calibration, got"):
             call()
-    with pytest.raises(errors.CalibrationError, match=f"rate of {alpha:g} needs at least {needed} clean paths"):
+    with pytest.raises(errors.CalibrationError, match=f"rate of {alpha:g} needs at least {needed} clean images"):
         check_enough(needed - 1, alpha)
     # as few as these are enough for an alarm
-    assert Given().calibrate(np.arange(needed), alpha).is_adversarial(strange).all()
+    assert Given().calibrate(np.arange(needed), alpha).alarms(strange).all()
 
 
 def test_a_rate_that_is_computed_gives_alarms_too():
     """1 - 0.9 is a little less than 0.1, the smallest p-value that nine give."""
-    assert Given().calibrate(np.arange(9), 1 - 0.9).is_adversarial([100.0]).all()
+    assert Given().calibrate(np.arange(9), 1 - 0.9).alarms([100.0]).all()
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5, math.nan, True, "0.05", None, 5])
@@ -130,22 +130,22 @@ def test_rates_are_between_0_and_1(alpha):
             call()
     if alpha is not None:  # there it stands for that of calibrate
         with pytest.raises(errors.OptionError, match="between 0 and 1, the rate of false positives"):
-            detector.is_adversarial([1.0], alpha)
+            detector.alarms([1.0], alpha)
     assert detector.alpha_ == 0.05
 
 
 def test_calibration_is_kept_and_another_rate_may_be_asked_for():
     detector = Given()
-    for ask in (detector.p_value, detector.is_adversarial):
-        with pytest.raises(errors.NotCalibratedError, match=r"Given is not calibrated: .* call calibrate\(clean_paths"):
+    for ask in (detector.p_value, detector.alarms):
+        with pytest.raises(errors.NotCalibratedError, match=r"Given is not calibrated: .* call calibrate\(clean"):
             ask([1.0])
     assert detector.calibrate([3, 1, 0, 2, *range(4, 99)], alpha=0.05) is detector
     assert detector.calibration_scores_.tolist() == list(range(99))
     assert detector.p_value([97.5, 98.5, -1]).tolist() == [0.02, 0.01, 1.0]
     judged = [93.5, 94.5, 97.5, 98.5]
-    assert detector.is_adversarial(judged).tolist() == [False, True, True, True]
-    assert detector.is_adversarial(judged, alpha=0.02).tolist() == [False, False, True, True]
-    assert detector.is_adversarial(judged, alpha=0.01).tolist() == [False, False, False, True]
-    with pytest.raises(errors.CalibrationError, match=r"rate of 0\.005 needs at least 199 clean paths .* got 99"):
-        detector.is_adversarial(judged, alpha=0.005)
-    assert detector.calibrate(np.zeros(9), alpha=0.2).is_adversarial(judged).all()
+    assert detector.alarms(judged).tolist() == [False, True, True, True]
+    assert detector.alarms(judged, alpha=0.02).tolist() == [False, False, True, True]
+    assert detector.alarms(judged, alpha=0.01).tolist() == [False, False, False, True]
+    with pytest.raises(errors.CalibrationError, match=r"rate of 0\.005 needs at least 199 clean images .* got 99"):
+        detector.alarms(judged, alpha=0.005)
+    assert detector.calibrate(np.zeros(9), alpha=0.2).alarms(judged).all()

@@ -225,10 +225,10 @@ def test_alarms_come_at_the_rate_that_was_asked_for(pairs):
     detector = PathDetector(LogisticRegression()).fit(X, y).calibrate(clean[:199], alpha=0.1)
     scores = np.sort(LogisticRegression().fit(X.bits().numpy(), y).predict_proba(clean[:199].bits().numpy())[:, 1])
     np.testing.assert_allclose(detector.calibration_scores_, scores, rtol=1e-12)
-    assert detector.is_adversarial(clean[:199]).sum() <= 20
-    assert detector.is_adversarial(attacked).mean() > 0.9
-    assert detector.is_adversarial(clean[199:]).mean() < 0.25
-    assert (detector.is_adversarial(clean) == (detector.p_value(clean) <= 0.1)).all()
+    assert detector.alarms(clean[:199]).sum() <= 20
+    assert detector.alarms(attacked).mean() > 0.9
+    assert detector.alarms(clean[199:]).mean() < 0.25
+    assert (detector.alarms(clean) == (detector.p_value(clean) <= 0.1)).all()
 
 
 def test_another_fit_forgets_the_calibration(pairs):
@@ -238,10 +238,10 @@ def test_another_fit_forgets_the_calibration(pairs):
         detector.calibrate(X)
     detector.fit(X, y)
     with pytest.raises(errors.NotCalibratedError, match=r"PathDetector is not calibrated: .* call calibrate\("):
-        detector.is_adversarial(X)
-    assert detector.calibrate(X[:40]).is_adversarial(X).any()
+        detector.alarms(X)
+    assert detector.calibrate(X[:40]).alarms(X).any()
     detector.fit(X, 1 - y)
-    for ask in (detector.is_adversarial, detector.p_value):
+    for ask in (detector.alarms, detector.p_value):
         with pytest.raises(errors.NotCalibratedError):
             ask(X)
     assert not hasattr(detector, "alpha_")

@@ -30,8 +30,8 @@ def test_attacked_ones_are_stranger_than_clean_ones():
     detector = PathOutlierDetector().fit(clean).calibrate(planted(60, seed=2)[0], alpha=0.05)
     strange = np.concatenate([detector.strangeness(later), detector.strangeness(attacked)])
     assert roc_auc_score([0] * 60 + [1] * 60, strange) > 0.99
-    assert detector.is_adversarial(attacked).mean() > 0.95
-    assert detector.is_adversarial(later).mean() < 0.15
+    assert detector.alarms(attacked).mean() > 0.95
+    assert detector.alarms(later).mean() < 0.15
 
 
 def test_what_the_network_says_is_what_a_path_is_measured_by():
@@ -133,12 +133,12 @@ def test_in_pipelines_and_cloned():
 def test_another_fit_forgets_the_calibration():
     clean, attacked = planted(60)
     detector = PathOutlierDetector().fit(clean).calibrate(planted(30, seed=1)[0])
-    assert detector.is_adversarial(attacked).any()
+    assert detector.alarms(attacked).any()
     detector.fit(planted(60, seed=2)[0])
     assert not hasattr(detector, "calibration_scores_")
     assert not hasattr(detector, "alpha_")
     with pytest.raises(errors.NotCalibratedError, match="PathOutlierDetector is not calibrated"):
-        detector.is_adversarial(attacked)
+        detector.alarms(attacked)
 
 
 def test_another_kind_of_input_starts_anew():

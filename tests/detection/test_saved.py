@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from captum_classfilters.core.errors import FileFormatError, NotCalibratedError, OptionError
-from captum_classfilters.detection import ClassProfiles, PathDetector, PathOutlierDetector
+from captum_classfilters.detection import ClassProfiles, FamiliarityDetector, PathDetector, PathOutlierDetector
 from captum_classfilters.detection.detectors import _KIND, _TRUSTED, _VERSION
 from captum_classfilters.detection.pairs import stack_pairs
 
@@ -70,7 +70,7 @@ def same(first, second, judged):
     assert np.array_equal(first.predict(judged), second.predict(judged))
     assert np.array_equal(first.strangeness(judged), second.strangeness(judged))
     assert np.array_equal(first.p_value(judged), second.p_value(judged))
-    assert np.array_equal(first.is_adversarial(judged), second.is_adversarial(judged))
+    assert np.array_equal(first.alarms(judged), second.alarms(judged))
     assert (first.alpha_, first.n_features_in_) == (second.alpha_, second.n_features_in_)
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_fitted_or_not_calibrated_stays_so(tmp_path, judged):
     assert not hasattr(PathDetector.load(tmp_path / "one"), "estimator_")
     PathOutlierDetector().fit(planted(30)[0]).save(tmp_path / "two")
     with pytest.raises(NotCalibratedError):
-        PathOutlierDetector.load(tmp_path / "two").is_adversarial(judged)
+        PathOutlierDetector.load(tmp_path / "two").alarms(judged)
 
 
 # -- files that are something else -------------------------------------------------------------------------------------
@@ -262,8 +262,10 @@ def test_the_file_names_no_type_that_is_not_known(file):
     X, y, _ = stack_pairs(*planted(30))
     PathDetector(LogisticRegression(), features="profiles", profiles=ClassProfiles(planted(30)[0])).fit(X, y).save(file)
     PathOutlierDetector().fit(X).save(file.with_name("outlier"))
-    found = {*skops.get_untrusted_types(file=file), *skops.get_untrusted_types(file=file.with_name("outlier"))}
-    assert found == set(_TRUSTED)
+    FamiliarityDetector().fit(X).save(file.with_name("mahalanobis"))
+    FamiliarityDetector("class_gaussian").fit(X).save(file.with_name("class_gaussian"))
+    files = [file, *(file.with_name(name) for name in ("outlier", "mahalanobis", "class_gaussian"))]
+    assert {name for one in files for name in skops.get_untrusted_types(file=one)} == set(_TRUSTED)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

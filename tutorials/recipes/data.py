@@ -4,6 +4,7 @@ Small images fit in memory as bytes; a recipe augments whole batches of them at 
 """
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,22 @@ def load(name: str, root: str | Path = "data", download: bool = True) -> Data:
         f"--data {name}: expected fashion_mnist, cifar10, cifar100, or a folder with the four idx files "
         "(train-images-idx3-ubyte.gz, ...) or with train/<class>/ and test/<class>/"
     )
+
+
+def without(data: Data, names: Sequence[str]) -> Data:
+    """The same data without some classes; the others are numbered anew, in their order."""
+    if unknown := set(names) - set(data.class_names):
+        raise SystemExit(f"--without {' '.join(sorted(unknown))}: the classes are {', '.join(data.class_names)}")
+    kept = [index for index, name in enumerate(data.class_names) if name not in names]
+    number = torch.full((len(data.class_names),), -1)
+    number[kept] = torch.arange(len(kept))
+
+    def part(split: Split) -> Split:
+        rows = number[split.labels] >= 0
+        return Split(split.images[rows], number[split.labels[rows]])
+
+    class_names = tuple(data.class_names[index] for index in kept)
+    return Data(f"{data.name} without {', '.join(names)}", part(data.train), part(data.test), class_names)
 
 
 def _idx(path: Path, header: int) -> Tensor:

@@ -7,6 +7,7 @@ r"""Train a small network, with or without gates; stops and resumes without loss
         --epochs 6 --lr 0.05 --information-weight 0.3 --out runs/decoupled-s0
     python tutorials/recipes/train_fashion_mnist.py --method settled --from runs/decoupled-s0/network.safetensors \
         --epochs 2 --lr 0.02 --out runs/settled-s0
+    python tutorials/recipes/train_fashion_mnist.py --without shirt sneaker --seed 0 --epochs 10 --out runs/eight-s0
 
 Writes ``OUT/network.safetensors`` (what `captum_classfilters.assets.load_network` reads) and, after every epoch,
 ``OUT/resume.pt``. The network is the one of the last epoch; test images are looked at once, at the end.
@@ -18,7 +19,7 @@ import argparse
 from functools import partial
 
 import torch
-from data import load
+from data import load, without
 from decoupled import starting
 from methods import FROM_TRAINED, PLAIN_OR_GATED, add_method_arguments, method_of, told_by
 from torch import Tensor
@@ -48,10 +49,13 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="where torchvision keeps or downloads data sets")
     parser.add_argument("--network", default="resnet", choices=list(NETWORKS))
     parser.add_argument("--depth", type=int, default=20, help="of the resnet: 20, 32, 44, 56, ...")
+    parser.add_argument("--without", nargs="+", metavar="CLASS", help="leave these classes out, as unknown ones")
     add_method_arguments(parser, [*PLAIN_OR_GATED, *FROM_TRAINED])
     add_arguments(parser, epochs=15)
     options = parser.parse_args()
     data = load(options.data, options.root)
+    if options.without:
+        data = without(data, options.without)
     options.image_shape = tuple(data.train.images.shape[1:])
     kind = NETWORKS[options.network]
     network = partial(kind, options.depth) if options.network == "resnet" else kind
