@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from shared import SmallCNN, seeded
+from shared import SmallCNN, seeded, started_gate
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -117,7 +117,7 @@ def model(small_cnn: Callable[..., SmallCNN]) -> SmallCNN:
 @pytest.fixture
 def gate() -> LabelSensitiveGate:
     """Fits `small_cnn`: C = 4, K = 6."""
-    return LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
+    return started_gate()
 
 
 @pytest.fixture

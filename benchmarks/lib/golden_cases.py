@@ -507,13 +507,13 @@ def _training(**options: Any) -> Mapping[str, Any]:
 
 @case("gating/fit", digest=False)
 def _() -> Mapping[str, Any]:
-    return _training(schedule=GateSchedule(period=2, phase=1))
+    return _training(schedule=GateSchedule(period=2, phase=1, start="noise"))
 
 
 @case("gating/fit joint", digest=False)
 def _() -> Mapping[str, Any]:
     return _training(
-        schedule=GateSchedule(scheme="joint"), penalty=GatePenalty(0.3, kind="hinge"), weight=0.5, max_norm=1.0,
+        schedule=GateSchedule(scheme="joint", start="noise"), penalty=GatePenalty(0.3, kind="hinge"), weight=0.5, max_norm=1.0,
         lr=(0.01, 0.1),
     )  # fmt: skip
 
@@ -521,10 +521,13 @@ def _() -> Mapping[str, Any]:
 @case("gating/own loop", digest=False)
 def _() -> Mapping[str, Any]:
     model, fresh = network(), LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(1))
-    training = LabelSensitiveTraining(model.train(), fresh, penalty=GatePenalty(sparsity=0.01))
+    training = LabelSensitiveTraining(
+        model.train(), fresh, schedule=GateSchedule(start="noise"), penalty=GatePenalty(sparsity=0.01)
+    )
     optimizer = torch.optim.SGD([{"params": model.parameters()}, fresh.parameter_group(lr=0.1)], lr=0.01, momentum=0.9)
     losses = []
     for epoch in range(3):
+        training.before_epoch(epoch, train())
         optimizer.zero_grad()
         loss = training.loss(*train()[epoch], epoch)
         loss.backward()
@@ -541,7 +544,7 @@ def _() -> Mapping[str, Any]:
         file = Path(folder) / "checkpoint"
         for _ in range(2):
             model, fresh = network(), LabelSensitiveGate(10, 64, generator=torch.Generator().manual_seed(1))
-            training = LabelSensitiveTraining(model, fresh)
+            training = LabelSensitiveTraining(model, fresh, schedule=GateSchedule(start="noise"))
             training.fit(train()[:1], 2, lr=0.01, checkpoint=file)
         return {"gate": fresh.weight, "logits": logits_of(model.eval())}
 

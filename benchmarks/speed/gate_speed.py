@@ -71,6 +71,7 @@ def _steps(table: Table, device: str) -> None:
         model = SmallResNet(20).to(device)
         gate = LabelSensitiveGate(CLASSES, 64).to(device)
         training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme))
+        training.before_epoch(epoch, [(images, labels)])
         optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(0.1)], lr=0.01, momentum=0.9)
         name = "gated step" if scheme == "alternating" else "joint step"
         runs[name] = _step(optimizer, lambda t=training, e=epoch: t.loss(images, labels, e), training.after_step)

@@ -75,6 +75,10 @@ class AttackFailedWarning(UserWarning):
     """An attack fooled the network on no image."""
 
 
+class IdleChannelWarning(UserWarning):
+    """A channel has no positive score for any class."""
+
+
 class ZeroMapWarning(UserWarning):
     """A heat map is zero by its definition: the chosen channels have no positive gradient for the target."""
 

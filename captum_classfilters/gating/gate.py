@@ -4,6 +4,7 @@ Functions are stateless, one for each formula; `LabelSensitiveGate` holds the ta
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of
 from captum_classfilters.core.check import integer, number, one_of
-from captum_classfilters.core.errors import DeviceError, LabelError, OptionError, ShapeError
+from captum_classfilters.core.errors import (
+    DeviceError,
+    IdleChannelWarning,
+    LabelError,
+    OptionError,
+    ShapeError,
+    quoted,
+)
 from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.core.stream import check_labels, check_range
 
@@ -116,8 +124,9 @@ class GatePenalty:
 class LabelSensitiveGate(nn.Module):
     """A table ``G`` in ``[0, 1]``, C x K, by whose row of the true label a sample's channels are multiplied.
 
-    Every column's maximum is 1. G begins as uniform noise over its column's maximum: from a constant, the first
-    projection would make all ones. `LabelSensitiveTraining` trains it with a network.
+    Every column's maximum is 1. A new gate is uniform noise over its column's maximum, and stays so: its gradient is
+    weak, because a network that is told the label has hardly any loss. So `LabelSensitiveTraining` starts it from what
+    the network does (`GateSchedule`), and `from_filters` starts it from any table.
 
     **The gate reads the true label.** What a gated network scores is leakage, not accuracy; at test time nothing is
     gated.
@@ -158,6 +167,56 @@ class LabelSensitiveGate(nn.Module):
         # what a column that dies in a step goes back to
         self.register_buffer("_previous", weight.clone(), persistent=False)
         self.layer = UNKNOWN_LAYER
+        # until it is started, trained, set by hand or loaded
+        self.is_noise = True
+
+    @classmethod
+    def from_filters(cls, filters: ClassFilters) -> "LabelSensitiveGate":
+        """A gate that starts as a table: its positive scores, each channel's over the largest of all classes.
+
+        A channel that no class has a positive score for is open to all classes, and a warning counts such channels.
+
+        Args:
+            filters: From any method that scores the channels of the head, such as
+                ``InfluentialFeatures(model).attribute(loader, selector="contribution")``.
+
+        Raises:
+            OptionError: A class had no samples, so that nothing is known of its channels.
+
+        Example:
+            >>> table = torch.tensor([[2.0, -1.0], [1.0, 3.0]], dtype=torch.float64)
+            >>> filters = ClassFilters(table, table, torch.tensor([5, 5]), "contribution", "fc", ("cat", "dog"))
+            >>> LabelSensitiveGate.from_filters(filters).weight.tolist()
+            [[1.0, 0.0], [0.5, 1.0]]
+        """
+        if not isinstance(filters, ClassFilters):
+            raise OptionError(f"expected ClassFilters, as attribute() returns them, got {type(filters).__name__}")
+        if not bool(filters.seen.all()):
+            unseen = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
+            raise OptionError(
+                f"no samples of class {quoted(unseen)}, so nothing is known of its channels; make the table from "
+                "images of all classes"
+            )
+        gate = cls(filters.num_classes, filters.num_channels, generator=torch.Generator())
+        gate.layer = filters.layer
+        return gate.start_(filters.scores)
+
+    def start_(self, table: Tensor) -> "LabelSensitiveGate":
+        """Begin anew from a table ``(C, K)`` of any sign, in place: see `from_filters`."""
+        table = table.to(self.weight)
+        idle = int((table.amax(0) <= 0).sum())
+        if idle:
+            warnings.warn(
+                f"{idle} of {self.num_channels} channels have no positive score for any class; the gate leaves them "
+                "open to all classes",
+                IdleChannelWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            self.weight.copy_(project(table, torch.ones_like(table)))
+            self._previous.copy_(self.weight)
+        self.is_noise = False
+        return self
 
     @classmethod
     def fixed(cls, num_classes: int, num_channels: int, exclusive: int = 6) -> "LabelSensitiveGate":
@@ -182,6 +241,7 @@ class LabelSensitiveGate(nn.Module):
         """Make this a gate that is not trained."""
         self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
         self._previous.copy_(weight)
+        self.is_noise = False
         # set by hand: its rows do not depend on samples, so no class counts as unseen
         self.counts.clamp_(min=1)
         return self
@@ -334,6 +394,7 @@ class LabelSensitiveGate(nn.Module):
             gate.load_state_dict(tensors)
             gate.layer = layer
             gate.weight.requires_grad_(trained)
+            gate.is_noise = False
         return gate
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -15,29 +15,39 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from captum_classfilters.class_filters import UNKNOWN_LAYER
 from captum_classfilters.core.borrow import borrowed, process_group, unwrap, without_compile
 from captum_classfilters.core.check import integer, number, one_of
-from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.class_sums import ClassSums
+from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError, quoted
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.head_pass import single_batch
+from captum_classfilters.core.head_pass import HeadPass, single_batch
 from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.ranks import sum_over
+from captum_classfilters.core.stream import refuse_iterator
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
 
 SCHEMES = ("alternating", "joint")
+STARTS = ("contribution", "mean_activation", "noise", "constant")
 
 
 @dataclass(frozen=True)
 class GateSchedule:
-    """Which epochs of a training are gated.
+    """Which epochs of a training are gated, and what the gate is before the first of them.
 
     Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1; footnote 1 for ``"joint"``.
+    Differs: the paper does not say how its gate starts, and its published code starts from a constant.
 
     Attributes:
         period: Epochs from one gated epoch to the next.
         phase: Epochs with ``epoch % period == phase`` are gated, counted from 0.
         warmup: This many first epochs are plain.
         scheme: ``"alternating"``, or ``"joint"``: both losses in every epoch after the warm-up, from one forward pass.
+        start: What a new gate becomes before the first gated epoch, from one pass over the loader:
+            ``"contribution"``, the positive part of each class's mean contribution, weight times feature;
+            ``"mean_activation"``, each class's mean feature; both over the largest of all classes. ``"noise"`` and
+            ``"constant"`` need no pass and are for comparison. A gate that was set, loaded or trained stays as it is.
 
     Raises:
         OptionError: An option is out of range.
@@ -51,12 +61,14 @@ class GateSchedule:
     phase: int = 1
     warmup: int = 0
     scheme: str = "alternating"
+    start: str = "contribution"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "period", integer(self.period, "period", 1))
         object.__setattr__(self, "phase", integer(self.phase, "phase", 0, self.period - 1, meaning="below the period"))
         object.__setattr__(self, "warmup", integer(self.warmup, "warmup"))
         one_of(self.scheme, "scheme", SCHEMES)
+        one_of(self.start, "start", STARTS)
 
     def gates(self, epoch: int) -> bool:
         """Is this epoch, counted from 0, gated?
@@ -76,6 +88,7 @@ class LabelSensitiveTraining:
         training = LabelSensitiveTraining(model, gate)
         optimizer = SGD([{"params": model.parameters()}, gate.parameter_group(lr=0.1)], lr=0.1, momentum=0.9)
         for epoch in range(epochs):
+            training.before_epoch(epoch, loader)
             for x, y in loader:
                 optimizer.zero_grad()
                 training.loss(x, y, epoch).backward()
@@ -140,6 +153,56 @@ class LabelSensitiveTraining:
         """Does this epoch, counted from 0, take the gated path?"""
         return self.schedule.gates(epoch)
 
+    def before_epoch(self, epoch: int, loader: Iterable[Any]) -> bool:
+        """Start a new gate before the first gated epoch, as `GateSchedule.start` says: one pass over the loader.
+
+        Args:
+            epoch: Counted from 0.
+            loader: Batches ``(inputs, labels)`` of training images; under DDP each rank's own.
+
+        Returns:
+            Whether the gate was started now.
+
+        Raises:
+            OptionError: A class has no samples.
+            ShapeError, HeadError: The gate does not fit the head, or the head cannot be found.
+        """
+        if not (self.gate.is_noise and self.gate.weight.requires_grad and self.gates(epoch)):
+            return False
+        start = self.schedule.start
+        if start == "noise":
+            self.gate.is_noise = False
+        elif start == "constant":
+            self.gate.start_(torch.ones_like(self.gate.weight))
+        else:
+            self.gate.start_(self._class_table(loader, start))
+        return True
+
+    def _class_table(self, loader: Iterable[Any], start: str) -> Tensor:
+        """``(C, K)``: the mean of each feature over a class's samples, or what it adds to the class's logit."""
+        refuse_iterator(loader, "loader")
+        head_pass = HeadPass(self._network, loader, layer=self._layer)
+        sums: ClassSums | None = None
+        with head_pass.batches(num_classes=self.gate.num_classes, description="start of the gate") as stream:
+            for batch in stream:
+                if sums is None:
+                    self._keep_head(batch.head)
+                    sums = ClassSums(self.gate.num_classes, self.gate.num_channels, ["total"], batch.features.device)
+                sums.add(batch.labels, {"total": batch.features})  # type: ignore[arg-type]
+        # an empty loader has raised
+        counts, total = sums.counts, sums["total"]  # type: ignore[union-attr, index]
+        if self._group is not None:
+            parts, _ = sum_over(self._group, {"counts": counts, "total": total}, tuple(total.shape))
+            counts, total = parts["counts"], parts["total"]
+        if not bool((counts > 0).all()):
+            missing = (counts == 0).nonzero().flatten().tolist()
+            raise OptionError(
+                f"no sample of class {quoted(missing)} in the loader, so nothing is known of its channels; give images "
+                'of all classes, or GateSchedule(start="noise")'
+            )
+        means = (total / counts[:, None]).to(self.gate.weight.device)
+        return means if start == "mean_activation" else means * head_pass.head.weight
+
     def loss(self, inputs: Any, labels: Tensor, epoch: int) -> Tensor:
         """One forward pass; the loss of this epoch, a scalar to call ``backward`` on.
 
@@ -157,6 +220,11 @@ class LabelSensitiveTraining:
         gated = self.gates(epoch)
         inputs = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
         labels = self.gate.check_labels(labels, len(inputs[0]))
+        if gated and self.gate.is_noise and self.gate.weight.requires_grad:
+            raise OptionError(
+                f"epoch {epoch} is gated, and the gate was not started; call before_epoch(epoch, loader) before each "
+                "epoch, as fit does"
+            )
         head = self._find_head(inputs)
         if epoch != self._epoch:
             self._epoch, self._step = int(epoch), 0
@@ -261,7 +329,7 @@ class LabelSensitiveTraining:
         self._epoch, self._step, self._before = -1, 0, _Before()
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         training = Training(
-            self._network, _GatedTask(self, trained, max_norm), optimizers, schedules=schedules,
+            self._network, _GatedTask(self, trained, max_norm, loader, epochs), optimizers, schedules=schedules,
             checkpoint=Checkpoint.of(checkpoint), options=options, group=self._group,
         )  # fmt: skip
         training.resume(loader)
@@ -312,15 +380,23 @@ class LabelSensitiveTraining:
         if self._head is None:
             # NaN is replaced here: the check of the loss reports it, on all ranks at once
             few = tuple(part[:2].nan_to_num(0, 0, 0) if isinstance(part, Tensor) else part for part in inputs)
-            head = single_batch(self._network, few, layer=self._layer).head
+            self._keep_head(single_batch(self._network, few, layer=self._layer).head)
+        return self._head  # type: ignore[return-value]
+
+    def _keep_head(self, head: Head) -> None:
+        if self._head is None:
             if (head.num_classes, head.num_features) != self.gate.weight.shape:
                 raise ShapeError(
                     f"the head {head.name!r} is {head.num_classes} classes x {head.num_features} channels, the gate "
                     f"{self.gate.num_classes} x {self.gate.num_channels}; make "
                     f"LabelSensitiveGate({head.num_classes}, {head.num_features})"
                 )
+            if self.gate.layer not in (UNKNOWN_LAYER, head.name):
+                raise OptionError(
+                    f"the gate is of layer {self.gate.layer!r}, the head of this network is {head.name!r}; make the "
+                    "gate from a table of this head"
+                )
             self._head, self.gate.layer = head, head.name
-        return self._head
 
     def _check(self, loss: Tensor) -> None:
         mine = finite = torch.isfinite(loss.detach()).all()
@@ -392,9 +468,17 @@ class _GatedTask(Task):
 
     name = "LabelSensitiveTraining"
 
-    def __init__(self, training: LabelSensitiveTraining, trained: list[Tensor], max_norm: float | None) -> None:
+    def __init__(
+        self,
+        training: LabelSensitiveTraining,
+        trained: list[Tensor],
+        max_norm: float | None,
+        loader: Iterable[Any],
+        epochs: int,
+    ) -> None:
         self._training, self._gate = training, training.gate
         self._trained, self._max_norm = trained, max_norm
+        self._loader, self._epochs = loader, epochs
 
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The loss of this epoch."""
@@ -409,6 +493,10 @@ class _GatedTask(Task):
         """Project the gate."""
         self._training.after_step()
 
+    def between_epochs(self, epoch: int) -> bool:
+        """Start a new gate before the first gated epoch."""
+        return epoch < self._epochs and self._training.before_epoch(epoch, self._loader)
+
     def after_epoch(self, epoch: int) -> dict[str, Any]:
         """Was the epoch gated, and the gate's density; refuses a network that is no longer finite."""
         parameters = unwrap(self._training.model).parameters()
@@ -421,12 +509,12 @@ class _GatedTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         """The gate."""
-        return {"gate": self._gate.state_dict(), "layer": self._gate.layer}
+        return {"gate": self._gate.state_dict(), "layer": self._gate.layer, "is_noise": self._gate.is_noise}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._gate.load_state_dict(state["gate"])
-        self._gate.layer = state["layer"]
+        self._gate.layer, self._gate.is_noise = state["layer"], state["is_noise"]
 
     def rank_state(self) -> dict[str, Any]:
         """Each rank counts its own samples."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from shared import started_gate
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -416,7 +417,7 @@ def own_optimizer(network, gate, number):
 def test_numbers_of_numpy_go_through_the_checkpoint_of_fit(number, tmp_path):
     def fit(epochs, path, number):
         network = net()
-        gate = LabelSensitiveGate(3, 4, generator=torch.Generator().manual_seed(2))
+        gate = started_gate(3, 4, seed=2)
         optimizer, scheduler = own_optimizer(network, gate, number)
         schedule, penalty = GateSchedule(np.int64(3), warmup=np.int32(0)), GatePenalty(sparsity=number(0.25))
         training = LabelSensitiveTraining(network, gate, schedule=schedule, penalty=penalty, weight=number(1))
@@ -503,7 +504,7 @@ def test_the_loader_s_own_generator_goes_on_from_where_it_was(tmp_path):
 )
 def test_a_refused_checkpoint_changes_nothing_and_says_little(change, tmp_path):
     def make():
-        network, gate = net(), LabelSensitiveGate(3, 4, generator=torch.Generator().manual_seed(2))
+        network, gate = net(), started_gate(3, 4, seed=2)
         return network, gate, LabelSensitiveTraining(network, gate)
 
     make()[2].fit(batches(), 2, checkpoint=tmp_path / "c.pt")

@@ -25,11 +25,12 @@ from gated_workers import (
     trained,
 )
 from gating_loop import assert_states_equal, optimizer_of
+from shared import started_gate
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 import captum_classfilters
-from captum_classfilters import Checkpoint, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import Checkpoint, GateSchedule, LabelSensitiveTraining
 
 WORKERS = Path(__file__).with_name("gated_workers.py")
 
@@ -153,7 +154,7 @@ def test_a_run_can_be_lengthened_and_the_rest_follows_the_cosine_over_all_epochs
     def start():
         model = small_cnn().train()
         model.dropout.p = 0.0
-        return model, LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
+        return model, started_gate()
 
     for epochs in (1, 3):
         model, gate = start()
@@ -207,7 +208,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_optimisers_and_schedulers_of_one_s_own_go_on_too(kind, name, small_cnn, batches, tmp_path):
     def run(epochs, checkpoint=None):
-        model, gate = small_cnn().train(), LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
+        model, gate = small_cnn().train(), started_gate()
         model.dropout.p = 0.0
         one, two = kind(model.parameters(), lr=0.01), torch.optim.SGD([gate.parameter_group(0.1)], lr=0.1)
         schedules = [SCHEDULES[name](one), lr_scheduler.StepLR(two, 1, 0.5)]
@@ -304,7 +305,7 @@ def test_batches_may_be_tuples_dicts_of_float64_or_of_unknown_number(small_cnn, 
     }
 
     def run(loader):
-        model, gate = small_cnn().train(), LabelSensitiveGate(4, 6, generator=torch.Generator().manual_seed(0))
+        model, gate = small_cnn().train(), started_gate()
         model.dropout.p = 0.0
         LabelSensitiveTraining(model, gate).fit(loader, 2)
         return {**model.state_dict(), "gate": gate.weight}
@@ -337,7 +338,7 @@ def test_several_generators_are_where_a_training_without_a_checkpoint_leaves_the
 
 def test_a_finished_training_that_is_opened_again_gives_the_same_table(batches, small_cnn, tmp_path):
     def fitted():
-        training = LabelSensitiveTraining(small_cnn(), LabelSensitiveGate(4, 6, generator=torch.Generator()))
+        training = LabelSensitiveTraining(small_cnn(), started_gate())
         return training, training.fit(batches, 2, checkpoint=tmp_path / "run.pt")
 
     (first, told), (again, told_again) = fitted(), fitted()

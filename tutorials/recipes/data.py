@@ -71,6 +71,13 @@ def without(data: Data, names: Sequence[str]) -> Data:
     return Data(f"{data.name} without {', '.join(names)}", part(data.train), part(data.test), class_names)
 
 
+def held_back(data: Data, count: int, seed: int = 0) -> Data:
+    """Training images in the place of test images, drawn at random: for choices that must not see test images."""
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(seed))
+    train, test = (Split(*(part[rows] for part in data.train)) for rows in (order[count:], order[:count]))
+    return data._replace(train=train, test=test)
+
+
 def _idx(path: Path, header: int) -> Tensor:
     with gzip.open(path) as stream:
         return torch.from_numpy(np.frombuffer(stream.read(), np.uint8, offset=header).copy())

@@ -16,7 +16,10 @@ WEIGHTS = ("information_weight", "divergence_weight", "sparsity_weight", "target
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="start", type=Path, help="network.safetensors to start from (decoupled, settled, l1)"
+        "--from",
+        dest="start",
+        type=Path,
+        help="network.safetensors to start from: must be given for decoupled, settled, l1",
     )
     parser.add_argument("--target-rate", type=float, default=0.5, help="R: share of channels that are to be open")
     parser.add_argument("--information-weight", type=float, default=1.0, help="the paper's lambda_m")
@@ -65,6 +68,9 @@ class Decoupled:
     def predictor(self) -> nn.Module:
         return self.decoupler
 
+    def before_epoch(self, epoch: int, loader: Any) -> bool:
+        return False
+
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         found = self.decoupler.loss(inputs, labels, **self._weights)
         self._told.append(torch.stack([found.cross_entropy.detach(), *found.per_layer.mean(0)[[0, 1, 3]]]))
@@ -102,6 +108,9 @@ class Settled(Decoupled):
     def groups(self) -> list[dict[str, Any]]:
         return []
 
+    def before_epoch(self, epoch: int, loader: Any) -> bool:
+        return False
+
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(self.decoupler(inputs).float(), labels)
 
@@ -124,6 +133,9 @@ class Pruned:
 
     def predictor(self) -> nn.Module:
         return _Frozen(self.decoupler, self._gates)
+
+    def before_epoch(self, epoch: int, loader: Any) -> bool:
+        return False
 
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         with self.decoupler.frozen(self._gates):

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from decoupled import Decoupled, Pruned, Settled, add_path_arguments, told_by_paths
-from gated import Gated, add_gate_arguments
+from gated import GATE_OPTIONS, Gated, add_gate_arguments
 from training import Standard
 
 PLAIN_OR_GATED = ("std", "lsg", "fixed-gate")
@@ -32,7 +32,7 @@ def told_by(options: argparse.Namespace) -> dict[str, Any]:
     """What the network's file says of the method."""
     about: dict[str, Any] = {"method": options.method}
     if options.method == "lsg":
-        about |= {"sparsity": options.sparsity, "density": options.density, "gate_lr": options.gate_lr}
+        about |= {name: getattr(options, name) for name in GATE_OPTIONS}
     if options.method in FROM_TRAINED:
         about |= told_by_paths(options)
     return about

@@ -2,6 +2,8 @@ r"""Train a small network, with or without gates; stops and resumes without loss
 
     python tutorials/recipes/train_fashion_mnist.py --depth 20 --seed 0 --out runs/resnet20-s0
     python tutorials/recipes/train_fashion_mnist.py --method lsg --seed 0 --out runs/lsg-s0
+    python tutorials/recipes/train_fashion_mnist.py --method lsg --from runs/resnet20-s0/network.safetensors \
+        --epochs 6 --lr 0.02 --images-per-epoch 12000 --out runs/lsg-tuned-s0
     python tutorials/recipes/train_fashion_mnist.py --network alexnet --method fixed-gate --out runs/alexnet-fixed
     python tutorials/recipes/train_fashion_mnist.py --method decoupled --from runs/resnet20-s0/network.safetensors \
         --epochs 6 --lr 0.05 --information-weight 0.3 --out runs/decoupled-s0
@@ -19,7 +21,7 @@ import argparse
 from functools import partial
 
 import torch
-from data import load, without
+from data import held_back, load, without
 from decoupled import starting
 from methods import FROM_TRAINED, PLAIN_OR_GATED, add_method_arguments, method_of, told_by
 from torch import Tensor
@@ -52,16 +54,28 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", metavar="CLASS", help="leave these classes out, as unknown ones")
     add_method_arguments(parser, [*PLAIN_OR_GATED, *FROM_TRAINED])
     add_arguments(parser, epochs=15)
+    parser.add_argument("--images-per-epoch", type=int, help="a random so many in each epoch (default: all)")
+    parser.add_argument("--hold-back", type=int, help="judge by so many training images instead of test images")
     options = parser.parse_args()
     data = load(options.data, options.root)
+    if options.hold_back:
+        data = held_back(data, options.hold_back)
     if options.without:
         data = without(data, options.without)
     options.image_shape = tuple(data.train.images.shape[1:])
     kind = NETWORKS[options.network]
     network = partial(kind, options.depth) if options.network == "resnet" else kind
-    if options.method in FROM_TRAINED:
+    if options.start is not None or options.method in FROM_TRAINED:
         network = starting(options.start)
-    train(options, data, network, augment, meta=told_by(options), method=method_of(options))
+    train(
+        options,
+        data,
+        network,
+        augment,
+        images_per_epoch=options.images_per_epoch,
+        meta=told_by(options),
+        method=method_of(options),
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +87,7 @@ class Method(Protocol):
 
     def groups(self) -> list[dict[str, Any]]: ...
     def predictor(self) -> nn.Module: ...
+    def before_epoch(self, epoch: int, loader: Iterable[Any]) -> bool: ...
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor: ...
     def after_step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -106,6 +107,9 @@ class Standard:
 
     def predictor(self) -> nn.Module:
         return self._model
+
+    def before_epoch(self, epoch: int, loader: Iterable[Any]) -> bool:
+        return False
 
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(self._model(inputs).float(), labels)
@@ -190,14 +194,24 @@ class _RecipeTask(Task):
     name = "recipe"
 
     def __init__(
-        self, method: Method, schedule: torch.optim.lr_scheduler.LRScheduler, device: torch.device, precision: str
+        self,
+        method: Method,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        device: torch.device,
+        precision: str,
+        loader: Iterable[Any],
+        epochs: int,
     ) -> None:
         self._method, self._schedule = method, schedule
+        self._loader, self._epochs = loader, epochs
         self._device, self._dtype = device, PRECISIONS[precision]
 
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, index: int) -> Tensor:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self._method.loss(inputs[0], labels, epoch)
+
+    def between_epochs(self, epoch: int) -> bool:
+        return epoch < self._epochs and self._method.before_epoch(epoch, self._loader)
 
     def after_step(self) -> None:
         self._method.after_step()
@@ -256,7 +270,7 @@ def train(
     agreed = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     agreed["precision"] = precision
     training = Training(
-        model, _RecipeTask(way, schedule, device, precision), [optimizer],
+        model, _RecipeTask(way, schedule, device, precision, loader, options.epochs), [optimizer],
         checkpoint=Checkpoint(options.out / "resume.pt"), options=agreed,
     )  # fmt: skip
     training.resume(loader)
