@@ -513,7 +513,8 @@ def _() -> Mapping[str, Any]:
 @case("gating/fit joint", digest=False)
 def _() -> Mapping[str, Any]:
     return _training(
-        schedule=GateSchedule(scheme="joint", start="noise"), penalty=GatePenalty(0.3, kind="hinge"), weight=0.5, max_norm=1.0,
+        schedule=GateSchedule(scheme="joint", start="noise"), penalty=GatePenalty(0.3, kind="hinge"), weight=0.5,
+        max_norm=1.0,
         lr=(0.01, 0.1),
     )  # fmt: skip
 
