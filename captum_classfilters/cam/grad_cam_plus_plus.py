@@ -18,10 +18,12 @@ from captum_classfilters.cam.layer_cam import (
     as_tuple,
     check_against,
     rows_of,
+    warn_flat,
 )
 from captum_classfilters.core.captum_compat import layer_gradients, layer_outputs, log_usage
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import OptionError
+from captum_classfilters.core.wide import wide
 
 
 def pixel_alphas(second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def pixel_alphas(second: Tensor, third: Tensor, activations: Tensor) -> Tensor:
     Returns:
         ``(N, K, *)``, in [0, 0.5].
     """
-    total = activations.double().flatten(2).sum(2).view(*activations.shape[:2], *[1] * (activations.dim() - 2))
+    total = wide(activations).flatten(2).sum(2).view(*activations.shape[:2], *[1] * (activations.dim() - 2))
     denominator = 2 * second + (total * third).relu()
     # 1 in place of 0, because a division by 0 in the branch not taken would still make gradients NaN
     divided = second / torch.where(denominator == 0, 1.0, denominator)
@@ -82,10 +84,11 @@ class LayerGradCamPlusPlus(LayerCam):
         forward_func: The model, or a function.
         layer: A module of it, or its dotted name; most often the last convolution's.
         device_ids: As for Captum's ``LayerGradCam``.
-        reshape: Makes ``(N, K, h, w)`` of what the layer gives: for torchvision's Swin
-            ``lambda t: t.permute(0, 3, 1, 2)``; for a ViT of 14 x 14 tokens behind a class token
-            ``lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))``. It may only move numbers: gradients
-            are moved the same way.
+        reshape: Makes ``(N, K, h, w)`` of what the layer gives; None: found out, for the tokens of a ViT and for
+            channels last, from the layers that give and take the tensor; what they leave open is refused. For tokens of
+            14 x 14 places behind a class token it would be
+            ``lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))``. It may only move numbers: gradients are moved
+            the same way.
 
     Example:
         >>> import torch
@@ -135,34 +138,39 @@ class LayerGradCamPlusPlus(LayerCam):
 
         Raises:
             OptionError: Channels are empty, the target is missing, or ``channel_weights`` is unknown.
-            ShapeError: The layer has no positions; channels or weights are not for N samples and K channels.
-            LayerError: The layer does not have one tensor in or out.
+            ShapeError: The layer has no positions, or nothing says which axes they are; the model's output is not
+                (N, C); channels or weights are not for N samples and K channels.
+            LayerError: The layer does not have one tensor in or out, does not run, or has no gradient.
             LabelError: A target is out of range.
 
         Warns:
-            ZeroMapWarning: None of the chosen channels has a positive gradient, so their map is zero.
+            ZeroMapWarning: None of the chosen channels has a positive gradient, or the target depends on no position of
+                the layer, so the map is zero.
+            NoPositionsWarning: The map has a single position.
         """
-        inputs, forward_args = as_inputs(inputs), as_tuple(additional_forward_args)
+        inputs, forward_args = self._moved(as_inputs(inputs)), as_tuple(additional_forward_args)
         target = as_target(target)
         check_against(against, channel_weights)
-        with self._borrowed():
-            gradients, activations = layer_gradients(
-                self._forward(target),
-                self.layer,
-                inputs,
-                target,
-                forward_args,
-                device_ids=self._devices(),
-                attribute_to_layer_input=attribute_to_layer_input,
-                grad_kwargs=grad_kwargs,
-            )
-            maps = self._one_map(activations, "activation").detach()
+        gradients: tuple[Tensor, ...] = ()
+        with self._running(attribute_to_layer_input) as watch:
+            common = {"device_ids": self._devices(), "attribute_to_layer_input": attribute_to_layer_input}
+            forward = self._forward(target, watch)
+            if channel_weights is None:
+                gradients, activations = layer_gradients(
+                    forward, self.layer, inputs, target, forward_args, grad_kwargs=grad_kwargs, **common
+                )
+            else:
+                with torch.no_grad():
+                    activations = layer_outputs(forward, inputs, self.layer, forward_args, **common)
+            read = self._reading(activations, watch)
+            maps = read(activations).detach()
             if isinstance(channel_weights, str) and channel_weights == "head":
                 channel_weights = self._head_weights(inputs, target, forward_args, maps)
 
         def weigh() -> Tensor:
             # float64: squares of small gradients are 0 in float32, and in bfloat16 sums of many positions stall
-            first = self._one_map(gradients, "gradient").double()
+            first = wide(read(gradients))
+            warn_flat(first)
             first = -first if against else first
             return weights_of(first, first**2, first**3, maps)
 
@@ -233,30 +241,31 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
         Returns:
             ``(N, 1, h, w)``, or ``(N, K, h, w)`` without the sum.
         """
-        inputs, forward_args = as_inputs(inputs), as_tuple(additional_forward_args)
+        inputs, forward_args = self._moved(as_inputs(inputs)), as_tuple(additional_forward_args)
         target = as_target(target)
         check_against(against, channel_weights)
         spread = _check(inputs, n_samples, stdevs, internal_batch_size)
-        with self._borrowed():
+        with self._running(attribute_to_layer_input) as watch:
             with torch.no_grad():
                 clean = layer_outputs(
-                    self._forward(target),
+                    self._forward(target, watch),
                     inputs,
                     self.layer,
                     forward_args,
                     device_ids=self._devices(),
                     attribute_to_layer_input=attribute_to_layer_input,
                 )
-            maps = self._one_map(clean, "activation")
+            read = self._reading(clean, watch)
+            maps = read(clean)
             if isinstance(channel_weights, str) and channel_weights == "head":
                 channel_weights = self._head_weights(inputs, target, forward_args, maps)
 
             def weigh() -> Tensor:
-                sums = [torch.zeros(maps.shape, dtype=torch.float64, device=maps.device) for _ in range(3)]
+                sums = [torch.zeros_like(wide(maps)) for _ in range(3)]
                 noise = _noisy(inputs, spread, n_samples, generator, internal_batch_size or len(inputs[0]))
                 for rows, noisy in noise:
                     gradients, _ = layer_gradients(
-                        self._forward(_rows_of_target(target, rows, len(inputs[0]))),
+                        self._forward(_rows_of_target(target, rows, len(inputs[0])), watch),
                         self.layer,
                         noisy,
                         _rows_of_target(target, rows, len(inputs[0])),
@@ -265,10 +274,11 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
                         attribute_to_layer_input=attribute_to_layer_input,
                         grad_kwargs=grad_kwargs,
                     )
-                    gradient = self._one_map(gradients, "gradient").double()
+                    gradient = wide(read(gradients))
                     gradient = -gradient if against else gradient
                     for power, total in enumerate(sums, 1):
-                        total.index_add_(0, rows, gradient**power)
+                        total.index_add_(0, rows.to(total.device), gradient**power)
+                warn_flat(sums[1])
                 first, second, third = (total / n_samples for total in sums)
                 return weights_of(first, second, third, maps)
 

@@ -4,8 +4,8 @@
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,23 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_classfilters.core.borrow import Borrowed, borrowed, outermost, unwrap
-from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError, ZeroMapWarning
+from captum_classfilters.core.borrow import borrowed, outermost, unwrap
+from captum_classfilters.core.errors import (
+    LayerError,
+    NonFiniteError,
+    NoPositionsWarning,
+    OptionError,
+    ShapeError,
+    ZeroMapWarning,
+)
 from captum_classfilters.core.feature_map import shows_features
 from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.layers import find_module
+from captum_classfilters.core.layout import Layout, LayoutWatch
 from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.stream import Placement
 from captum_classfilters.core.targets import classes_of
+from captum_classfilters.core.wide import wide
 
 Channels = Any  # indices or a mask, for all samples or for each
 
@@ -58,49 +68,95 @@ class LayerCam(GradientAttribution, LayerAttribution):
 
     # -- the model -------------------------------------------------------------------------------------------------
 
-    def _borrowed(self) -> AbstractContextManager[Borrowed]:
+    @contextmanager
+    def _running(self, of_input: bool) -> Iterator[LayoutWatch]:
+        """The model borrowed, and what a forward pass tells of the layer's layout."""
         if torch.is_inference_mode_enabled():
             raise OptionError("gradients are needed, which torch.inference_mode() forbids; call it outside, or no_grad")
-        return borrowed(outermost(self.forward_func), grad=True)
+        model = outermost(self.forward_func)
+        with borrowed(model, grad=True) as borrow:
+            watch = LayoutWatch(model, self.layer, borrow, of_input)
+            try:
+                yield watch
+            except RuntimeError as error:
+                if _no_path(error):
+                    raise self._no_gradient() from error
+                raise
+
+    def _moved(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs where the model is, floating ones in its dtype."""
+        model = outermost(self.forward_func)
+        owner = self.layer if model is None else model
+        if not any(parameter.is_floating_point() for parameter in owner.parameters()):
+            return inputs
+        placement = Placement.of(owner)
+        return tuple(placement.move(value) for value in inputs)
+
+    def _name(self) -> str:
+        model = outermost(self.forward_func)
+        names = {module: name for name, module in model.named_modules()} if model is not None else {}
+        return f"layer {names[self.layer]}" if names.get(self.layer) else f"the {type(self.layer).__name__} layer"
+
+    def _no_gradient(self) -> LayerError:
+        return LayerError(
+            f"the model's output has no gradient with respect to {self._name()}: the layer is not used for it, or the "
+            "forward pass runs under torch.no_grad() or detaches. Choose another layer, take no_grad out of the "
+            'model\'s forward, or pass channel_weights="ones" or "head", which need no gradients'
+        )
 
     def _devices(self) -> list[int] | None:
         # the devices of DataParallel, which `_forward` hides from Captum
         return self.device_ids or getattr(self.forward_func, "device_ids", None)
 
-    def _forward(self, target: Any) -> Callable[..., Any]:
-        """The forward function; it checks the target before Captum picks it."""
+    def _forward(self, target: Any, watch: LayoutWatch) -> Callable[..., Any]:
+        """The forward function; it checks layer and target before Captum picks them."""
 
         def forward(*args: Any) -> Any:
-            output = logits_of(self.forward_func(*args))
+            output = _two_axes(logits_of(self.forward_func(*args)), target)
+            if not watch.ran:
+                raise LayerError(f"{self._name()} did not run in this forward pass; choose one that does")
             if output.dim() == 2:
                 check_target(target, output)
+            if torch.is_grad_enabled() and not output.requires_grad:
+                raise self._no_gradient()
             return output
 
         return forward
 
-    def _one_map(self, tensors: tuple[Tensor, ...], what: str) -> Tensor:
-        """The layer's tensor as ``(N, K, *)``."""
+    def _reading(self, tensors: tuple[Tensor, ...], watch: LayoutWatch) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        """What makes ``(N, K, *positions)`` of the layer's activation or gradient, from the activation."""
         if len(tensors) != 1:
-            raise LayerError(f"the layer's {what} must be one tensor, got {len(tensors)}; choose another layer")
-        if self.reshape is None:
-            maps, how = tensors[0], "pass the layer of a convolution, or reshape= for tokens"
+            raise LayerError(f"the layer's activation must be one tensor, got {len(tensors)}; choose another layer")
+        tensor, reshape = tensors[0], self.reshape
+        if reshape is None:
+            how = "pass the layer of a convolution, or reshape= for tokens"
+            layout = watch.layout(tensor) if tensor.dim() > 2 else Layout()
+            if layout is None:
+                raise ShapeError(
+                    f"{self._name()} gives {tuple(tensor.shape)}, of which nothing in the forward pass says which "
+                    "axes are channels and which positions; pass reshape=, a function that makes (N, K, h, w) of it "
+                    "(for channels last: lambda t: t.movedim(-1, 1); for what is (N, K, *) already: lambda t: t)"
+                )
+            reshape = layout.read
         else:
-            maps, how = self.reshape(tensors[0]), "it is what reshape= gave"
-        if self.reshape is None and maps.dim() == 3 and not self._knows_signals():
-            raise ShapeError(
-                f"the layer's {what} must have positions, (N, K, h, w), got {tuple(maps.shape)}, which looks like "
-                "tokens; pass reshape= (for signals (N, K, L): reshape=lambda t: t)"
-            )
+            how = "it is what reshape= gave"
+        maps = reshape(tensor)
         if not isinstance(maps, Tensor) or maps.dim() < 3:
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ShapeError(f"the layer's {what} must have positions, (N, K, h, w), got {got}; {how}")
-        if len(maps) != len(tensors[0]):
-            raise ShapeError(f"reshape must keep the {len(tensors[0])} samples, it gave {len(maps)}")
-        return maps
-
-    def _knows_signals(self) -> bool:
-        model = outermost(self.forward_func)
-        return model is not None and any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in model.modules())
+            raise ShapeError(f"the layer's activation must have positions, (N, K, h, w), got {got}; {how}")
+        if len(maps) != len(tensor):
+            raise ShapeError(f"reshape must keep the {len(tensor)} samples, it gave {len(maps)}")
+        watch.close()
+        if maps[0, 0].numel() == 1:
+            where = watch.positions_at
+            last = f"the last one with positions is {where[0]} ({' x '.join(map(str, where[1]))}); " if where else ""
+            warnings.warn(
+                f"no position is left at this layer: {self._name()} gives {tuple(tensor.shape)}; {last}choose an "
+                "earlier layer, or pass larger inputs",
+                NoPositionsWarning,
+                stacklevel=4,
+            )
+        return lambda values: reshape(values[0])
 
     # -- the map ---------------------------------------------------------------------------------------------------
 
@@ -117,13 +173,14 @@ class LayerCam(GradientAttribution, LayerAttribution):
         samples, size = activations.shape[:2]
         # channels first, so that a wrong one is refused before anything is computed
         mask = None if channels is None else channel_mask(channels, samples, size, activations.device)
-        weights = weigh() if replacement is None else replacing_weights(replacement, samples, size, activations.device)
+        weights = weigh() if replacement is None else replacing_weights(replacement, samples, size)
         if mask is not None:
-            weights = weights * mask
+            weights = weights * mask.to(weights.device)
             if replacement is None and not bool((weights != 0).any(1).all()):
                 _warn_zero(int((weights == 0).all(1).sum()), samples)
         weights = weights.expand(samples, -1).view(samples, size, *[1] * (activations.dim() - 2))
-        result = weights.to(_at_least_float(activations.dtype)) * activations
+        # its dtype first: the device may have no float64
+        result = weights.to(_at_least_float(activations.dtype)).to(activations.device) * activations
         result = result.sum(1, keepdim=True) if summed else result
         result = result.relu() if relu else result
         if not bool(torch.isfinite(result).all()):
@@ -146,7 +203,7 @@ class LayerCam(GradientAttribution, LayerAttribution):
                 f"the average of this layer's {maps.shape[1]} channels; pass the layer behind the head"
                 + (f", {behind.name!r}" if behind is not None else "")
             )
-        return head.weight[classes_of(target, len(maps), head.num_classes, head.weight.device)]
+        return wide(head.weight[classes_of(target, len(maps), head.num_classes, head.weight.device)])
 
 
 def check_target(target: Any, output: Tensor) -> None:
@@ -205,8 +262,37 @@ def as_inputs(value: Any) -> tuple[Tensor, ...]:
     return inputs
 
 
+def _two_axes(output: Tensor, target: Any) -> Tensor:
+    """The output as ``(N, C)``, unless the target picks by a tuple."""
+    if output.dim() < 3 or _picks_by_tuple(target):
+        return output
+    if output[0, 0].numel() != 1:
+        raise ShapeError(
+            f"the model must give one score for each class, (N, C), got {tuple(output.shape)}; pass target=(class, "
+            "row, column), which picks one of them, or a function that averages over the positions"
+        )
+    return output.flatten(1)
+
+
+def _no_path(error: RuntimeError) -> bool:
+    text = str(error)
+    return "not have been used in the graph" in text or "does not require grad" in text
+
+
 def _at_least_float(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+
+
+def warn_flat(gradient: Tensor) -> None:
+    """Say so where the target depends on no position of the layer."""
+    if not bool((gradient != 0).any()):
+        warnings.warn(
+            "the target does not depend on any position of this layer, so the maps are zero. Where the head reads a "
+            "class token alone, choose a layer before the last attention, such as the last block's first norm, or pass "
+            'channel_weights="head" for what the head would read at each position',
+            ZeroMapWarning,
+            stacklevel=5,
+        )
 
 
 def _warn_zero(zero: int, samples: int) -> None:
@@ -255,16 +341,16 @@ def channel_mask(channels: Channels, samples: int, size: int, device: torch.devi
     return mask.to(device)
 
 
-def replacing_weights(replacement: Any, samples: int, size: int, device: torch.device) -> Tensor:
+def replacing_weights(replacement: Any, samples: int, size: int) -> Tensor:
     """Weights that replace those of Grad-CAM++, ``(N, K)`` or ``(1, K)`` float64: ones, or the caller's tensor."""
     if isinstance(replacement, str) and replacement == "ones":
-        return torch.ones(1, size, dtype=torch.float64, device=device)
+        return torch.ones(1, size, dtype=torch.float64)
     if not isinstance(replacement, Tensor) or not replacement.is_floating_point():
         raise OptionError(
             f'channel_weights must be None (Grad-CAM++), "ones", "head", or a floating tensor (K,) or (N, K); got '
             f"{replacement.dtype if isinstance(replacement, Tensor) else repr(replacement)}"
         )
-    weights = replacement.detach().to(device, torch.float64)
+    weights = wide(replacement.detach())
     weights = weights[None] if weights.dim() == 1 else weights
     if weights.dim() != 2 or weights.shape[1] != size or len(weights) not in (1, samples):
         raise ShapeError(

@@ -13,6 +13,7 @@ from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import ClassSums
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.layout import LayoutWatch
 from captum_classfilters.core.outputs import find_logits, logits_of
 from captum_classfilters.core.stream import Placement, Samples, check_range, samples
 
@@ -23,7 +24,7 @@ def aggregate(
     *,
     importance: str = "signed",
     label_source: str = "target",
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     classes: int | Sequence[str] | None = None,
     show_progress: bool = False,
     **options: Any,
@@ -40,7 +41,8 @@ def aggregate(
         importance: ``"signed"``: negative attributions reduce a channel's score; ``"abs"``: magnitudes are taken after
             the sum over positions.
         label_source: ``"target"``; or ``"prediction"``, which needs no labels and one more pass for each batch.
-        channel_dim: The axis of the channels; 1 for convolutions, -1 for tokens.
+        channel_dim: The axis of the channels; 1 for convolutions, -1 for tokens. None: what the layers before and
+            behind it read as channels in the first forward pass.
         classes: C names, or C; None: as many as the model has outputs, named by numbers.
         show_progress: Show a tqdm bar.
         **options: Passed on to ``attribution.attribute``, such as ``n_steps`` or ``attribute_to_layer_input``.
@@ -51,7 +53,8 @@ def aggregate(
     Raises:
         OptionError: ``attribution`` is no layer attribution, or an option has an unknown value.
         LayerError: The attribution covers several layers or tensors.
-        ShapeError: There is only one channel, because the method sums over channels.
+        ShapeError: There is only one channel, because the method sums over channels; or nothing says which axis holds
+            the channels.
         LabelError: Labels are missing, of the wrong type, or out of range.
         EmptyLoaderError: The loader gave no sample.
         NonFiniteError: An attribution is NaN or infinite.
@@ -83,7 +86,7 @@ class Aggregation:
         attribution: LayerAttribution,
         importance: str = "signed",
         label_source: str = "target",
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
         classes: int | Sequence[str] | None = None,
         options: Any = None,
     ) -> None:
@@ -126,7 +129,14 @@ class Aggregation:
             labels = self._labels(batch)
             arguments = {**self._options, **({"target": labels} if self._takes_target else {})}
             inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
-            return _channels(self._attribution.attribute(inputs, **arguments), self._channel_dim, batch.place), labels
+            layer, watch = self._attribution.layer, None
+            if self._channel_dim is None and isinstance(layer, nn.Module):
+                of_input = bool(self._options.get("attribute_to_layer_input", False))
+                watch = LayoutWatch(self._model, layer, borrow, of_input)
+            result = _one_tensor(self._attribution.attribute(inputs, **arguments))
+            if self._channel_dim is None:
+                self._channel_dim = _channel_axis(watch, result)
+            return _channels(result, self._channel_dim, batch.place), labels
 
     def add(self, values: Tensor, labels: Tensor, index: int) -> None:
         """Add rows of values to the classes of their samples."""
@@ -188,12 +198,29 @@ def _has_weights(module: nn.Module) -> bool:
     return any(parameter.is_floating_point() for parameter in module.parameters())
 
 
-def _channels(result: Any, channel_dim: int, index: int) -> Tensor:
-    """One number for each sample and channel, ``(N, K)``."""
+def _channel_axis(watch: LayoutWatch | None, result: Tensor) -> int:
+    """The axis of the channels in an attribution, which has the shape of the layer's tensor."""
+    if watch is None or result.dim() < 3:
+        return 1
+    last = watch.has_channels_last(result)
+    if last is None:
+        raise ShapeError(
+            f"the attribution has shape {tuple(result.shape)}, and nothing in the forward pass says which axis holds "
+            "the channels; pass channel_dim=1 for (N, K, *positions), or channel_dim=-1 for tokens and channels last"
+        )
+    return -1 if last else 1
+
+
+def _one_tensor(result: Any) -> Tensor:
     if isinstance(result, tuple) and len(result) == 1:
         result = result[0]
     if not isinstance(result, Tensor):
         raise LayerError(f"expected an attribution of one tensor, got {type(result).__name__}; choose one layer")
+    return result
+
+
+def _channels(result: Tensor, channel_dim: int, index: int) -> Tensor:
+    """One number for each sample and channel, ``(N, K)``."""
     values = result.detach().movedim(channel_dim, 1)
     values = values.flatten(2).double().sum(2) if values.dim() > 2 else values.double()
     if values.shape[1] < 2:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.layout import Layout, LayoutWatch
 from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
 from captum_classfilters.decoupling import PathDecoupler
 
@@ -176,6 +177,10 @@ class MapReader:
         if not self.layers:
             raise LayerError("layers= is empty; name at least one layer")
         self._outputs: dict[str, Tensor] = {}
+        # of gated convolutions the layout is known; of other layers the first forward tells it
+        free = () if self.decoupler is not None else self.layers
+        self._watches = {name: LayoutWatch(self.model, self._modules[name], borrow) for name in free}
+        self._layouts = dict.fromkeys(set(self.layers) - set(free), Layout())
         sites = {unit.conv: unit.site for unit in self.decoupler.units} if self.decoupler else {}
         for name in self.layers:
             borrow.after(self._modules[sites.get(name, name)], self._keeping(name))
@@ -201,7 +206,7 @@ class MapReader:
 
     def _keeping(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.dim() != 4:
+            if not isinstance(output, Tensor) or output.dim() not in (3, 4):
                 got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
                 raise LayerError(f"layer {name} must give maps (N, K, h, w), got {got}; name one that does")
             if name in self._outputs:
@@ -228,7 +233,7 @@ class MapReader:
         for name in self.layers:
             if name not in self._outputs:
                 raise LayerError(f"layer {name} did not run in this forward; it must run once in each")
-            maps = self._outputs.pop(name)
+            maps = self._as_maps(name, self._outputs.pop(name))
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).relu()
             # the map was kept before the decoupler's hook applied the gate
             maps = maps * gates[name].to(maps.dtype)[:, :, None, None] if gates else maps
@@ -236,6 +241,20 @@ class MapReader:
                 raise NonFiniteError(f"the maps of layer {name} hold NaN or infinity; look at these images")
             maps_by_layer[name] = maps
         return maps_by_layer, gates
+
+    def _as_maps(self, name: str, output: Tensor) -> Tensor:
+        """A layer's output as ``(N, K, h, w)``."""
+        if name in self._watches:
+            watch = self._watches.pop(name)
+            watch.close()
+            layout = watch.layout(output)
+            if layout is None or layout.read(output[:1]).dim() != 4:
+                raise LayerError(
+                    f"layer {name} must give maps (N, K, h, w), got {tuple(output.shape)}, of which nothing in the "
+                    "forward pass says which axes are channels and which positions; name one that does"
+                )
+            self._layouts[name] = layout
+        return self._layouts[name].read(output)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """The maps alone."""

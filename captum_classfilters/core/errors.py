@@ -83,6 +83,10 @@ class ZeroMapWarning(UserWarning):
     """A heat map is zero by its definition: the chosen channels have no positive gradient for the target."""
 
 
+class NoPositionsWarning(UserWarning):
+    """A map has a single position: it says how strong, and nothing of where."""
+
+
 class DegenerateFitWarning(UserWarning):
     """A class has no two different weights, so no distribution can be fitted to them."""
 

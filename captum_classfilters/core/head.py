@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import Borrowed
+from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.errors import HeadError
 from captum_classfilters.core.feature_map import FeatureMap, MapSearch, close, has_matrix
 from captum_classfilters.core.layers import ITSELF, find_module
 from captum_classfilters.core.outputs import describe, find_logits
 
 # What a head can be
-Candidate: TypeAlias = nn.Linear | nn.Conv2d
+Candidate: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 # The head is called last or nearly so; of earlier candidates only the names are kept
 _RECENT = 4
@@ -35,6 +36,7 @@ class Head:
     name: str
     module: Candidate
     feature_map: FeatureMap | None
+    no_map: str = ""  # why there is no map behind it
 
     def __repr__(self) -> str:
         return f"Head({self.name!r}, {self.num_features} features, {self.num_classes} classes)"
@@ -118,10 +120,10 @@ class HeadSearch:
             # a tuple may hold anything beside the logits, in any order: the layer that was named says which is meant
             call = self._given(self._layer, output if isinstance(output, tuple | list) or logits is None else logits)
         features, logits = _pool(call.inputs, call.module), _pool(call.output, call.module)
-        behind = self._maps.found(features, call.position, call.module.modules(), self._name)
+        behind, reason = self._maps.found(features, call.position, call.module.modules(), self._name)
         self._calls.clear()
         self._maps = MapSearch()
-        return Found(Head(self._name(call.module), call.module, behind), features, logits)
+        return Found(Head(self._name(call.module), call.module, behind, reason), features, logits)
 
     # -- what the hooks keep ---------------------------------------------------------------------------------------
 
@@ -257,14 +259,14 @@ def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
 
 
 def _is_candidate(module: nn.Module) -> TypeGuard[Candidate]:
-    if isinstance(module, nn.Conv2d):
-        simple = module.groups == 1 and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
-        return simple and module.kernel_size == (1, 1)
+    if isinstance(module, CONVS):
+        padded = module.padding != "valid" and any(module.padding)
+        return module.groups == 1 and not padded and {*module.kernel_size, *module.stride} == {1}
     return isinstance(module, nn.Linear)
 
 
 def _pool(tensor: Tensor, module: nn.Module) -> Tensor:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVS):
         return tensor.flatten(2).mean(2) if tensor[0, 0].numel() > 1 else tensor.flatten(1)
     if tensor.dim() == 2:
         return tensor

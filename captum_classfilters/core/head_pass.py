@@ -4,6 +4,7 @@ The head is found and checked once. Nothing of the data set is kept, unless `Hea
 N samples, K features, C classes.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
-from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError
+from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, NoPositionsWarning, OptionError
 from captum_classfilters.core.head import Found, Head, HeadSearch
 from captum_classfilters.core.stream import Placement, Samples, check_range, samples
+from captum_classfilters.core.wide import wide
 
 
 class Batch(NamedTuple):
@@ -25,7 +27,7 @@ class Batch(NamedTuple):
     features: Tensor  # (N, K)
     logits: Tensor  # (N, C)
     labels: Tensor | None  # (N,) int64
-    maps: Tensor | None  # (N, K, h, w)
+    maps: Tensor | None  # (N, K, *positions), of images (N, K, h, w)
     largest: float  # of |features|: finite
     extras: Any = ()  # as the loader gave it: what stood behind the labels, or the whole mapping
 
@@ -123,7 +125,7 @@ class HeadPass:
         self,
         *,
         need_labels: bool = True,
-        need_maps: bool = False,
+        need_maps: bool | None = False,
         num_classes: int | None = None,
         description: str = "",
     ) -> Iterator[Iterator[Batch]]:
@@ -131,7 +133,7 @@ class HeadPass:
 
         Args:
             need_labels: Refuse batches without labels.
-            need_maps: Also give the feature map behind the head.
+            need_maps: Also give the feature map behind the head; None: where there is one.
             num_classes: Checked against the head.
             description: Label of the progress bar.
 
@@ -141,6 +143,9 @@ class HeadPass:
             NonFiniteError: NaN or infinity in weights or features; names layer and batch.
             EmptyLoaderError: The loader gave no sample.
             OptionError: The head has not ``num_classes`` outputs.
+
+        Warns:
+            NoPositionsWarning: Maps are needed, and the one behind the head has a single position.
         """
         with (
             borrowed(self._module) as borrow,
@@ -155,7 +160,7 @@ class HeadPass:
             yield self._run(stream, borrow, need_maps, num_classes)
 
     def _run(
-        self, stream: Iterator[Samples], borrow: Borrowed, need_maps: bool, num_classes: int | None
+        self, stream: Iterator[Samples], borrow: Borrowed, need_maps: bool | None, num_classes: int | None
     ) -> Iterator[Batch]:
         reader = _Reader(self._forward, self._module, self.layer, borrow, need_maps, self._arguments, self._head)
         for position, batch in enumerate(stream):
@@ -200,7 +205,7 @@ class _Cached(HeadPass):
         self,
         *,
         need_labels: bool = True,
-        need_maps: bool = False,
+        need_maps: bool | None = False,
         num_classes: int | None = None,
         description: str = "",
     ) -> Iterator[Iterator[Batch]]:
@@ -227,7 +232,7 @@ class _Reader:
         model: nn.Module | None,
         layer: nn.Module | str | None,
         borrow: Borrowed,
-        need_maps: bool,
+        need_maps: bool | None,
         arguments: tuple[Any, ...],
         head: Head | None,
     ) -> None:
@@ -246,7 +251,8 @@ class _Reader:
         output = self._forward(*batch.inputs, *self._arguments)
         if self._head is None:
             head, features, logits = self._find(output)
-            maps = self._first_maps(batch.inputs) if self._need_maps else None
+            wants_maps = self._need_maps is not False and head.feature_map is not None
+            maps = self._first_maps(batch.inputs) if wants_maps else None
         else:
             head = self._head
             if "inputs" not in self._seen:
@@ -276,13 +282,22 @@ class _Reader:
 
     def _hook(self, head: Head) -> None:
         self._borrow.after(head.module, self._keep_call)
-        if self._need_maps:
-            if head.feature_map is None:
-                raise HeadError(
-                    f"there is no feature map of {head.num_features} channels behind the head {head.name}: its "
-                    "features are not pooled from positions"
+        behind = head.feature_map
+        if self._need_maps and behind is None:
+            raise HeadError(
+                f"there is no feature map of {head.num_features} channels behind the head {head.name}: {head.no_map}. "
+                "LayerGradCamPlusPlus(model, layer, reshape=...) shows any layer that has positions"
+            )
+        if self._need_maps is not False and behind is not None:
+            if behind.positions_at:
+                warnings.warn(
+                    f"no position is left at this layer: the map behind the head {head.name}, the output of "
+                    f"{behind.name}, has one. The last layer with positions is {behind.positions_at}; pass larger "
+                    "inputs, or show that layer by LayerGradCamPlusPlus",
+                    NoPositionsWarning,
+                    stacklevel=2,
                 )
-            self._borrow.after(head.feature_map.module, self._keep_maps)
+            self._borrow.after(behind.module, self._keep_maps)
 
     def _first_maps(self, inputs: tuple[Any, ...]) -> Tensor:
         # the hook on the map was not there yet: run this one batch again
@@ -303,7 +318,7 @@ def single_batch(
     *,
     layer: nn.Module | str | None = None,
     additional_forward_args: Any = None,
-    need_maps: bool = False,
+    need_maps: bool | None = False,
     device: torch.device | str | None = None,
 ) -> Batch:
     """One batch of inputs without labels, run through the model; the head is found in it."""
@@ -324,36 +339,50 @@ def class_map(batch: Batch, classes: Tensor, chosen: Tensor, channel_weights: st
         channel_weights: ``"head"``: each channel times its weight for the class; ``"ones"``: the plain sum.
 
     Returns:
-        ``(N, 1, h, w)``, signed.
+        ``(N, 1, *positions)``, signed; of images ``(N, 1, h, w)``.
     """
     maps: Tensor = batch.maps  # type: ignore[assignment]
     weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
-    return torch.einsum("nkhw,nk->nhw", maps, (weights * chosen).to(maps.dtype)).unsqueeze(1)
+    return weighed(maps, (weights * chosen).to(maps.dtype))
 
 
-def position_map(batch: Batch, slope: Tensor, offset: Tensor | None = None) -> Tensor | None:
+def weighed(maps: Tensor, weights: Tensor) -> Tensor:
+    """The sum over channels of maps ``(N, K, *positions)`` times weights ``(N, K)``: ``(N, 1, *positions)``."""
+    return torch.einsum("nk...,nk->n...", maps, weights).unsqueeze(1)
+
+
+def position_map(batch: Batch, slope: Tensor, offset: Tensor | None = None, *, exact: bool = True) -> Tensor | None:
     """What each position adds to a score that is a sum over channels, ``sum_k slope_k * feature_k + offset_k``.
+
+    Of a maximum the whole feature is at its position.
 
     Args:
         batch: With maps.
         slope: ``(N, K)``.
         offset: ``(N, K)``; None: zeros.
+        exact: None where the positions do not add up to the score, as behind a class token. False: what the score would
+            be at each position, divided by their number.
 
     Returns:
-        ``(N, 1, h, w)``, which sums to the score of each sample; None where the features are not the average of a map:
-        with a maximum or a norm between map and head, positions do not add up to the feature.
+        ``(N, 1, *positions)``, which sums to the score of each sample.
     """
-    if batch.maps is None:
+    behind = batch.head.feature_map
+    if batch.maps is None or behind is None or (exact and not behind.exact):
         return None
-    maps, features = batch.maps.double(), batch.features.double()
+    maps, features, slope = wide(batch.maps), wide(batch.features), wide(slope)
+    positions = maps[0, 0].numel()
+    if behind.pooling == "max":
+        flat = maps.flatten(2)
+        places = flat.argmax(2, keepdim=True)
+        maps = torch.zeros_like(flat).scatter_(2, places, flat.gather(2, places) * positions).view_as(maps)
     half = min(torch.finfo(batch.maps.dtype).bits, torch.finfo(batch.features.dtype).bits) < 32
     most = (3e-2 if half else 1e-3) * (float(features.abs().max()) + 1e-12)
-    if float((maps.mean((2, 3)) - features).abs().max()) > most:
+    if exact and float((maps.flatten(2).mean(2) - features).abs().max()) > most:
         return None
-    total = torch.einsum("nkhw,nk->nhw", maps, slope.double())
+    total = weighed(maps, slope)
     if offset is not None:
-        total = total + offset.double().sum(1)[:, None, None]
-    return (total / maps[0, 0].numel()).unsqueeze(1).float()
+        total = total + wide(offset).sum(1).view(-1, *[1] * (total.dim() - 1))
+    return (total / positions).float()
 
 
 def _check_device(owner: Any, device: torch.device | str | None) -> None:

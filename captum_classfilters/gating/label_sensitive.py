@@ -364,7 +364,7 @@ class LabelSensitiveTraining:
         return plain + self.weight * (_cross_entropy(logits, labels) + self._penalty())
 
     def _through_gate(self, module: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-        if isinstance(module, nn.Conv2d) or features.dim() == 2:
+        if not isinstance(module, nn.Linear) or features.dim() == 2:
             return self.gate(features, labels)  # type: ignore[no-any-return]
         # a Linear at several positions: channels last
         gated: Tensor = self.gate(features.movedim(-1, 1), labels)

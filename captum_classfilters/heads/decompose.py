@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
 from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
 from captum_classfilters.core.head import Head, find_head, has_layer
@@ -205,7 +206,7 @@ def _small_head(head: Head, dense: _Dense, backend: str) -> nn.Module:
     if bias is not None and head.module.bias is not None:
         linear.bias.requires_grad_(head.module.bias.requires_grad)
     small: nn.Module = linear if backend == "dense" else DecomposedLinear.from_linear(linear, mask, backend)
-    if isinstance(head.module, nn.Conv2d):
+    if isinstance(head.module, CONVS):
         small = Pointwise(small)
     return small.train(head.module.training)
 
@@ -218,7 +219,7 @@ def _replaced(model: nn.Module, head: Head, small: nn.Module) -> nn.Module:
 
 
 class Pointwise(nn.Module):
-    """A linear layer in the place of a 1x1 convolution: ``(N, K, h, w)`` to ``(N, C, h, w)``."""
+    """A linear layer in the place of a 1x1 convolution: ``(N, K, *positions)`` to ``(N, C, *positions)``."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()

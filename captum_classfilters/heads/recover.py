@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
 from captum_classfilters.core.outputs import logits_of
@@ -208,7 +209,7 @@ def _partly_zero(network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     Batch norms may begin at zero; linear and convolutional layers do not.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and isinstance(module.weight, nn.Parameter):
+        if isinstance(module, (nn.Linear, *CONVS)) and isinstance(module.weight, nn.Parameter):
             mask = module.weight.detach() != 0
             if bool(mask.any()) and not bool(mask.all()):
                 yield module.weight, mask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.head_pass import Batch, position_map, single_batch
+from captum_classfilters.core.head_pass import position_map, single_batch
 from captum_classfilters.core.targets import classes_of
 
 
@@ -25,9 +25,11 @@ class Confusion:
         predicted: ``(N,)`` int64.
         true: ``(N,)`` int64.
         won_by: ``(N, 1, h, w)``: what each position adds through the channels that speak for the predicted class. It is
-            at least 0 if the features are. None where the features are not the average of a map.
-        lost_by: ``(N, 1, h, w)``: the same for the other channels. It is at most 0 if the features are at least 0. Both
-            maps, summed over positions, and the difference of the biases sum to ``difference``.
+            at least 0 if the features are. None where the features are not pooled from a map.
+        lost_by: ``(N, 1, h, w)``: the same for the other channels. It is at most 0 if the features are at least 0.
+        adds_up: Both maps, summed over positions, and the difference of the biases sum to ``difference``: where the
+            features are the mean or the maximum of a map. False where the head reads a class token: the maps then show
+            what it would read at the other tokens, in place of it, divided by their number.
     """
 
     table: pd.DataFrame
@@ -36,6 +38,7 @@ class Confusion:
     true: Tensor
     won_by: Tensor | None
     lost_by: Tensor | None
+    adds_up: bool
 
 
 def explain_confusion(
@@ -69,12 +72,7 @@ def explain_confusion(
         OptionError: Both classes of a sample are the same.
     """
 
-    def run(need_maps: bool) -> Batch:
-        return single_batch(
-            model, inputs, layer=layer, additional_forward_args=additional_forward_args, need_maps=need_maps
-        )
-
-    batch = run(False)
+    batch = single_batch(model, inputs, layer=layer, additional_forward_args=additional_forward_args, need_maps=None)
     samples, device = len(batch.features), batch.features.device
     lost = classes_of(true, samples, batch.head.num_classes, device)
     won = (
@@ -91,8 +89,11 @@ def explain_confusion(
     difference = weight[won] - weight[lost]
     contribution = difference * batch.features.double()
     biases = bias[won] - bias[lost]
-    mapped = run(True) if batch.head.feature_map is not None else batch
-    won_by, lost_by = (position_map(mapped, difference * side) for side in (contribution > 0, contribution <= 0))
+    sides = [difference * side for side in (contribution > 0, contribution <= 0)]
+    won_by, lost_by = (position_map(batch, side) for side in sides)
+    adds_up = won_by is not None and lost_by is not None
+    if not adds_up:
+        won_by, lost_by = (position_map(batch, side, exact=False) for side in sides)
     return Confusion(
         _table(batch.features.double(), weight[won], weight[lost], contribution, bias[won], bias[lost]),
         contribution.sum(1) + biases,
@@ -100,6 +101,7 @@ def explain_confusion(
         lost,
         won_by,
         lost_by,
+        adds_up,
     )
 
 

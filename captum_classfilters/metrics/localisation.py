@@ -13,7 +13,7 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.control import Control, random_masks
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError
-from captum_classfilters.core.head_pass import Batch, HeadPass
+from captum_classfilters.core.head_pass import Batch, HeadPass, weighed
 from captum_classfilters.core.intervals import mean_interval, wilson
 
 # Keys by which a loader may give the objects
@@ -102,6 +102,11 @@ def localisation(
         for batch in stream:
             for table in tables.values():
                 check_table(table, batch.head)
+            if batch.maps.dim() != 4:  # type: ignore[union-attr]
+                raise HeadError(
+                    f"the map behind the head {batch.head.name} is no map of images, (N, K, h, w), but "
+                    f"{tuple(batch.maps.shape)}; localisation compares it with silhouettes"  # type: ignore[union-attr]
+                )
             if batch.maps[0, 0].numel() == 1:  # type: ignore[index]
                 raise HeadError(
                     f"the map behind the head {batch.head.name} has a single position, so it cannot show a place; "
@@ -118,7 +123,7 @@ def localisation(
                 weights = torch.ones_like(weights)
             for name, mask in masks.items():
                 kept = (weights * mask.to(labels.device)[labels]).to(maps.dtype)
-                class_maps = torch.einsum("nkhw,nk->nhw", maps, kept).unsqueeze(1).float()
+                class_maps = weighed(maps, kept).float()
                 class_maps = LayerAttribution.interpolate(class_maps, tuple(objects.shape[1:]), "bilinear").squeeze(1)
                 scores[name].append(_score(class_maps, objects).cpu().numpy())
     if not sum(map(len, areas)):

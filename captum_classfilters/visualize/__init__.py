@@ -12,6 +12,7 @@ from captum_classfilters.visualize.calculation_paths import (
     path_embedding,
     path_profiles,
 )
+from captum_classfilters.visualize.cards import filter_cards
 from captum_classfilters.visualize.curves import (
     accuracy_curve,
     auc_matrix,
@@ -21,7 +22,7 @@ from captum_classfilters.visualize.curves import (
     roc,
 )
 from captum_classfilters.visualize.gates import cluster_centres, confusion, correlation, gate, similarity
-from captum_classfilters.visualize.images import branch_maps, filter_cards, occlusion
+from captum_classfilters.visualize.images import branch_maps, occlusion
 from captum_classfilters.visualize.images import switched_off as switched_off
 from captum_classfilters.visualize.splitting import ald_fit, ald_tree
 from captum_classfilters.visualize.tables import class_filters, overlap

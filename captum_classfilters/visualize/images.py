@@ -1,15 +1,12 @@
-"""Pictures on photographs: the images behind a channel, maps of several nodes, receptive fields on a covered image.
+"""Pictures on photographs: maps of several nodes, receptive fields on a covered image.
 
 Captum's visualiser lays maps over photographs; here they get one scale of colours and keep the photograph's brightness.
 N images, K channels, C classes, F filters, H x W pixels, h x w positions of the feature map.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
-from textwrap import fill
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from captum.attr import LayerAttribution, visualization
@@ -19,11 +16,9 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from captum_classfilters.class_filters import ClassFilters, check_k, check_table, one_table
 from captum_classfilters.concepts import Occlusion, field_iou, occlude, receptive_fields
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.visualize.kit import (
     SMALL,
     Floats,
@@ -37,8 +32,6 @@ from captum_classfilters.visualize.kit import (
     shortened,
 )
 
-# Where a map is 0 the photograph stays as it is, instead of being whitened
-_POSITIVE = LinearSegmentedColormap.from_list("activation", [(0.9, 0.35, 0.0, 0.0), (0.9, 0.35, 0.0, 1.0)])
 DIVERGING = LinearSegmentedColormap.from_list(
     "signed activation", [(0.0, 0.35, 0.9, 1.0), (1.0, 1.0, 1.0, 0.0), (0.9, 0.35, 0.0, 1.0)]
 )
@@ -49,87 +42,6 @@ _BRANCHES = LinearSegmentedColormap.from_list(
 # Captum puts this share of a map, in percent, beyond the colours; 0 itself trips over rounding
 _NO_OUTLIERS = 1e-6
 _FIELD, _REGION = "#FF9D00", "#5BC8FF"
-_SHORT = 14  # characters of a name beside which the activation has room
-
-
-def filter_cards(
-    model: Any,
-    filters: ClassFilters,
-    class_name: str | int,
-    loader: Iterable[Any] | None = None,
-    *,
-    k: int = 3,
-    images: int = 4,
-    image_range: tuple[float, float] | None = None,
-    ax: Panels | None = None,
-) -> Panels:
-    """For each of a class's k strongest channels, draw the images of a loader that activate it most.
-
-    One row for each channel, strongest first, named by its score and its weight in the head for the class. The images
-    may be of any class: a title says the true class, bold where it is this one, and the activation, the channel's value
-    at the head's input. Over the picture, in grey, lies the channel's activation map: orange, and blue below zero, each
-    map up to its own maximum.
-
-    Args:
-        model: The network; borrowed. Or a `HeadPass`; then ``loader`` is left out. Its ``layer``,
-            ``additional_forward_args`` and ``show_progress`` are used. Not a cached one, which has no images.
-        filters: The table of this model, ``(C, K)``.
-        class_name: The class by name or index.
-        loader: Any iterable of batches ``(images, labels)``, images ``(N, colours, H, W)``. It is read once, and at
-            most ``k * images`` images are kept. Without labels, titles say the activation only.
-        k: How many channels.
-        images: How many images for each.
-        image_range: The numbers that are black and white. None: 0 and 255 for integers, 0 and 1 where all pixels lie
-            there, otherwise the smallest and largest pixel drawn.
-        ax: Where to draw: an array of axes, shape ``(k, images)``.
-
-    Returns:
-        The axes, shape ``(k, images)``; those for which the loader has no image are empty.
-
-    Raises:
-        OptionError: The class is unknown or has no samples; or k, images, ``image_range`` or ``ax`` is out of range.
-        ShapeError: The table is another network's or another layer's, or the inputs are no images.
-        HeadError: There is no head, or no feature map behind it.
-        EmptyLoaderError: The loader gave no sample.
-
-    Example:
-        >>> import matplotlib; matplotlib.use("agg")
-        >>> from torch import nn
-        >>> conv, head = nn.Conv2d(1, 3, 3), nn.Linear(3, 2)
-        >>> model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-        >>> votes = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 4.0]])
-        >>> table = ClassFilters(votes, votes, torch.tensor([4, 4]), "histogram", "4", ("cat", "dog"))
-        >>> loader = [(torch.rand(8, 1, 6, 6), torch.arange(8) % 2)]
-        >>> filter_cards(model, table, "dog", loader, k=2, images=3).shape
-        (2, 3)
-    """
-    row = _checked_class(filters, class_name)
-    k = check_k(k, filters.num_channels, "k")
-    images = integer(images, "images", 1)
-    _check_cards(image_range, ax, (k, images))
-    head_pass = HeadPass.of(model, loader)
-    gallery = _Gallery(filters.top(k)[row].tolist(), images)
-    weights: list[float] = []
-    with head_pass.batches(need_labels=False, need_maps=True, description="filter_cards") as stream:
-        for batch in stream:
-            if not weights:
-                check_table(filters, batch.head)
-                weights = batch.head.weight[row, gallery.channels].tolist()
-            gallery.add(batch)
-
-    axes = _new_axes(filters, row, gallery.shape) if ax is None else ax
-    cards = [card for line in gallery.cards for card in line]
-    low, high = _range(cards) if image_range is None else image_range
-    signed = any(bool((card.map < 0).any()) for card in cards)
-    for line, drawn, channel, weight in zip(axes, gallery.cards, gallery.channels, weights, strict=True):
-        for place, axis in enumerate(line):
-            if place < len(drawn):
-                _draw_card(axis, drawn[place], low, high, signed)
-                _title(axis, drawn[place], filters, row)
-            else:
-                axis.axis("off")
-        line[0].set_ylabel(_about(filters, row, channel, weight), rotation=0, ha="right", va="center", fontsize="small")
-    return axes
 
 
 def branch_maps(
@@ -190,7 +102,7 @@ def branch_maps(
     # Captum divides by the largest value and stops at 0: a column that is taken off again has the scale's end
     tiles = np.pad(tiles, ((0, 0), (0, 1)), constant_values=1.0)
     picture = np.pad(np.tile(strip, (1, columns, 1)), ((0, 0), (0, 1), (0, 0)))
-    grey, heat = _blend(ax, tiles, picture, _BRANCHES, outliers=_NO_OUTLIERS)
+    grey, heat = blend(ax, tiles, picture, _BRANCHES, outliers=_NO_OUTLIERS)
     for drawn in (grey, heat):
         drawn.set_data(np.asarray(drawn.get_array())[:, :-1])
     extent = (-0.5, width - 0.5, count * height - 0.5, -0.5)
@@ -353,82 +265,7 @@ def occlusion(
     )
 
 
-# -- filter_cards: what is collected -----------------------------------------------------------------------------------
-
-
-class Card(NamedTuple):
-    """An image that activates a channel."""
-
-    activation: float  # the head's input: the map, pooled
-    image: Tensor  # (colours, H, W), on the CPU
-    map: Tensor  # (h, w), float32, on the CPU
-    label: int | None  # true class
-
-
-class _Gallery:
-    """The best images of each channel so far; not more are kept, however many pass by."""
-
-    def __init__(self, channels: list[int], images: int) -> None:
-        self.channels, self.shape = channels, (len(channels), images)
-        self.cards: list[list[Card]] = [[] for _ in channels]
-
-    def add(self, batch: Batch) -> None:
-        count = self.shape[1]
-        # stable: of equal activations the earlier image stays, however the loader is cut into batches
-        values, order = batch.features[:, self.channels].float().sort(dim=0, descending=True, stable=True)
-        values, order = values[:count].cpu(), order[:count].cpu()
-        pixels = _images(batch)
-        for place, channel in enumerate(self.channels):
-            cards = self.cards[place]
-            for value, index in zip(values[:, place].tolist(), order[:, place].tolist(), strict=True):
-                if len(cards) < count or value > cards[-1].activation:
-                    cards.append(_card(batch, pixels, value, index, channel))
-                    cards.sort(key=lambda card: -card.activation)
-                    del cards[count:]
-
-
-def _card(batch: Batch, pixels: Tensor, value: float, index: int, channel: int) -> Card:
-    label = None if batch.labels is None else int(batch.labels[index])
-    # copies: a slice of a batch would keep all of it
-    image, activations = pixels[index].detach().to("cpu", copy=True), batch.maps[index, channel]  # type: ignore[index]
-    return Card(value, image, activations.detach().float().to("cpu", copy=True), label)
-
-
-def _images(batch: Batch) -> Tensor:
-    images = next((value for value in batch.inputs if isinstance(value, Tensor) and value.dim() == 4), None)
-    if images is None:
-        shapes = [tuple(value.shape) for value in batch.inputs if isinstance(value, Tensor)]
-        raise ShapeError(
-            f"expected images of shape (N, colours, H, W) among the inputs, got {shapes}; there is nothing to draw"
-        )
-    return images
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
-
-
-def _checked_class(filters: ClassFilters, class_name: str | int) -> int:
-    row = one_table(filters).index(class_name)
-    if not bool(filters.seen[row]):
-        raise OptionError(
-            f"class {filters.class_names[row]!r} has no samples in the table, so no channels of its own; choose another"
-        )
-    return row
-
-
-def _check_cards(image_range: Any, ax: Any, shape: tuple[int, int]) -> None:
-    if image_range is not None:
-        pair = isinstance(image_range, Sequence) and len(image_range) == 2
-        if not pair or not all(isinstance(v, Real) for v in image_range) or not image_range[0] < image_range[1]:
-            raise OptionError(
-                f"image_range must be two numbers, black below white, such as (0, 1); got {image_range!r}"
-            )
-    if ax is not None and (getattr(ax, "shape", None) != shape or not all(isinstance(a, Axes) for a in ax.flat)):
-        got = getattr(ax, "shape", type(ax).__name__)
-        raise OptionError(
-            f"ax must be an array of {shape[0]} x {shape[1]} axes, got {got}; "
-            f"plt.subplots({shape[0]}, {shape[1]}, squeeze=False)[1] is one"
-        )
 
 
 def _check_maps(images: Any, maps: Any, names: Any, share: str) -> None:
@@ -456,7 +293,6 @@ def _check_maps(images: Any, maps: Any, names: Any, share: str) -> None:
 
 
 def check_pixels(image: Any, name: str, shape: Any = None) -> None:
-    """Refuse what is no picture ``(c, H, W)`` in [0, 1]."""
     """Refuse what is no picture in [0, 1], or not of the shape of another."""
     if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] not in (1, 3):
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
@@ -490,7 +326,7 @@ def _one_for_each(values: Sequence[Any] | None, name: str, count: int) -> list[A
 # -- how it is drawn ---------------------------------------------------------------------------------------------------
 
 
-def _blend(
+def blend(
     ax: Axes, heat: Floats, picture: Floats, cmap: Any, sign: str = "all", outliers: float = 2
 ) -> list[AxesImage]:
     """A map over a grey photograph, by Captum's visualiser; returns the photograph and the map."""
@@ -508,56 +344,6 @@ def as_photograph(image: Tensor) -> Floats:
     """``(c, H, W)`` in [0, 1] as matplotlib takes it, ``(H, W, c)``."""
     # HWC only here, at matplotlib's door
     return np.asarray(image.detach().cpu().double().permute(1, 2, 0))
-
-
-def _new_axes(filters: ClassFilters, row: int, shape: tuple[int, int]) -> Panels:
-    rows, columns = shape
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.7 * columns + 1.6, 1.9 * rows + 0.6), layout="constrained", squeeze=False
-    )
-    name = shortened(filters.class_names[row])
-    title = f"{name}: top {rows} of the {filters.method} table, and the images that activate them most"
-    figure.suptitle(fill(title, int(figure.get_figwidth() * 72 / 6)), fontsize="medium")
-    return axes
-
-
-def _range(cards: list[Card]) -> tuple[float, float]:
-    if not cards[0].image.is_floating_point():
-        return 0.0, 255.0
-    low, high = min(float(card.image.min()) for card in cards), max(float(card.image.max()) for card in cards)
-    if low >= 0 and high <= 1:
-        return 0.0, 1.0
-    return (low, high) if low < high else (low - 0.5, low + 0.5)
-
-
-def _draw_card(ax: Axes, card: Card, low: float, high: float, signed: bool) -> None:
-    picture = as_photograph(((card.image.double() - low) / (high - low)).clamp(0, 1))
-    size = (int(picture.shape[0]), int(picture.shape[1]))
-    spread = LayerAttribution.interpolate(card.map[None, None], size, "bilinear")[0, 0].double().numpy()
-    largest = float(np.abs(spread).max())
-    if largest > 0:
-        # Captum divides by a number close to the largest: brought to 1 first, small activations do not look like none
-        _blend(ax, spread / largest, picture, DIVERGING if signed else _POSITIVE, "all" if signed else "positive")
-    else:
-        # Captum's visualiser asserts that some attribution is not zero (its issues 481 and 959)
-        ax.imshow(picture.mean(2) * 255, cmap="gray", vmin=0, vmax=255)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.grid(False)
-
-
-def _title(ax: Axes, card: Card, filters: ClassFilters, row: int) -> None:
-    name = "" if card.label is None else shortened(filters.class_names[card.label])
-    separator = "\n" if len(name) > _SHORT else "  "
-    text = f"{name}{separator}{card.activation:#.3g}".strip()
-    ax.set_title(text, fontsize="small", fontweight="bold" if card.label == row else "normal")
-
-
-def _about(filters: ClassFilters, row: int, channel: int, weight: float) -> str:
-    score = float(filters.scores[row, channel])
-    if filters.merge_rule == "sum":
-        return f"channel {channel}\nscore {score / int(filters.counts[row]):.3g} per sample\nweight {weight:+.2f}"
-    return f"channel {channel}\nscore {score:.3g}\nweight {weight:+.2f}"
 
 
 def _name_tiles(

@@ -13,7 +13,7 @@ def test_device(device, small_cnn, images, assert_close):
     with device.mode:
         model, inputs = small_cnn(device=device.name), images().to(device.name)
         batch = read(model, inputs, need_maps=True)
-        assert batch.head.feature_map.layout == "NCHW"
+        assert batch.head.feature_map.layout.name == "NCHW"
         with torch.no_grad():
             assert_close(batch.features, model.penultimate(inputs))
             assert_close(batch.features @ batch.head.weight.T + batch.head.bias, model(inputs))

@@ -15,14 +15,14 @@ TABLE = {
     "mobilenet_v2": (tv("mobilenet_v2"), 64, "classifier.1", 1280, ("features", "NCHW", True)),
     "mobilenet_v3_small": (tv("mobilenet_v3_small"), 64, "classifier.3", 1024, None),
     "efficientnet_b0": (tv("efficientnet_b0"), 64, "classifier.1", 1280, ("features", "NCHW", True)),
-    "convnext_tiny": (tv("convnext_tiny"), 64, "classifier.2", 768, ("features", "NCHW", False)),
+    "convnext_tiny": (tv("convnext_tiny"), 64, "classifier.2", 768, ("features", "NCHW", True)),
     "swin_t": (tv("swin_t"), 64, "head", 768, ("permute", "NCHW", True)),
     "vit_b_16, two layers of it": (
         lambda: torchvision.models.VisionTransformer(32, 16, 2, 12, 768, 3072, num_classes=10),
         32,
         "heads.head",
         768,
-        None,
+        ("encoder", "NLC", False),
     ),
     "vgg11": (tv("vgg11", init_weights=False), 32, "classifier.6", 4096, None),
     "googlenet": (
@@ -43,7 +43,7 @@ TABLE = {
         ("norm", "NCHW", True),
     ),
     "timm dla46_c, a 1x1 convolution": (tm("dla46_c"), 64, "fc", 256, ("level5", "NCHW", True)),
-    "timm convnext_atto": (tm("convnext_atto"), 64, "head.fc", 320, ("norm_pre", "NCHW", False)),
+    "timm convnext_atto": (tm("convnext_atto"), 64, "head.fc", 320, ("norm_pre", "NCHW", True)),
     "timm vit_tiny of averaged tokens": (
         tm("vit_tiny_patch16_224", img_size=64, class_token=False, global_pool="avg", fc_norm=False),
         64,
@@ -79,7 +79,7 @@ def test_head_and_map_of_known_networks(network):
         assert head.feature_map is None
         return
     found = head.feature_map
-    assert (found.name, found.layout, found.exact) == expected_map
+    assert (found.name, found.layout.name, found.exact) == expected_map
     assert found.module is model.get_submodule(found.name)
     assert batch.maps.shape[:2] == (2, features)
     assert batch.maps[0, 0].numel() > 1

@@ -67,12 +67,21 @@ def test_half_precision_has_its_maps(case):
     torch.testing.assert_close(found.won_by, whole.won_by, atol=0.02 * float(whole.won_by.max()), rtol=0.1)
 
 
-def test_features_that_are_no_average_have_a_table_and_no_map():
+def test_of_a_maximum_the_whole_contribution_is_where_it_is():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(5, 3)).eval()
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = explain_confusion(model, images, 0, 2)
-    assert found.won_by is None
-    assert found.lost_by is None
+    maps, weight = model[:2](images).detach(), model[4].weight.detach()
+    won, lost = torch.zeros(2, 2, 1, 6, 6)
+    for image in range(2):
+        for channel in range(5):
+            value, place = maps[image, channel].flatten().max(0)
+            adds = (weight[2, channel] - weight[0, channel]) * value
+            won[image].view(-1)[place] += adds.clamp(min=0)
+            lost[image].view(-1)[place] += adds.clamp(max=0)
+    torch.testing.assert_close(found.won_by, won)
+    torch.testing.assert_close(found.lost_by, lost)
+    assert found.adds_up
     with torch.no_grad():
         logits = model(images)
     torch.testing.assert_close(found.difference.float(), logits[:, 2] - logits[:, 0])
