@@ -112,6 +112,9 @@ class PathDecoupler(nn.Module):
         reduction, mix = integer(reduction, "reduction", 1), one_of(mix, "mix", MIXES)
         num_classes = None if num_classes is None else integer(num_classes, "num_classes", 1)
         self.model = unwrap(model)
+        if example_input is not None:
+            batch = example_input if isinstance(example_input, tuple) else (example_input,)
+            example_input = tuple(Placement.of(self.model).move(value) for value in batch)
         calls = calls_of(self.model, example_input)
         self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
         self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
@@ -366,10 +369,18 @@ class PathDecoupler(nn.Module):
         ]
         if len(example_input) == 1 and isinstance(example_input[0], tuple):
             example_input = example_input[0]
+        example_input = tuple(Placement.of(self.model).move(value) for value in example_input)
         return skip_closed(self.model, gated, example_input if measured else None)
 
     def costs(self, *args: Any) -> Costs:
-        """What the convolutions of this network cost, from one forward without gates of ``args``, one image."""
+        """What the convolutions of this network cost, from one forward without gates of ``args``, one image.
+
+        Raises:
+            OptionError: There is no image.
+        """
+        if not args:
+            raise OptionError("costs depend on the size of images, got none; pass one image, costs(images[:1])")
+        args = tuple(Placement.of(self.model).move(value) for value in args)
         try:
             calls = calls_of(self.model)
         except LayerError:
@@ -453,6 +464,9 @@ class PathDecoupler(nn.Module):
         return any(owner is self for owner in _STRAIGHT.get())
 
     def _forward(self, run: Run, args: Any, kwargs: Any) -> Any:
+        placement = Placement.of(self.model)
+        args = tuple(placement.move(value) for value in args)
+        kwargs = {name: placement.move(value) for name, value in kwargs.items()}
         with borrowed(self.model, train=True), run.hooked(self.model, self.units, tuple(self._controllers())):
             output = self.model(*args, **kwargs)
         if missing := [unit.conv for index, unit in enumerate(self.units) if index not in run.masked]:

@@ -24,7 +24,7 @@ from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass, single_batch
 from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.ranks import sum_over
-from captum_classfilters.core.stream import refuse_iterator
+from captum_classfilters.core.stream import Placement, refuse_iterator
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
 
@@ -207,7 +207,7 @@ class LabelSensitiveTraining:
         """One forward pass; the loss of this epoch, a scalar to call ``backward`` on.
 
         Args:
-            inputs: A tensor, or a tuple of several, on the model's device.
+            inputs: A tensor, or a tuple of several; they follow the model's device and dtype.
             labels: ``(N,)`` integers, on the model's device.
             epoch: Counted from 0.
 
@@ -219,6 +219,7 @@ class LabelSensitiveTraining:
         """
         gated = self.gates(epoch)
         inputs = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
+        inputs = tuple(Placement.of(self._network).move(value) for value in inputs)
         labels = self.gate.check_labels(labels, len(inputs[0]))
         if gated and self.gate.is_noise and self.gate.weight.requires_grad:
             raise OptionError(

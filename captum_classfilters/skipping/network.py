@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.calls import CONVS, calls_of, changes_in_place, keeps_zero
 from captum_classfilters.core.errors import LayerError, OptionError
+from captum_classfilters.core.stream import Placement
 from captum_classfilters.skipping import pieces
 from captum_classfilters.skipping.skip_conv import SkipConv, measure, seconds
 
@@ -47,8 +48,10 @@ class SkippingNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the gated network in eval mode, without gradients."""
+        placement = Placement.of(self.network)
+        args = tuple(placement.move(value) for value in args)
         with torch.no_grad():
-            return self.network(*args, **kwargs)
+            return self.network(*args, **{name: placement.move(value) for name, value in kwargs.items()})
 
     def train(self, mode: bool = True) -> "SkippingNetwork":
         """Refuse train mode: norms are folded into convolutions."""
