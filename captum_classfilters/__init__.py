@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from captum_classfilters.class_filters import ClassFilters as ClassFilters
     from captum_classfilters.comparison import aggregate as aggregate
     from captum_classfilters.comparison import compare as compare
+    from captum_classfilters.core.batches import Batches as Batches
     from captum_classfilters.core.control import Control as Control
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ALDSplitter": "splitting",
     "ALDTree": "splitting",
+    "Batches": "core.batches",
     "Checkpoint": "core.training",
     "ClassFilters": "class_filters",
     "ClassFiltersError": "core.errors",

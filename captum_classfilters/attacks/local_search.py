@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_images, in_top
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import check_labels, check_range
+from captum_classfilters.core.labels import check_labels, check_range
 
 # The share of an image's pixels among which the search starts
 _START = 0.1

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, check_images, in_top
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import OptionError
-from captum_classfilters.core.stream import check_labels, check_range
+from captum_classfilters.core.labels import check_labels, check_range
 
 # ART's one-pixel attack uses whole numbers from 0 to this
 _WHITE = 255.0

@@ -134,7 +134,7 @@ def _watched(job: Job, detector: Any, loader: Loader, head_pass: Callable[[Any],
     from captum_classfilters.detection.familiarity import HeadValues
 
     strangeness, predicted = [], []
-    with head_pass(loader).batches(need_labels=False, description="watch") as stream:
+    with head_pass(loader).batches(need_labels=None, description="watch") as stream:
         for batch in stream:
             strangeness.append(detector.score_values(HeadValues.of(batch)))
             predicted += batch.logits.argmax(1).tolist()

@@ -13,9 +13,10 @@ from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import ClassSums
 from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.layout import LayoutWatch
 from captum_classfilters.core.outputs import find_logits, logits_of
-from captum_classfilters.core.stream import Placement, Samples, check_range, samples
+from captum_classfilters.core.stream import Placement, Samples, samples
 
 
 def aggregate(
@@ -116,7 +117,7 @@ class Aggregation:
         return samples(
             loader,
             placement=self._placement,
-            need_labels=self._source == "target",
+            need_labels=True if self._source == "target" else None,
             description="aggregate",
             show_progress=show_progress,
         )

@@ -184,7 +184,7 @@ def _check_layers(layers: Mapping[str, Any], head_pass: HeadPass) -> None:
             if isinstance(layer, nn.Module):
                 borrow.after(layer, lambda module, args, output, name=name: outputs.update({name: output}))
         first = HeadPass(head_pass.model, islice(head_pass.loader, 1), layer=head.module)
-        with first.batches(need_labels=False) as stream:
+        with first.batches(need_labels=None) as stream:
             features = next(stream).features
     for name in layers:
         if name not in outputs or not shows_features(outputs[name], features):

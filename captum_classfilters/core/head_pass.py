@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, NoPositionsWarning, OptionError
 from captum_classfilters.core.head import Found, Head, HeadSearch
-from captum_classfilters.core.stream import Placement, Samples, check_range, samples
+from captum_classfilters.core.labels import check_range
+from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.core.wide import wide
 
 
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
     inputs: tuple[Any, ...]
     features: Tensor  # (N, K)
     logits: Tensor  # (N, C)
-    labels: Tensor | None  # (N,) int64
+    labels: Tensor | None  # (N,) int64; or (N, C) bool where many labels were asked for
     maps: Tensor | None  # (N, K, *positions), of images (N, K, h, w)
     largest: float  # of |features|: finite
     extras: Any = ()  # as the loader gave it: what stood behind the labels, or the whole mapping
@@ -42,7 +43,7 @@ class HeadPass:
     Args:
         model: An ``nn.Module`` (compiled, DataParallel and DDP ones are unwrapped), or a function, then with ``layer``.
         loader: Any iterable of ``(inputs, labels, ...)``, of mappings with such keys, or of inputs alone where labels
-            are not needed. Inputs: a tensor, or a tuple of tensors for several.
+            are not needed. Inputs: a tensor, or a tuple of tensors for several. `Batches` for other forms.
         layer: The head, if it cannot be found: a module or its dotted name.
         additional_forward_args: Passed on to every forward pass.
         class_names: C names; None: numbers, or the names in a table.
@@ -116,7 +117,7 @@ class HeadPass:
     def head(self) -> Head:
         """The head; where no pass has found it yet, the loader's first batch is run for it."""
         if self._head is None:
-            with self.batches(need_labels=False) as stream:
+            with self.batches(need_labels=None) as stream:
                 next(stream)
         return self._head  # type: ignore[return-value]
 
@@ -124,18 +125,21 @@ class HeadPass:
     def batches(
         self,
         *,
-        need_labels: bool = True,
+        need_labels: bool | None = True,
         need_maps: bool | None = False,
         num_classes: int | None = None,
         description: str = "",
+        many_labels: bool = False,
     ) -> Iterator[Iterator[Batch]]:
         """Borrow the model and read the loader once: ``with head_pass.batches() as stream: for batch in stream``.
 
         Args:
-            need_labels: Refuse batches without labels.
+            need_labels: True: batches without labels are refused. False: labels are given where there are some. None:
+                they play no part.
             need_maps: Also give the feature map behind the head; None: where there is one.
             num_classes: Checked against the head.
             description: Label of the progress bar.
+            many_labels: Labels that are rows of 0 and 1 are given as ``(N, C)`` bool.
 
         Raises:
             HeadError: There is no head, or more than one reading of it; or no map behind it where maps are needed.
@@ -153,14 +157,20 @@ class HeadPass:
                 self.loader,
                 placement=self._placement,
                 need_labels=need_labels,
+                many_labels=many_labels,
                 description=description,
                 show_progress=self.show_progress,
             ) as stream,
         ):
-            yield self._run(stream, borrow, need_maps, num_classes)
+            yield self._run(stream, borrow, need_maps, num_classes, need_labels is not None)
 
     def _run(
-        self, stream: Iterator[Samples], borrow: Borrowed, need_maps: bool | None, num_classes: int | None
+        self,
+        stream: Iterator[Samples],
+        borrow: Borrowed,
+        need_maps: bool | None,
+        num_classes: int | None,
+        labels_matter: bool,
     ) -> Iterator[Batch]:
         reader = _Reader(self._forward, self._module, self.layer, borrow, need_maps, self._arguments, self._head)
         for position, batch in enumerate(stream):
@@ -172,23 +182,24 @@ class HeadPass:
                     f"num_classes={num_classes}, but the head {result.head.name} has {classes} outputs; leave it out, "
                     f"or pass {classes}"
                 )
-            if result.labels is not None:
+            if result.labels is not None and (labels_matter or result.labels.dim() == 2):
                 check_range(result.labels, classes, batch.place)
             yield result
 
-    def cached(self, *, need_labels: bool = True) -> "HeadPass":
+    def cached(self, *, need_labels: bool | None = True, many_labels: bool = False) -> "HeadPass":
         """Run the network over the loader once and keep what its head read: for measures that share one pass.
 
         Kept are features ``(N, K)``, logits ``(N, C)`` and labels, on the model's device; no images, no maps. Each pass
         over the result gives them again, batch by batch.
 
         Args:
-            need_labels: Refuse batches without labels.
+            need_labels: As for `batches`.
+            many_labels: As for `batches`.
 
         Raises:
             As `batches` does.
         """
-        with self.batches(need_labels=need_labels, description="HeadPass") as stream:
+        with self.batches(need_labels=need_labels, description="HeadPass", many_labels=many_labels) as stream:
             kept = [batch._replace(inputs=(), extras=()) for batch in stream]
         return _Cached(self, kept)
 
@@ -204,10 +215,11 @@ class _Cached(HeadPass):
     def batches(
         self,
         *,
-        need_labels: bool = True,
+        need_labels: bool | None = True,
         need_maps: bool | None = False,
         num_classes: int | None = None,
         description: str = "",
+        many_labels: bool = False,
     ) -> Iterator[Iterator[Batch]]:
         """As `HeadPass.batches`; maps are not kept."""
         if need_maps:
@@ -216,9 +228,17 @@ class _Cached(HeadPass):
             raise OptionError("the cached pass has no labels; make it from a loader that gives labels")
         if num_classes is not None and num_classes != self.head.num_classes:
             raise OptionError(f"num_classes={num_classes}, but the head has {self.head.num_classes} outputs")
+        if (
+            not many_labels
+            and need_labels
+            and any(batch.labels.dim() == 2 for batch in self._kept if batch.labels is not None)
+        ):
+            raise OptionError(
+                "the cached pass has many labels, (N, C), and this measure takes one class for each sample"
+            )
         yield iter(self._kept)
 
-    def cached(self, *, need_labels: bool = True) -> HeadPass:
+    def cached(self, *, need_labels: bool | None = True, many_labels: bool = False) -> HeadPass:
         """Itself."""
         return self
 

@@ -4,11 +4,12 @@
 """
 
 import copy
+import hashlib
 import io
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from captum_classfilters.core.batches import Batches
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import FileFormatError, OptionError, brief
 from captum_classfilters.core.files import check_folder, replacing
@@ -26,6 +28,8 @@ from captum_classfilters.core.stream import Placement, Samples, refuse_iterator,
 
 # 1: until 0.1, one format for `recover` and another for `LabelSensitiveTraining.fit`
 _VERSION = 2
+# So many numbers at either end of a tensor tell batches apart
+_END = 4096
 
 Schedule: TypeAlias = "torch.optim.lr_scheduler.LRScheduler"
 
@@ -339,7 +343,7 @@ class Training:
             begin = self._start if self.step else self._latest
             if begin is not None:
                 set_random(begin, self._placement.device, loader)
-            _check_loader(mine.get("loader", {}), _loader_facts(loader))
+            _check_loader(mine.get("loader", {}), _loader_facts(loader), self.step)
         except Exception as error:  # torch.load reports a broken file by many kinds of error
             undo()
             raise FileFormatError(
@@ -440,16 +444,40 @@ def _check_progress(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 def _loader_facts(loader: Any) -> dict[str, Any]:
     """What must be the same of a loader with which a training goes on; it may lose or gain samples."""
+    loader = loader.loader if isinstance(loader, Batches) else loader
+    if isinstance(loader, list | tuple):
+        return {"batches": [hashlib.sha256(b"".join(_contents(batch))).hexdigest()[:16] for batch in loader]}
     size = getattr(loader, "batch_size", None)
     return {"batch_size": size} if type(size) is int else {}
 
 
-def _check_loader(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    # a list of batches has no batch_size: nothing can be compared with it
-    both = saved.keys() & facts.keys()
-    changed = [f"{name} was {saved[name]}, is {facts[name]}" for name in sorted(both) if saved[name] != facts[name]]
-    if changed:
-        raise ValueError(f"it was made with another loader: {', '.join(changed)}")
+def _contents(value: Any) -> Iterator[bytes]:
+    """What tells a list of batches from another: shapes, and both ends of every tensor."""
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1)
+        ends = torch.cat([flat[:_END], flat[-_END:]]).cpu()
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield (ends if ends.is_complex() else ends.double()).numpy().tobytes()
+    elif isinstance(value, list | tuple | Mapping):
+        yield f"{len(value)}".encode()
+        for part in value.items() if isinstance(value, Mapping) else value:
+            yield from _contents(part)
+    elif isinstance(value, str | bytes | int | float | None):
+        yield repr(value).encode()
+
+
+def _check_loader(saved: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
+    # a list of batches has no batch_size, a DataLoader no contents without reading them
+    sizes = saved.get("batch_size"), facts.get("batch_size")
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(f"it was made with another loader: batch_size was {sizes[0]}, is {sizes[1]}")
+    before, now = saved.get("batches"), facts.get("batches")
+    if before is None or now is None:
+        return
+    if before[:step] != now[:step]:
+        raise ValueError(f"it was made with another loader: batches before step {step} of the list are not the same")
+    if not {*before} & {*now}:
+        raise ValueError("it was made with another loader: batches of the list are others, all of them")
 
 
 # -- random states -------------------------------------------------------------------------------------------------

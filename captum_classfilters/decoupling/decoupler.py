@@ -32,8 +32,9 @@ from captum_classfilters.core.errors import (
     brief,
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
+from captum_classfilters.core.labels import check_labels, check_range
 from captum_classfilters.core.outputs import logits_of
-from captum_classfilters.core.stream import Placement, check_labels, check_range, samples
+from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling import controller as equations
 from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
 from captum_classfilters.decoupling.costs import Costs, count_costs

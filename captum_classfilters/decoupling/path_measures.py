@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.intervals import draws_interval, wilson
+from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.outputs import logits_of
-from captum_classfilters.core.stream import Placement, check_range, samples
+from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling.decoupler import PathDecoupler
 from captum_classfilters.decoupling.paths import Paths
 

@@ -17,7 +17,7 @@ from captum_classfilters.attacks.oracle import Bounds, check_bounds, check_image
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
-from captum_classfilters.core.stream import check_labels, check_range
+from captum_classfilters.core.labels import check_labels, check_range
 from captum_classfilters.decoupling import PathDecoupler, Paths
 
 # A function of ``(logits, gates, gate logits, labels, rows)`` that gives the loss of each image; the attack lowers it

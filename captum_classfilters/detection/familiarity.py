@@ -176,7 +176,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
         from_labels = self.label_source == "label"
         sums: _Sums | None = None
         kept = _Reservoir(self.random_state)
-        with head_pass.batches(need_labels=from_labels, description="FamiliarityDetector") as stream:
+        with head_pass.batches(need_labels=from_labels or None, description="FamiliarityDetector") as stream:
             for batch in stream:
                 if sums is None:
                     sums = _Sums(batch.head.num_classes)
@@ -315,7 +315,7 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
                 )
             yield HeadValues.bare(validate_data(self, as_array(X), dtype=float, reset=False))
             return
-        with X.batches(need_labels=False, description="FamiliarityDetector") as stream:
+        with X.batches(need_labels=None, description="FamiliarityDetector") as stream:
             for batch in stream:
                 self.check_network(batch.head)
                 yield HeadValues.of(batch)

@@ -23,7 +23,7 @@ from captum_classfilters.core.errors import (
     quoted,
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, text, write
-from captum_classfilters.core.stream import check_labels, check_range
+from captum_classfilters.core.labels import check_labels, check_range
 
 _KIND, _VERSION = "LabelSensitiveGate", 1
 PENALTIES = ("abs", "hinge")

@@ -98,7 +98,7 @@ class HeadMoments:
         group = group_of(distributed)
         sums = _Sums()
         try:
-            with HeadPass.of(model, loader, layer).batches(need_labels=False, description="HeadMoments") as stream:
+            with HeadPass.of(model, loader, layer).batches(need_labels=None, description="HeadMoments") as stream:
                 for batch in stream:
                     sums.add(batch.features, batch.head.name)
         except EmptyLoaderError:

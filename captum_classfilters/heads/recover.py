@@ -18,8 +18,9 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
+from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.outputs import logits_of
-from captum_classfilters.core.stream import Placement, check_range, refuse_iterator, samples
+from captum_classfilters.core.stream import Placement, refuse_iterator, samples
 from captum_classfilters.core.training import Checkpoint, Task, Training
 
 

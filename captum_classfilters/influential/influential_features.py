@@ -175,7 +175,7 @@ class InfluentialFeatures(LayerAttribution):
         # with several k1, the one selector votes: another has been refused together with k1
         key = 0 if not isinstance(selector, str) else 1 if isinstance(k1, Iterable) else None
         with head_pass.batches(
-            need_labels=label_source == "target" or correct_only,
+            need_labels=True if label_source == "target" or correct_only else None,
             num_classes=num_classes,
             description="InfluentialFeatures",
         ) as stream:

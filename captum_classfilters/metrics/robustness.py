@@ -15,7 +15,8 @@ from captum_classfilters.core.check import integer
 from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.intervals import mean_interval, wilson
-from captum_classfilters.core.stream import check_range, samples
+from captum_classfilters.core.labels import check_range
+from captum_classfilters.core.stream import samples
 
 _COLUMNS = ["model", "attack", "control", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
 

@@ -196,13 +196,20 @@ def test_largest_is_of_the_features(small_cnn, data):
 LABELS = {
     "too high": (torch.tensor([0, 1, 2, 4]), r"in \[0, 4\), got 4 in batch 1; the head has 4 outputs"),
     "negative": (torch.tensor([0, 1, 2, -1]), r"in \[0, 4\), got -1 in batch 1"),
-    "float": (torch.tensor([0.0, 1.0, 2.0, 3.0]), r"integers, got torch.float32 in batch 1.*labels.long\(\)"),
-    "bool": (torch.tensor([True, False, True, False]), r"integers, got torch.bool in batch 1"),
-    "one-hot": (torch.eye(4), r"\(4,\), got \(4, 4\) in batch 1; they look one-hot.*argmax"),
-    "a column": (torch.zeros(4, 1, dtype=torch.int64), r"\(4,\), got \(4, 1\) in batch 1; pass one class index"),
+    "fractions": (torch.tensor([0.0, 1.5, 2.0, 3.0]), "integers, got torch.float32 with fractions in batch 1"),
+    "many": (
+        torch.eye(4) + torch.eye(4).flip(0),
+        r"one class for each sample.*\(4, 4\) in batch 1 with 2 to 2 classes",
+    ),
+    "soft": (torch.full((4, 4), 0.25), r"\(4,\), got \(4, 4\) in batch 1 with other numbers.*look like soft labels"),
+    "two kinds": (
+        torch.tensor([[0, 3]] * 4),
+        r"\(4,\), got \(4, 2\) in batch 1.*several kinds.*Batches\(loader, unpack=",
+    ),
+    "a row": (torch.zeros(1, 4, dtype=torch.int64), r"\(4,\), got \(1, 4\) in batch 1; pass one class index"),
     "too few": (torch.tensor([0, 1, 2]), r"\(4,\), got \(3,\) in batch 1"),
     "one number": (torch.tensor(2), r"\(4,\), got \(\) in batch 1"),
-    "names": (("cat", "dog", "cat", "dog"), "integers, got tuple in batch 1"),
+    "names": (("cat", "dog", "cat", "dog"), "integers, got tuple in batch 1 of text such as 'cat'"),
     "nothing": ([None] * 4, "integers, got list in batch 1"),
     "missing": (None, "batch 1 has no labels"),
 }
@@ -215,7 +222,7 @@ def test_bad_labels_are_refused(kind, small_cnn, data):
         consume(small_cnn(), [data[0], (data[1][0], labels)])
 
 
-@pytest.mark.parametrize("kind", ["float", "one-hot", "too few", "names"])
+@pytest.mark.parametrize("kind", ["fractions", "many", "too few", "names"])
 def test_what_is_wrong_with_labels_alone_is_known_before_the_model_runs(kind, small_cnn, data):
     model, calls = small_cnn(), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -111,8 +111,8 @@ def test_bad_options_of_the_loss_are_refused_before_the_model_runs(decoupler, im
         (LABELS + 1, r"labels must lie in \[0, 4\), got 4; the head has 4 outputs"),
         (LABELS - 1, r"labels must lie in \[0, 4\), got -1"),
         (LABELS[:5], r"labels must have shape \(6,\), got \(5,\); pass one class index per sample"),
-        (nn.functional.one_hot(LABELS), r"got \(6, 4\); they look one-hot: pass class indices, labels.argmax\(1\)"),
-        (LABELS.float(), r"labels must be integers, got torch.float32; pass class indices, labels.long\(\)"),
+        (nn.functional.one_hot(LABELS) * 0, r"one class for each sample here, got rows of 0 and 1 of shape \(6, 4\)"),
+        (LABELS + 0.5, "labels must be integers, got torch.float32 with fractions"),
         (None, "labels must be integers, got NoneType"),
     ],
 )

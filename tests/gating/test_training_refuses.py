@@ -92,7 +92,7 @@ def test_bad_options_are_refused(options, message, model, gate):
         (None, LabelError, "the gate path needs the true labels"),
         (LABELS[:5], LabelError, r"must have shape \(6,\), got \(5,\)"),
         (LABELS + 1, LabelError, r"must lie in \[0, 4\), got 4"),
-        (LABELS.float(), LabelError, "must be integers"),
+        (LABELS + 0.5, LabelError, "must be integers"),
         (LABELS.to("meta"), DeviceError, r"labels are on meta, the gate on cpu; labels.to\('cpu'\)"),
     ],
     ids=str,

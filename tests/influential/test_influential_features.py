@@ -331,8 +331,11 @@ def test_wrong_options_are_refused(model, sample, options, error, message):
     [
         (torch.full((4,), 10), r"labels must lie in \[0, 10\), got 10 in batch 1; the head has 10 outputs"),
         (torch.full((4,), -1), r"labels must lie in \[0, 10\), got -1 in batch 1"),
-        (torch.zeros(4), "labels must be integers, got torch.float32 in batch 1"),
-        (torch.eye(10)[:4], r"labels must have shape \(4,\), got \(4, 10\) in batch 1; they look one-hot"),
+        (torch.full((4,), 0.5), "labels must be integers, got torch.float32 with fractions in batch 1"),
+        (
+            torch.full((4, 10), 0.1),
+            r"labels must have shape \(4,\), got \(4, 10\) in batch 1 with other numbers than 0",
+        ),
         (torch.zeros(3, dtype=torch.long), r"labels must have shape \(4,\), got \(3,\)"),
         (None, "batch 1 has no labels"),
     ],
