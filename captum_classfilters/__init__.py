@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
     from captum_classfilters.core.head_pass import HeadPass as HeadPass
+    from captum_classfilters.core.outputs import WithOutput as WithOutput
     from captum_classfilters.core.training import Checkpoint as Checkpoint
     from captum_classfilters.decoupling import PathAttribution as PathAttribution
     from captum_classfilters.decoupling import PathDecoupler as PathDecoupler
@@ -76,6 +77,7 @@ _HOMES = {
     "PathOutlierDetector": "detection",
     "PathPairs": "detection",
     "Paths": "decoupling",
+    "WithOutput": "core.outputs",
     "adversarial_paths": "detection",
     "aggregate": "comparison",
     "attacks": "attacks",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import class_correlation
 from captum_classfilters.core.errors import (
@@ -27,6 +28,7 @@ from captum_classfilters.core.errors import (
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, text, texts, write
 from captum_classfilters.core.head import Head
+from captum_classfilters.core.outputs import WithOutput
 from captum_classfilters.core.ranks import sum_over
 
 _KIND, _VERSION = "ClassFilters", 2
@@ -345,8 +347,8 @@ def check_names(names: Sequence[str]) -> None:
         raise OptionError("no class may be named 'all': the metrics use it for all classes together; rename it")
 
 
-def names_of(requested: Sequence[str] | None, classes: int, loader: Any = None) -> tuple[str, ...]:
-    """The class names that were asked for, checked; else those of the loader's data set; else numbers.
+def names_of(requested: Sequence[str] | None, classes: int, loader: Any = None, model: Any = None) -> tuple[str, ...]:
+    """The class names that were asked for, checked; else those of the loader's data set or of the model; else numbers.
 
     Args:
         requested: C names in the order of the class indices, or a dict of names and indices; None: others stand in.
@@ -354,13 +356,14 @@ def names_of(requested: Sequence[str] | None, classes: int, loader: Any = None) 
         loader: A DataLoader whose data set may have ``.classes``: names, numbers, a dict, their count, or a method
             that returns one of these. A class called ``"all"`` there gets its index behind it. None: nobody else
             names the classes.
+        model: A model whose ``config.id2label`` may name them, as Hugging Face models do.
 
     Raises:
         OptionError: ``requested`` has not C names, or repeats one.
     """
     names = _dataset_names(loader, classes) if requested is None else _in_index_order(requested)
     if names is None and requested is None:
-        return tuple(map(str, range(classes)))
+        return _model_names(model, classes) or tuple(map(str, range(classes)))
     if names is None:
         raise OptionError(
             f"class_names must be {classes} names in the order of the class indices, or a dict of names and indices; "
@@ -394,6 +397,15 @@ def _dataset_names(loader: Any, classes: int) -> tuple[str, ...] | None:
         )
         return None
     return None if in_order is None else _told_apart(in_order)
+
+
+def _model_names(model: Any, classes: int) -> tuple[str, ...] | None:
+    """The names in the config of a Hugging Face model; None where it has none, or other than C."""
+    model = unwrap(model)
+    while isinstance(model, WithOutput):
+        model = unwrap(model.model)
+    names = _in_index_order(getattr(getattr(model, "config", None), "id2label", None))
+    return _told_apart(names) if names is not None and len(names) == classes else None
 
 
 def _in_index_order(names: Any) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.outputs import describe, find_logits
@@ -53,7 +54,8 @@ class Oracle:
 
     def forward(self, images: Tensor) -> Tensor:
         """One forward pass: ``(N, C)`` on the network's device and in its dtype, with gradients if they are enabled."""
-        output = self._forward(self.place(images))
+        with image_errors(images, self.model):
+            output = self._forward(self.place(images))
         logits = find_logits(output)
         if logits is None or logits.dim() != 2 or len(logits) != len(images):
             got = describe(output) if logits is None else tuple(logits.shape)

@@ -13,6 +13,7 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.errors import (
     LayerError,
@@ -112,7 +113,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
         """The forward function; it checks layer and target before Captum picks them."""
 
         def forward(*args: Any) -> Any:
-            output = _two_axes(logits_of(self.forward_func(*args)), target)
+            with image_errors(args, unwrap(self.forward_func)):
+                output = _two_axes(logits_of(self.forward_func(*args)), target)
             if not watch.ran:
                 raise LayerError(f"{self._name()} did not run in this forward pass; choose one that does")
             if output.dim() == 2:

@@ -9,6 +9,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER, ClassFilters, names_of, warn_unseen
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import ClassSums
@@ -44,7 +45,8 @@ def aggregate(
         label_source: ``"target"``; or ``"prediction"``, which needs no labels and one more pass for each batch.
         channel_dim: The axis of the channels; 1 for convolutions, -1 for tokens. None: what the layers before and
             behind it read as channels in the first forward pass.
-        classes: C names, or C; None: as many as the model has outputs, named by numbers.
+        classes: C names, or C; None: as many as the model has outputs, named by the loader's data set, the model's
+            config, or numbers.
         show_progress: Show a tqdm bar.
         **options: Passed on to ``attribution.attribute``, such as ``n_steps`` or ``attribute_to_layer_input``.
 
@@ -111,9 +113,11 @@ class Aggregation:
         self._takes_target = "target" in inspect.signature(attribution.attribute).parameters
         self._outputs = 0
         self._sums: ClassSums | None = None
+        self._loader: Any = None
 
     def samples(self, loader: Iterable[Any], show_progress: bool = False) -> Any:
         """Read a loader as this aggregation needs it."""
+        self._loader = loader
         return samples(
             loader,
             placement=self._placement,
@@ -134,7 +138,8 @@ class Aggregation:
             if self._channel_dim is None and isinstance(layer, nn.Module):
                 of_input = bool(self._options.get("attribute_to_layer_input", False))
                 watch = LayoutWatch(self._model, layer, borrow, of_input)
-            result = _one_tensor(self._attribution.attribute(inputs, **arguments))
+            with image_errors(batch.inputs, self._model):
+                result = _one_tensor(self._attribution.attribute(inputs, **arguments))
             if self._channel_dim is None:
                 self._channel_dim = _channel_axis(watch, result)
             return _channels(result, self._channel_dim, batch.place), labels
@@ -167,7 +172,7 @@ class Aggregation:
             self._sums.counts.cpu(),
             type(self._attribution).__name__,
             names.get(layer, UNKNOWN_LAYER) if isinstance(layer, nn.Module) else layer or UNKNOWN_LAYER,
-            names_of(self._class_names, len(self._sums.counts)),
+            names_of(self._class_names, len(self._sums.counts), self._loader, self._model),
             {"importance": self._importance},
         )
 
@@ -191,7 +196,7 @@ class Aggregation:
     def _labels(self, batch: Samples) -> Tensor:
         if self._source == "target":
             return batch.labels  # type: ignore[return-value]
-        with torch.no_grad():
+        with torch.no_grad(), image_errors(batch.inputs, self._model):
             return logits_of(self._attribution.forward_func(*batch.inputs)).argmax(1)
 
 

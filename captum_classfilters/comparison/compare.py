@@ -89,7 +89,7 @@ def compare(
     refuse_iterator(head_pass.loader, "loader")
     head = head_pass.head
     ks = integers(ks, "ks", 1, head.num_features, meaning="the number of channels")
-    class_names = names_of(head_pass.class_names, head.num_classes, head_pass.loader)
+    class_names = names_of(head_pass.class_names, head.num_classes, head_pass.loader, head_pass.model)
     taken = ["random", "ALDSplitter", "LabelSensitiveGate", *map(selector_name, SELECTORS)]
     attributions = check_attributions(attributions, taken, head_pass)
 
@@ -107,7 +107,7 @@ def compare(
 
     _say(head_pass, "judging")
     keep, drop = KeepCounts(head, tables, ks, control), DropCounts(head, tables, ks, control)
-    with HeadPass(head_pass.model, test_loader, layer=head.module).batches(description="compare") as stream:
+    with head_pass.over(test_loader).batches(description="compare") as stream:
         for batch in stream:
             keep.add(batch)
             drop.add(batch)

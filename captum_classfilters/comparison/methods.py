@@ -183,7 +183,7 @@ def _check_layers(layers: Mapping[str, Any], head_pass: HeadPass) -> None:
         for name, layer in layers.items():
             if isinstance(layer, nn.Module):
                 borrow.after(layer, lambda module, args, output, name=name: outputs.update({name: output}))
-        first = HeadPass(head_pass.model, islice(head_pass.loader, 1), layer=head.module)
+        first = head_pass.over(islice(head_pass.loader, 1))
         with first.batches(need_labels=None) as stream:
             features = next(stream).features
     for name in layers:

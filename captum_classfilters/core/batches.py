@@ -4,12 +4,21 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_classfilters.core.errors import LabelError, OptionError, ShapeError, quoted
+from captum_classfilters.core.errors import (
+    ClassFiltersError,
+    HeadError,
+    LabelError,
+    OptionError,
+    ShapeError,
+    brief,
+    quoted,
+)
 from captum_classfilters.core.labels import usable_labels
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "img", "data")
@@ -241,6 +250,47 @@ def _several(values: Sequence[Any], labels: Any, index: int) -> tuple[Any, ...]:
             "(torch.stack(list(batch[0])), batch[1]))"
         )
     return (torch.stack(list(values)),)
+
+
+@contextmanager
+def image_errors(inputs: Any, model: Any) -> Iterator[None]:
+    """Inside, what a model says of images in another form than ``(N, colours, H, W)`` of floats is said in words.
+
+    A model may take any of them, so that nothing is refused before it has failed.
+
+    Raises:
+        ShapeError: The model failed, and its inputs are bytes, a single image, or have their colours last.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = _odd_images(inputs, model)
+        if reason is None or (isinstance(error, ClassFiltersError) and not isinstance(error, HeadError | ShapeError)):
+            raise
+        raise ShapeError(f"{reason}. The model said: {brief(error, 160)}") from error
+
+
+def _odd_images(inputs: Any, model: Any) -> str | None:
+    first = inputs if isinstance(inputs, Tensor) else next((x for x in inputs if isinstance(x, Tensor)), None)
+    if first is None:
+        return None
+    shape, colours = tuple(first.shape), (1, 3, 4)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    of_images = any(isinstance(module, nn.Conv2d) for module in modules)
+    if len(shape) == 3 and of_images and (shape[0] in colours or shape[2] in colours):
+        axes = "images[None]" if shape[0] in colours else "images.permute(2, 0, 1)[None]"
+        return f"expected images (N, colours, H, W), got {shape}, which looks like a single image; pass {axes}"
+    if len(shape) == 4 and shape[3] in colours and shape[1] not in colours:
+        return (
+            f"expected images (N, colours, H, W), got {shape}, which looks like (N, H, W, colours); pass "
+            "images.permute(0, 3, 1, 2)"
+        )
+    if first.dtype == torch.uint8 and not any(isinstance(module, nn.Embedding) for module in modules):
+        return (
+            f"expected images of floats, got {first.dtype} of shape {shape}; scale and normalise them as in training, "
+            "such as images.float() / 255"
+        )
+    return None
 
 
 def _described(value: Any) -> str:

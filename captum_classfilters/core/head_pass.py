@@ -5,17 +5,19 @@ N samples, K features, C classes.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, NoPositionsWarning, OptionError
 from captum_classfilters.core.head import Found, Head, HeadSearch
 from captum_classfilters.core.labels import check_range
+from captum_classfilters.core.outputs import check_output, read_by
 from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.core.wide import wide
 
@@ -49,6 +51,8 @@ class HeadPass:
         class_names: C names; None: numbers, or the names in a table.
         device: Where the model is expected to be; checked, never moved.
         show_progress: Show a tqdm bar in every pass.
+        output: Takes what the model returns, gives the logits ``(N, C)``. None: a tensor, ``.logits``, ``["logits"]``,
+            or the first of a tuple.
 
     Raises:
         OptionError: The model or the loader is not one.
@@ -72,6 +76,7 @@ class HeadPass:
         class_names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = False,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         forward = unwrap(model)
         if not isinstance(forward, nn.Module):
@@ -87,6 +92,7 @@ class HeadPass:
             raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
         self.model, self.loader, self.layer = model, loader, layer
         self.class_names, self.show_progress = class_names, show_progress
+        self.output = check_output(output)
         self._forward = forward
         self._module = forward if isinstance(forward, nn.Module) else None
         arguments = additional_forward_args
@@ -172,7 +178,8 @@ class HeadPass:
         num_classes: int | None,
         labels_matter: bool,
     ) -> Iterator[Batch]:
-        reader = _Reader(self._forward, self._module, self.layer, borrow, need_maps, self._arguments, self._head)
+        forward = self._forward if self.output is None else self._logits
+        reader = _Reader(forward, self._module, self.layer, borrow, need_maps, self._arguments, self._head)
         for position, batch in enumerate(stream):
             result = reader.read(batch)
             self._head = result.head
@@ -185,6 +192,22 @@ class HeadPass:
             if result.labels is not None and (labels_matter or result.labels.dim() == 2):
                 check_range(result.labels, classes, batch.place)
             yield result
+
+    def _logits(self, *args: Any) -> Tensor:
+        return read_by(self.output, self._forward(*args))
+
+    def over(self, loader: Iterable[Any]) -> "HeadPass":
+        """The same network and head over another loader."""
+        layer = self.layer if self._head is None else self._head.module
+        return HeadPass(
+            self.model,
+            loader,
+            layer=layer,
+            additional_forward_args=self._arguments,
+            class_names=self.class_names,
+            show_progress=self.show_progress,
+            output=self.output,
+        )
 
     def cached(self, *, need_labels: bool | None = True, many_labels: bool = False) -> "HeadPass":
         """Run the network over the loader once and keep what its head read: for measures that share one pass.
@@ -258,6 +281,7 @@ class _Reader:
     ) -> None:
         self._forward, self._borrow, self._need_maps, self._arguments = forward, borrow, need_maps, arguments
         self._search: HeadSearch | None = None
+        self._owner = model
         self._head = head
         self._seen: dict[str, Tensor] = {}
         if head is None:
@@ -268,13 +292,15 @@ class _Reader:
 
     def read(self, batch: Samples) -> Batch:
         self._seen.clear()
-        output = self._forward(*batch.inputs, *self._arguments)
-        if self._head is None:
-            head, features, logits = self._find(output)
+        with image_errors(batch.inputs, self._owner):
+            output = self._forward(*batch.inputs, *self._arguments)
+            found = self._find(output) if self._head is None else None
+        if found is not None:
+            head, features, logits = found
             wants_maps = self._need_maps is not False and head.feature_map is not None
             maps = self._first_maps(batch.inputs) if wants_maps else None
         else:
-            head = self._head
+            head = self._head  # type: ignore[assignment]
             if "inputs" not in self._seen:
                 raise HeadError(
                     f"layer {head.name} did not run in batch {batch.place}; it must run once in every forward pass"
@@ -340,10 +366,16 @@ def single_batch(
     additional_forward_args: Any = None,
     need_maps: bool | None = False,
     device: torch.device | str | None = None,
+    output: Callable[[Any], Tensor] | None = None,
 ) -> Batch:
     """One batch of inputs without labels, run through the model; the head is found in it."""
     head_pass = HeadPass(
-        model, [(inputs, None)], layer=layer, additional_forward_args=additional_forward_args, device=device
+        model,
+        [(inputs, None)],
+        layer=layer,
+        additional_forward_args=additional_forward_args,
+        device=device,
+        output=output,
     )
     with head_pass.batches(need_labels=False, need_maps=need_maps) as stream:
         return next(stream)

@@ -1,11 +1,62 @@
 """What a model returned, read as logits: the one place that knows in which forms models return them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_classfilters.core.errors import HeadError
+from captum_classfilters.core.errors import HeadError, OptionError
+
+
+class WithOutput(nn.Module):
+    """A network whose logits are what a function finds in its output; stands for the network in every call.
+
+    Tensors, objects with ``.logits``, mappings with ``"logits"`` and tuples that begin with them are read without it.
+
+    Args:
+        model: The network, kept as ``.model``: its layers have ``model.`` before their names.
+        output: Takes what the network returns, gives the logits ``(N, C)``. None: as usual; for Captum's own
+            attributions, which read tensors alone.
+
+    Raises:
+        OptionError: ``model`` is no module, or ``output`` no function.
+
+    Example:
+        >>> import torch
+        >>> class Scores(torch.nn.Linear):
+        ...     def forward(self, inputs):
+        ...         return {"scores": super().forward(inputs)}
+        >>> WithOutput(Scores(4, 3), output=lambda result: result["scores"])(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
+        self.model, self.output = model, check_output(output)
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The logits."""
+        return read_by(self.output, self.model(*args, **kwargs))
+
+
+def check_output(output: Any) -> Callable[[Any], Tensor] | None:
+    """Refuse what is no function of a model's output."""
+    if output is not None and not callable(output):
+        raise OptionError(f"output must be a function of what the model returns, got {type(output).__name__}")
+    return output  # type: ignore[no-any-return]
+
+
+def read_by(output: Callable[[Any], Tensor] | None, result: Any) -> Tensor:
+    """The logits that ``output`` finds in what a model returned; None: as `logits_of`."""
+    if output is None:
+        return logits_of(result)
+    logits = output(result)
+    if not isinstance(logits, Tensor):
+        raise HeadError(f"output= must give the tensor of logits (N, C), it gave {describe(logits)}")
+    return logits
 
 
 def logits_of(output: Any) -> Tensor:
@@ -29,8 +80,9 @@ def logits_of(output: Any) -> Tensor:
     logits = find_logits(output)
     if logits is None:
         raise HeadError(
-            f"expected a model that returns logits: a tensor (N, C), an object or mapping with logits, or a tuple that "
-            f"begins with them; got {describe(output)}. Wrap the model in one that returns its logits"
+            "expected a model that returns logits: a tensor (N, C), an object or mapping with logits, or a tuple that "
+            f"begins with them; got {describe(output)}. For another form pass WithOutput(model, output=...) in "
+            "the place of the model, with a function that takes what it returns and gives the logits"
         )
     return logits
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.calls import Calls, calls_of
 from captum_classfilters.core.check import integer, number, one_of
@@ -468,7 +469,8 @@ class PathDecoupler(nn.Module):
         placement = Placement.of(self.model)
         args = tuple(placement.move(value) for value in args)
         kwargs = {name: placement.move(value) for name, value in kwargs.items()}
-        with borrowed(self.model, train=True), run.hooked(self.model, self.units, tuple(self._controllers())):
+        hooked = run.hooked(self.model, self.units, tuple(self._controllers()))
+        with borrowed(self.model, train=True), hooked, image_errors(args, self.model):
             output = self.model(*args, **kwargs)
         if missing := [unit.conv for index, unit in enumerate(self.units) if index not in run.masked]:
             raise LayerError(

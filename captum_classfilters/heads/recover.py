@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import integer, number
@@ -116,7 +117,8 @@ class _Recovery(Task):
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The cross-entropy of the batch."""
         self._buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        logits = logits_of(self._network(*inputs))
+        with image_errors(inputs, self._network):
+            logits = logits_of(self._network(*inputs))
         if logits.dim() != 2:
             raise HeadError(
                 f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model"

@@ -23,6 +23,7 @@ from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import EmptyLoaderError, OptionError
 from captum_classfilters.core.head_pass import Batch, HeadPass, class_map, single_batch
+from captum_classfilters.core.outputs import check_output
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.running_sums import K1, Options, Tables
@@ -41,6 +42,8 @@ class InfluentialFeatures(LayerAttribution):
         layer: The head, an ``nn.Linear`` or a 1x1 convolution, as a module or a dotted name. None: found in the first
             batch, as the layer whose output is the model's output.
         device_ids: CUDA devices on which the model is expected; checked, never moved.
+        output: Takes what the model returns, gives the logits ``(N, C)``. None: a tensor, ``.logits``, ``["logits"]``,
+            or the first of a tuple. Calls without ``output=`` take ``WithOutput(model, output)`` as the model.
 
     Example:
         >>> import torch
@@ -58,8 +61,11 @@ class InfluentialFeatures(LayerAttribution):
         forward_func: Callable[..., Any],
         layer: nn.Module | str | None = None,
         device_ids: list[int] | None = None,
+        *,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__(forward_func, layer, device_ids)
+        self.output = check_output(output)
 
     @overload
     def attribute(
@@ -122,7 +128,8 @@ class InfluentialFeatures(LayerAttribution):
                 predicts, and labels are not needed.
             correct_only: Only samples that the model classifies right.
             num_classes: Checked against the head.
-            class_names: C names; otherwise those of ``loader.dataset.classes``, otherwise numbers.
+            class_names: C names; otherwise those of ``loader.dataset.classes`` or ``model.config.id2label``, otherwise
+                numbers.
             seed: Seed of the ``"random"`` selector.
             distributed: Loader form: None: where torch.distributed runs, all ranks pass over their shards, each calls
                 this, and each gets the table of all (`ClassFilters.merge`, by all-reduce; a shard may be empty). A
@@ -171,6 +178,7 @@ class InfluentialFeatures(LayerAttribution):
             additional_forward_args=additional_forward_args,
             device=self._device(),
             show_progress=show_progress,
+            output=self.output,
         )
         # with several k1, the one selector votes: another has been refused together with k1
         key = 0 if not isinstance(selector, str) else 1 if isinstance(k1, Iterable) else None
@@ -179,7 +187,7 @@ class InfluentialFeatures(LayerAttribution):
             num_classes=num_classes,
             description="InfluentialFeatures",
         ) as stream:
-            run = _Pass(options, correct_only, class_names, inputs, key)
+            run = _Pass(options, correct_only, class_names, inputs, key, self.forward_func)
             result = run.over(stream, group)
         # past Captum's wrapper around `attribute`, to the caller
         warn_unseen(result if isinstance(result, ClassFilters) else next(iter(result.values())), stacklevel=4)
@@ -257,6 +265,7 @@ class InfluentialFeatures(LayerAttribution):
             additional_forward_args=forward_args,
             need_maps=need_maps,
             device=self._device(),
+            output=self.output,
         )
 
     def _device(self) -> str | None:
@@ -273,11 +282,12 @@ class _Pass:
         class_names: Sequence[str] | None,
         loader: Any,
         key: int | None,
+        model: Any,
     ) -> None:
         self._options, self._correct_only = options, correct_only
         self._by_prediction = options.label_source == "prediction"
         self._meta = {"label_source": options.label_source, "correct_only": correct_only}
-        self._class_names, self._loader, self._key = class_names, loader, key
+        self._class_names, self._loader, self._key, self._model = class_names, loader, key, model
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
 
@@ -299,7 +309,7 @@ class _Pass:
     def _add(self, batch: Batch) -> None:
         if self._tables is None:
             # names first: a wrong list is refused before anything is counted
-            self._names = names_of(self._class_names, batch.head.num_classes, self._loader)
+            self._names = names_of(self._class_names, batch.head.num_classes, self._loader, self._model)
             self._tables = Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         predicted = logits.argmax(1)

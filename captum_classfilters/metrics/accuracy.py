@@ -74,7 +74,7 @@ def accuracy_curve(
         for batch in stream:
             if counts is None:
                 if names is None:
-                    names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader)
+                    names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader, head_pass.model)
                 counts = KeepCounts(batch.head, tables, ks, control, refit, moments)
             counts.add(batch)
     return counts.frame(names)  # type: ignore[union-attr,arg-type]

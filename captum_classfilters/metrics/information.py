@@ -60,7 +60,7 @@ def mutual_information(
     sample = _Sample(max_samples, seed)
     with head_pass.batches(description="mutual_information") as stream:
         for batch in stream:
-            names = names_of(head_pass.class_names, batch.head.num_classes)
+            names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader, head_pass.model)
             sample.add(batch.features.float().cpu().numpy(), batch.labels.cpu().numpy())  # type: ignore[union-attr]
     features, labels = sample.features, sample.labels
     present = np.unique(labels)

@@ -114,7 +114,7 @@ def stability(
         for batch in stream:
             if whole is None:
                 check_k(k, batch.head.num_features)
-                names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader)
+                names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader, head_pass.model)
                 whole, *replicates = (Tables(batch.head, options) for _ in range(draws + 1))
             rows: tuple[Tensor, ...] = (batch.features, batch.logits, batch.labels)  # type: ignore[assignment]
             whole.add(*rows)

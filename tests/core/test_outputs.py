@@ -51,7 +51,7 @@ def test_logits_are_found_in_every_form(form):
 )
 def test_what_has_no_logits_is_refused(output, words):
     assert find_logits(output) is None
-    with pytest.raises(HeadError, match=f"expected a model that returns logits.*{words}.*Wrap the model"):
+    with pytest.raises(HeadError, match=f"expected a model that returns logits.*{words}.*WithOutput"):
         logits_of(output)
 
 
