@@ -13,7 +13,14 @@ from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, outermost, unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import ClassSums
-from captum_classfilters.core.errors import EmptyLoaderError, LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.core.errors import (
+    EmptyLoaderError,
+    LabelError,
+    LayerError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.layout import LayoutWatch
 from captum_classfilters.core.outputs import find_logits, logits_of
@@ -42,7 +49,8 @@ def aggregate(
         loader: Batches ``(inputs, labels)``; read once, moved to the model's device batch by batch.
         importance: ``"signed"``: negative attributions reduce a channel's score; ``"abs"``: magnitudes are taken after
             the sum over positions.
-        label_source: ``"target"``; or ``"prediction"``, which needs no labels and one more pass for each batch.
+        label_source: ``"target"``; or ``"prediction"``, which needs no labels and one more pass for each batch. Many
+            labels, rows of 0 and 1: a sample counts for each, by prediction for each class with a logit above 0.
         channel_dim: The axis of the channels; 1 for convolutions, -1 for tokens. None: what the layers before and
             behind it read as channels in the first forward pass.
         classes: C names, or C; None: as many as the model has outputs, named by the loader's data set, the model's
@@ -111,7 +119,7 @@ class Aggregation:
         owner = self._model if self._model is not None else attribution.layer
         self._placement = Placement.of(owner) if isinstance(owner, nn.Module) and _has_weights(owner) else None
         self._takes_target = "target" in inspect.signature(attribution.attribute).parameters
-        self._outputs = 0
+        self._outputs, self._columns = 0, 0
         self._sums: ClassSums | None = None
         self._loader: Any = None
 
@@ -122,16 +130,22 @@ class Aggregation:
             loader,
             placement=self._placement,
             need_labels=True if self._source == "target" else None,
+            many_labels=True,
             description="aggregate",
             show_progress=show_progress,
         )
 
     def attribute(self, batch: Samples) -> tuple[Tensor, Tensor]:
-        """One number for each sample and channel, ``(N, K)``, and the class of each sample, ``(N,)``."""
+        """One number for each sample and channel, ``(N, K)``, and the class of each sample, ``(N,)``.
+
+        A sample of many labels comes once for each of its classes.
+        """
         with borrowed(outermost(self._attribution.forward_func), grad=True) as borrow:
             if self._model is not None:
                 borrow.after(self._model, self._see)
-            labels = self._labels(batch)
+            labels, kept = self._labels(batch), slice(None)
+            if labels.dim() == 2:
+                batch, labels, kept = self._one_by_one(batch, labels)
             arguments = {**self._options, **({"target": labels} if self._takes_target else {})}
             inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
             layer, watch = self._attribution.layer, None
@@ -142,7 +156,19 @@ class Aggregation:
                 result = _one_tensor(self._attribution.attribute(inputs, **arguments))
             if self._channel_dim is None:
                 self._channel_dim = _channel_axis(watch, result)
-            return _channels(result, self._channel_dim, batch.place), labels
+            return _channels(result, self._channel_dim, batch.place)[kept], labels[kept]
+
+    def _one_by_one(self, batch: Samples, labels: Tensor) -> tuple[Samples, Tensor, slice]:
+        """The batch with each sample once for each of its classes, ``(M,)``; and which of the results are kept."""
+        self._columns = labels.shape[1]
+        rows, classes = labels.nonzero(as_tuple=True)
+        kept = slice(len(rows))
+        if not len(rows):  # no label at all: one sample tells the number of channels
+            rows, classes = rows.new_zeros(1), classes.new_zeros(1)
+        inputs = tuple(
+            value[rows] if isinstance(value, Tensor) and len(value) == batch.size else value for value in batch.inputs
+        )
+        return batch._replace(inputs=inputs), classes, kept
 
     def add(self, values: Tensor, labels: Tensor, index: int) -> None:
         """Add rows of values to the classes of their samples."""
@@ -184,6 +210,8 @@ class Aggregation:
 
     def _number(self) -> int:
         number = self._classes or self._outputs
+        if self._columns and number and self._columns != number:
+            raise LabelError(f"labels have {self._columns} columns, and there are {number} classes; pass one for each")
         if self._outputs and number != self._outputs:
             raise OptionError(
                 f"the model has {self._outputs} outputs, classes= says {number}; leave it out, or name all "
@@ -197,7 +225,8 @@ class Aggregation:
         if self._source == "target":
             return batch.labels  # type: ignore[return-value]
         with torch.no_grad(), image_errors(batch.inputs, self._model):
-            return logits_of(self._attribution.forward_func(*batch.inputs)).argmax(1)
+            logits = logits_of(self._attribution.forward_func(*batch.inputs))
+            return logits > 0 if batch.labels is not None else logits.argmax(1)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ the table is in `selectors.py`, the sums are in `running_sums.py`.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
+import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
@@ -19,14 +20,16 @@ from captum_classfilters.class_filters import (
     one_table,
     warn_unseen,
 )
+from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import one_of
-from captum_classfilters.core.errors import EmptyLoaderError, OptionError
+from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError
 from captum_classfilters.core.head_pass import Batch, HeadPass, class_map, single_batch
 from captum_classfilters.core.outputs import check_output
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.running_sums import K1, Options, Tables
+from captum_classfilters.influential.selectors import RECORDS
 
 
 class InfluentialFeatures(LayerAttribution):
@@ -124,9 +127,11 @@ class InfluentialFeatures(LayerAttribution):
                 from the same pass.
             importance: ``"abs"`` (the paper's l1 norm) or ``"signed"`` (the published code); they differ where features
                 can be negative (SiLU, GELU, LayerNorm).
-            label_source: ``"target"``: a sample counts for its label; ``"prediction"``: for the class the model
-                predicts, and labels are not needed.
-            correct_only: Only samples that the model classifies right.
+            label_source: ``"target"``: a sample counts for its label, or for each of its labels where they are rows of
+                0 and 1, ``(N, C)``; ``"prediction"``: for the class the model predicts, and labels are not needed.
+                Where they are such rows, or the model's config says "multi_label_classification", it counts for each
+                class whose logit is above 0.
+            correct_only: Only samples that the model classifies right; of many labels those that the model gives.
             num_classes: Checked against the head.
             class_names: C names; otherwise those of ``loader.dataset.classes`` or ``model.config.id2label``, otherwise
                 numbers.
@@ -142,7 +147,7 @@ class InfluentialFeatures(LayerAttribution):
 
         Raises:
             HeadError: No head, or not one (names the candidates).
-            LabelError: Labels missing, out of range, float or one-hot.
+            LabelError: Labels missing, out of range, fractions or texts.
             OptionError: An option is unknown, out of range, or does not fit the others.
             ShapeError: Inputs are not tensors, or in no form that is read.
             DeviceError: The model is not on ``device_ids``.
@@ -184,6 +189,7 @@ class InfluentialFeatures(LayerAttribution):
         key = 0 if not isinstance(selector, str) else 1 if isinstance(k1, Iterable) else None
         with head_pass.batches(
             need_labels=True if label_source == "target" or correct_only else None,
+            many_labels=True,
             num_classes=num_classes,
             description="InfluentialFeatures",
         ) as stream:
@@ -290,6 +296,7 @@ class _Pass:
         self._class_names, self._loader, self._key, self._model = class_names, loader, key, model
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
+        self._form: str | None = None  # one label for each sample, or many
 
     def over(self, stream: Iterable[Batch], group: Any) -> Any:
         try:
@@ -312,6 +319,13 @@ class _Pass:
             self._names = names_of(self._class_names, batch.head.num_classes, self._loader, self._model)
             self._tables = Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
+        labels = batch.labels
+        if labels is None and self._by_prediction and _says_many(self._model):
+            labels = torch.zeros_like(logits, dtype=torch.bool)
+        if labels is not None and labels.dim() == 2:
+            self._add_many(labels, features, logits)
+            return
+        self._one_form("one")
         predicted = logits.argmax(1)
         classes = predicted if self._by_prediction or batch.labels is None else batch.labels
         if self._correct_only:
@@ -320,8 +334,32 @@ class _Pass:
         if len(classes):
             self._tables.add(features, logits, classes)
 
+    def _add_many(self, labels: Tensor, features: Tensor, logits: Tensor) -> None:
+        """Each sample counts for each of its classes."""
+        self._one_form("many")
+        positive = logits > 0
+        chosen = positive if self._by_prediction else labels
+        if self._correct_only:
+            chosen = positive & labels
+        rows, classes = chosen.nonzero(as_tuple=True)
+        if len(rows):
+            self._tables.add(features[rows], logits[rows], classes, chosen[rows])  # type: ignore[union-attr]
+
+    def _one_form(self, form: str) -> None:
+        if self._form not in (None, form):
+            raise LabelError(
+                "some batches have class indices, others rows of 0 and 1; give the labels of all in one form"
+            )
+        self._form = form
+        if form == "many" and (needing := [name for name in self._options.names if RECORDS[name].needs_labels]):
+            raise OptionError(
+                f"selectors {needing} tell classes apart by one label for each sample, and these samples have many; "
+                "leave them out"
+            )
+
     def _so_far(self) -> dict[Any, ClassFilters]:
-        return self._tables.filters(self._names, self._meta)  # type: ignore[union-attr]
+        many = {"labels": "many"} if self._form == "many" else {}
+        return self._tables.filters(self._names, {**self._meta, **many})  # type: ignore[union-attr]
 
     def _named(self, tables: dict[Any, ClassFilters]) -> Any:
         """The only table, or tables by selector (key 0) or k1 (key 1)."""
@@ -333,3 +371,8 @@ class _Pass:
 def _targets(target: Any, batch: Batch) -> Tensor:
     count, classes = batch.logits.shape
     return classes_of(target, count, classes, batch.logits.device)
+
+
+def _says_many(model: Any) -> bool:
+    """Does the config of a Hugging Face model say that it gives many labels?"""
+    return getattr(getattr(unwrap(model), "config", None), "problem_type", None) == "multi_label_classification"

@@ -85,10 +85,13 @@ class Tables:
             for k1 in self.k1s if RECORDS[name].votes else [0]:
                 yield name, k1
 
-    def add(self, features: Tensor, logits: Tensor, classes: Tensor) -> None:
-        """Take a batch in: features ``(N, K)``, logits ``(N, C)``, the class of each sample ``(N,)``."""
+    def add(self, features: Tensor, logits: Tensor, classes: Tensor, own: Tensor | None = None) -> None:
+        """Take a batch in: features ``(N, K)``, logits ``(N, C)``, the class of each sample ``(N,)``.
+
+        Of many labels a sample comes once for each of its classes; ``own`` says which these are, ``(N, C)`` bool.
+        """
         rows: dict[Any, Tensor] = {"mass": features.abs()}
-        sample = Sample(features, logits, classes, self._weight, self.options.importance, None)
+        sample = Sample(features, logits, classes, self._weight, self.options.importance, None, own)
         ballots: dict[K1, Tensor] = {}
         for name in self.options.names:
             record = RECORDS[name]

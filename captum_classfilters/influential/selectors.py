@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from captum_classfilters.core.class_sums import class_correlation
 
@@ -23,6 +24,7 @@ class Sample(NamedTuple):
     weight: Tensor  # (C, K)
     importance: str  # "abs" or "signed"
     votes: Tensor | None  # (N, K) bool, of the selectors that vote
+    own: Tensor | None = None  # (N, C) bool, all classes of a sample that has many labels
 
 
 class Totals(NamedTuple):
@@ -95,7 +97,15 @@ def contribution(sample: Sample) -> Tensor:
 
 
 def margin(sample: Sample) -> Tensor:
-    """``(W_yj - W_rj) f_j`` with r the strongest other class: what tells y from its rival. Shape ``(N, K)``."""
+    """``(W_yj - W_rj) f_j`` with r the strongest other class: what tells y from its rival. Shape ``(N, K)``.
+
+    Of many labels r is the strongest class that the sample has not; one that has all classes has no rival.
+    """
+    if sample.own is not None:
+        others = sample.logits.masked_fill(sample.own, -torch.inf)
+        alone = sample.own.all(1, keepdim=True)
+        rivals = sample.weight[others.argmax(1)].masked_fill(alone, 0)
+        return (sample.weight[sample.classes] - rivals).double() * sample.features.double()
     others = sample.logits.scatter(1, sample.classes[:, None], -torch.inf)
     rival = others.argmax(1)
     return (sample.weight[sample.classes] - sample.weight[rival]).double() * sample.features.double()
@@ -104,9 +114,14 @@ def margin(sample: Sample) -> Tensor:
 def ablation(sample: Sample, cells: int | None = None) -> Tensor:
     """Loss of log-probability of y when feature j alone is set to zero. Shape ``(N, K)``.
 
+    The probability is that of a softmax; of many labels, where each class has its own, that of a sigmoid.
+
     Exact for each single feature, not an approximation: the logits without j are ``z - W_:j f_j``. Costs ``N C K``;
     done in slices of at most ``cells`` numbers, by default such as a CPU's cache takes, and bigger ones on a GPU.
     """
+    if sample.own is not None:
+        z = sample.logits.double().gather(1, sample.classes[:, None])
+        return logsigmoid(z) - logsigmoid(z - contribution(sample))
     if cells is None:
         cells = 2**20 if sample.features.device.type == "cpu" else 2**24
     count, (classes, features) = len(sample.features), sample.weight.shape

@@ -1,6 +1,6 @@
 """Accuracy of the head when each class keeps its k best channels, for every k and every table in one pass."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from captum_classfilters.class_filters import ClassFilters, check_table, named_tables, names_of
 from captum_classfilters.core.check import integers
 from captum_classfilters.core.control import Control
+from captum_classfilters.core.errors import LabelError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import chance_shares, shares, with_all
 from captum_classfilters.heads.decompose import check_refit
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refitter
+from captum_classfilters.metrics.many_labels import RESAMPLES, bootstrapped, over_draws, quality
 
 # How many weights of sparse heads are multiplied at once
 _CELLS = 2**24
@@ -59,6 +61,13 @@ def accuracy_curve(
         ``agreement``: share of samples for which the full head predicts the same class; ``samples``. With
         ``refit="omp"`` no table names the classes; their names are those of the `HeadPass`, or numbers.
 
+        Of many labels, ``(N, C)`` rows of 0 and 1, in the place of ``accuracy``: ``average_precision`` of the class's
+        logits, ``ap_low``, ``ap_high``; ``balanced_accuracy`` of their signs, ``low``, ``high``: bootstrap 95 %
+        intervals over samples, for the control Student-t over its draws. ``"all"``: means over the classes that some
+        samples have and some have not. ``relative``: average precision divided by that of the full head;
+        ``agreement``: share of samples whose logit has the sign that the full head gives; ``samples``: those that
+        have the label. N x K features are kept.
+
     Raises:
         OptionError: k is out of range, there is no table, a name is taken, or a refit has too few samples.
         ShapeError: A table or the moments belong to another network.
@@ -69,13 +78,14 @@ def accuracy_curve(
     channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
     ks = integers(ks, "ks", 1, channels, meaning="the number of channels")
     names = next((table.class_names for table in tables.values()), None)
-    counts: KeepCounts | None = None
-    with head_pass.batches(description="accuracy_curve") as stream:
+    counts: KeepCounts | KeepScores | None = None
+    with head_pass.batches(description="accuracy_curve", many_labels=True) as stream:
         for batch in stream:
             if counts is None:
                 if names is None:
                     names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader, head_pass.model)
-                counts = KeepCounts(batch.head, tables, ks, control, refit, moments)
+                kind = KeepScores if batch.labels.dim() == 2 else KeepCounts  # type: ignore[union-attr]
+                counts = kind(batch.head, tables, ks, control, refit, moments)
             counts.add(batch)
     return counts.frame(names)  # type: ignore[union-attr,arg-type]
 
@@ -121,6 +131,11 @@ class KeepCounts:
     def add(self, batch: Batch) -> None:
         """Count a batch."""
         labels: Tensor = batch.labels  # type: ignore[assignment]
+        if labels.dim() == 2:
+            raise LabelError(
+                "the labels of earlier batches were class indices, those of a later one are rows of 0 and 1; give all "
+                "in one form"
+            )
         dense = batch.logits.argmax(1)
         self._samples.index_add_(0, labels, torch.ones_like(labels))
         self._dense.index_add_(0, labels, (dense == labels).long())
@@ -139,6 +154,11 @@ class KeepCounts:
         for dense, small in zip(weight, heads, strict=True):
             dense.scatter_(1, small.indices, small.weight)
         return weight.flatten(0, 1), torch.cat([small.bias for small in heads])
+
+    def heads(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight ``(C, K)`` and bias of each small head: of every table, then of every draw, each for all ks."""
+        for small in self._heads:
+            yield self._spread([small])
 
     def frame(self, class_names: Sequence[str]) -> pd.DataFrame:
         """The frame that `accuracy_curve` returns."""
@@ -174,6 +194,85 @@ class KeepCounts:
             drawn = slice(len(self._names), None)
             agreement = shares(agreed[drawn, place], samples)[0].mean(0)
             parts.append(rows("random", k, chance_shares(right[drawn, place], samples), agreement))
+        return pd.concat(parts, ignore_index=True)
+
+
+class KeepScores:
+    """As `KeepCounts`, of many labels: keeps the features, since an average precision needs all logits at once.
+
+    The arguments are those of `KeepCounts`.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        tables: Mapping[str, ClassFilters],
+        ks: Sequence[int],
+        control: Control,
+        refit: str | None = None,
+        moments: HeadMoments | None = None,
+    ) -> None:
+        self._counts = KeepCounts(head, tables, ks, control, refit, moments)
+        self._names, self._ks, self._control = list(tables) or ["omp"], ks, control
+        self._features: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, batch: Batch) -> None:
+        """Keep a batch."""
+        if batch.labels is None or batch.labels.dim() != 2:
+            raise LabelError(
+                "the labels of earlier batches were rows of 0 and 1, those of a later one are class indices; give all "
+                "in one form"
+            )
+        self._features.append(batch.features)
+        self._logits.append(batch.logits)
+        self._labels.append(batch.labels)
+
+    def frame(self, class_names: Sequence[str]) -> pd.DataFrame:
+        """The frame that `accuracy_curve` returns of many labels."""
+        features, dense, labels = torch.cat(self._features), torch.cat(self._logits), torch.cat(self._labels)
+        samples = np.concatenate([[len(labels)], labels.sum(0).cpu().numpy()])
+        whole = quality(dense, labels, RESAMPLES, self._control.seed)
+
+        def rows(name: str, k: int, values: Any, agreement: Any) -> pd.DataFrame:
+            (precision, ap_low, ap_high), (accuracy, low, high) = values
+            return pd.DataFrame(
+                {
+                    "filters": name,
+                    "control": name == "random",
+                    "k": k,
+                    "class_name": ["all", *class_names],
+                    "average_precision": precision,
+                    "ap_low": ap_low,
+                    "ap_high": ap_high,
+                    "balanced_accuracy": accuracy,
+                    "low": low,
+                    "high": high,
+                    "relative": precision / whole.precision[0],
+                    "agreement": agreement,
+                    "samples": samples,
+                }
+            )
+
+        judged = (bootstrapped(whole.precision), bootstrapped(whole.accuracy))
+        parts = [rows("dense", features.shape[1], judged, np.ones(len(samples)))]
+        signs, chance = dense > 0, {k: ([], [], []) for k in self._ks}  # type: ignore[var-annotated]
+        for index, (weight, bias) in enumerate(self._counts.heads()):
+            logits = F.linear(features.to(weight.dtype), weight, bias)
+            place, k = divmod(index, len(self._ks))[0], self._ks[index % len(self._ks)]
+            same = ((logits > 0) == signs).double().mean(0).cpu().numpy()
+            agreement = np.concatenate([[same.mean()], same])
+            if place < len(self._names):
+                result = quality(logits, labels, RESAMPLES, self._control.seed)
+                values = (bootstrapped(result.precision), bootstrapped(result.accuracy))
+                parts.append(rows(self._names[place], k, values, agreement))
+            else:
+                result = quality(logits, labels)
+                for kept, value in zip(chance[k], (*(part[0] for part in result), agreement), strict=True):
+                    kept.append(value)
+        for k, (precision, accuracy, agreements) in chance.items():
+            parts.append(rows("random", k, (over_draws(precision), over_draws(accuracy)), np.mean(agreements, 0)))
         return pd.concat(parts, ignore_index=True)
 
 

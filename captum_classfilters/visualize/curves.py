@@ -53,10 +53,10 @@ def accuracy_curve(curve: pd.DataFrame, *, class_name: str = "all", ax: Axes | N
     """Draw accuracy against k, with intervals, beside the full head and the random control.
 
     Args:
-        curve: What `metrics.accuracy_curve` returns: columns ``filters``, ``k``, ``class_name``, ``accuracy``, ``low``,
-            ``high``; ``samples``, if there, goes into the title. In ``filters``, ``"dense"`` is the full head, drawn as
-            a horizontal line; any other name gets a line. Rows with ``control=True`` are the control, in grey; in a
-            frame without that column, those called ``"random"``.
+        curve: What `metrics.accuracy_curve` returns: columns ``filters``, ``k``, ``class_name``, ``accuracy`` (of many
+            labels ``balanced_accuracy``), ``low``, ``high``; ``samples``, if there, goes into the title. In
+            ``filters``, ``"dense"`` is the full head, drawn as a horizontal line; any other name gets a line. Rows with
+            ``control=True`` are the control, in grey; in a frame without that column, those called ``"random"``.
         class_name: Whose rows: a class, or ``"all"``.
         ax: Where to draw. The legend stands to its right, where it hides no data: leave room there, for instance with
             ``layout="constrained"``.
@@ -75,6 +75,9 @@ def accuracy_curve(curve: pd.DataFrame, *, class_name: str = "all", ax: Axes | N
         >>> [text.get_text() for text in accuracy_curve(frame).get_legend().get_texts()]
         ['dense (all channels)', 'margin', 'random (control)']
     """
+    many = isinstance(curve, pd.DataFrame) and "balanced_accuracy" in curve.columns
+    if many:
+        curve = curve.rename(columns={"balanced_accuracy": "accuracy"})
     rows = _rows_of_class(curve, class_name, ["accuracy", "low", "high"])
     judged, control = judged_and_control(rows, "filters")
     dense, lines = judged[judged["filters"] == _DENSE], judged[judged["filters"] != _DENSE]
@@ -93,7 +96,8 @@ def accuracy_curve(curve: pd.DataFrame, *, class_name: str = "all", ax: Axes | N
         _line(ax, control, ("k", "accuracy"), "random (control)")
     _name_ks(ax, ks)
     ax.set_xlabel("k, channels kept for each class")
-    ax.set_ylabel("accuracy" if class_name == "all" else "accuracy on samples of this class")
+    one = "balanced accuracy of this class" if many else "accuracy on samples of this class"
+    ax.set_ylabel(one if class_name != "all" else "balanced accuracy" if many else "accuracy")
     who = "all classes" if class_name == "all" else f"class {class_name}"
     samples = f", {int(rows['samples'].max())} samples" if "samples" in rows.columns else ""
     ax.set_title(who + samples, fontsize="medium")
