@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captum_classfilters.core.errors import ClassFiltersError as ClassFiltersError
     from captum_classfilters.core.errors import SingularMomentsWarning as SingularMomentsWarning
     from captum_classfilters.core.errors import UnseenClassWarning as UnseenClassWarning
+    from captum_classfilters.core.head import AuxiliaryHead as AuxiliaryHead
     from captum_classfilters.core.head_pass import HeadPass as HeadPass
     from captum_classfilters.core.outputs import WithOutput as WithOutput
     from captum_classfilters.core.training import Checkpoint as Checkpoint
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ALDSplitter": "splitting",
     "ALDTree": "splitting",
+    "AuxiliaryHead": "core.head",
     "Batches": "core.batches",
     "Checkpoint": "core.training",
     "ClassFilters": "class_filters",

@@ -495,7 +495,7 @@ def named_tables(filters: Any, taken: Sequence[str] = ()) -> dict[str, ClassFilt
 
 def check_table(filters: ClassFilters, head: Head) -> None:
     """Refuse a table of another network."""
-    if filters.scores.shape != head.weight.shape or filters.layer not in (head.name, UNKNOWN_LAYER):
+    if filters.scores.shape != head.weight.shape or not (filters.layer == UNKNOWN_LAYER or head.goes_by(filters.layer)):
         raise ShapeError(
             f"the table is {filters.num_classes} classes x {filters.num_channels} channels of layer {filters.layer!r}, "
             f"the head {head.name!r} is {head.num_classes} x {head.num_features}; use the table made with this model "

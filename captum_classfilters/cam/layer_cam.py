@@ -27,7 +27,7 @@ from captum_classfilters.core.feature_map import shows_features
 from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.layout import Layout, LayoutWatch
-from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.outputs import logits_of, two_logits
 from captum_classfilters.core.stream import Placement
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.core.wide import wide
@@ -267,13 +267,13 @@ def as_inputs(value: Any) -> tuple[Tensor, ...]:
 def _two_axes(output: Tensor, target: Any) -> Tensor:
     """The output as ``(N, C)``, unless the target picks by a tuple."""
     if output.dim() < 3 or _picks_by_tuple(target):
-        return output
+        return two_logits(output)
     if output[0, 0].numel() != 1:
         raise ShapeError(
             f"the model must give one score for each class, (N, C), got {tuple(output.shape)}; pass target=(class, "
             "row, column), which picks one of them, or a function that averages over the positions"
         )
-    return output.flatten(1)
+    return two_logits(output.flatten(1))
 
 
 def _no_path(error: RuntimeError) -> bool:

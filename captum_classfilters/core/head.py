@@ -1,56 +1,113 @@
-"""The classifier head of a model, its input features, and the feature map behind them.
+"""The classifier head of a model: a linear function of features, whatever modules compute it.
 
-A head is the ``nn.Linear`` (or 1x1 convolution) whose output is the model's output. It is found inside a forward
-pass that is needed anyway, so that a loader which can be read only once loses no batch: `HeadSearch.watch` sets the
-hooks, `HeadSearch.found` looks at what they saw. `head_pass.py` does both.
-N samples, K features, C classes, h x w positions.
+Most heads are one ``nn.Linear`` or 1x1 convolution. A head can also be a wrapper around one (a LoRA adapter), several
+that are averaged, or one behind a temperature: these have effective weights. `head_search.py` finds heads by value.
+N samples, K features, C classes.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classfilters.core.borrow import Borrowed
+from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.errors import HeadError
-from captum_classfilters.core.feature_map import FeatureMap, MapSearch, close, has_matrix
-from captum_classfilters.core.layers import ITSELF, find_module
-from captum_classfilters.core.outputs import describe, find_logits
+from captum_classfilters.core.feature_map import FeatureMap, close, has_matrix
+from captum_classfilters.core.layers import find_module, named_modules
+from captum_classfilters.core.outputs import two_logits
 
-# What a head can be
+# A layer that is a matrix of weights
 Candidate: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-# The head is called last or nearly so; of earlier candidates only the names are kept
-_RECENT = 4
+# Effective weights of wrappers, and the versions of the parameters at that time
+_EFFECTIVE: WeakKeyDictionary[nn.Module, tuple[list[int], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+class AuxiliaryHead(str):
+    """The dotted name of a layer whose output is not what the model returns, given on purpose as ``layer=``.
+
+    A layer that is named by a plain string must make the model's logits, and this is checked. With an auxiliary head
+    everything is measured on that layer's own output.
+
+    Example:
+        >>> from captum_classfilters import InfluentialFeatures
+        >>> class TwoHeads(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc, self.aux = nn.Linear(4, 2), nn.Linear(4, 3)
+        ...     def forward(self, x):
+        ...         self.aux(x)
+        ...         return self.fc(x)
+        >>> loader = [(torch.rand(6, 4), torch.arange(6) % 3)]
+        >>> InfluentialFeatures(TwoHeads(), AuxiliaryHead("aux")).attribute(loader).meta["auxiliary_head"]
+        True
+    """
+
+    __slots__ = ()
+
+
+class Part(NamedTuple):
+    """A module that is a linear function of the features, and what its output is multiplied by in the logits."""
+
+    module: nn.Module
+    factor: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Head:
-    """``logits = features @ weight.T + bias``; weight ``(C, K)``, bias ``(C,)``, read when asked for."""
+    """``logits = features @ weight.T + bias``; weight ``(C, K)``, bias ``(C,)``, read when asked for.
+
+    Attributes:
+        name: Dotted name of ``module``.
+        module: The layer whose input are the features; the first of several.
+        feature_map: Where the features come from, if that is known.
+        no_map: Why there is no map behind it.
+        parts: The modules whose outputs, times their factors, add up to the logits.
+        channels: K.
+        one_logit: The model returns one number for each sample, the logit of class 1. Class 0 has its negative.
+        auxiliary: It does not make what the model returns.
+        aliases: All names of ``module``.
+    """
 
     name: str
-    module: Candidate
+    module: nn.Module
     feature_map: FeatureMap | None
-    no_map: str = ""  # why there is no map behind it
+    no_map: str = ""
+    parts: tuple[Part, ...] = ()
+    channels: int = 0
+    one_logit: bool = False
+    auxiliary: bool = False
+    aliases: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Head({self.name!r}, {self.num_features} features, {self.num_classes} classes)"
+        kind = ", auxiliary" if self.auxiliary else ""
+        return f"Head({self.name!r}, {self.num_features} features, {self.num_classes} classes{kind})"
 
     @property
     def weight(self) -> Tensor:
-        """``(C, K)``."""
-        return self.module.weight.detach().flatten(1)
+        """``(C, K)``, the effective one."""
+        return self._matrix()[0]
 
     @property
     def bias(self) -> Tensor:
         """``(C,)``; zeros for a head without."""
-        bias = self.module.bias
-        return self.weight.new_zeros(self.num_classes) if bias is None else bias.detach()
+        return self._matrix()[1]
+
+    @property
+    def has_bias(self) -> bool:
+        """Does any part add a bias? Of a wrapper, that it is not zero says so."""
+        return any(
+            part.module.bias is not None
+            if is_candidate(part.module)
+            else bool(affine(part.module, self.channels)[1].any())
+            for part in self.all_parts
+        )
 
     @property
     def num_classes(self) -> int:
@@ -62,184 +119,190 @@ class Head:
         """K."""
         return int(self.weight.shape[1])
 
+    @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """``parts``, of which there is at least one."""
+        return self.parts or (Part(self.module, 1.0),)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that read the features."""
+        return tuple(part.module for part in self.all_parts)
+
+    def _matrix(self) -> tuple[Tensor, Tensor]:
+        pairs = [(affine(part.module, self.channels), part.factor) for part in self.all_parts]
+        if len(pairs) == 1 and pairs[0][1] == 1:
+            weight, bias = pairs[0][0]
+        else:
+            weight = torch.stack([pair[0] * factor for pair, factor in pairs]).sum(0)
+            bias = torch.stack([pair[1] * factor for pair, factor in pairs]).sum(0)
+        return (torch.cat([-weight, weight]), torch.cat([-bias, bias])) if self.one_logit else (weight, bias)
+
     def pool(self, tensor: Tensor) -> Tensor:
         """Input or output of the head's module as ``(N, channels)``: positions are averaged, as the model does."""
-        return _pool(tensor, self.module)
+        return pooled(tensor, self.module)
+
+    def logits(self, features: Tensor, output: Tensor) -> Tensor:
+        """The logits ``(N, C)``, from the features and what ``module`` gave for them."""
+        if len(self.all_parts) > 1:
+            weight, bias = self._matrix()
+            return F.linear(features.to(weight.dtype), weight, bias)
+        factor = self.all_parts[0].factor
+        logits = self.pool(output) if factor == 1 else self.pool(output) * factor
+        return two_logits(logits) if self.one_logit else logits
+
+    def about(self) -> dict[str, Any]:
+        """What a table or moments must remember of an unusual head, as plain values; empty for a usual one."""
+        about: dict[str, Any] = {}
+        if self.parts:
+            about["head_parts"] = [[part.name, part.factor] for part in self.parts]
+        if self.auxiliary:
+            about["auxiliary_head"] = True
+        return about
+
+    def goes_by(self, name: str) -> bool:
+        """Is this one of its names?"""
+        return name in (self.name, *self.aliases)
 
 
-class Found(NamedTuple):
-    """What the first forward pass gave."""
-
-    head: Head
-    features: Tensor  # (N, K)
-    logits: Tensor  # (N, C)
-
-
-class _Call(NamedTuple):
-    module: Candidate
-    inputs: Tensor
-    output: Tensor
-    version: int | None
-    position: int  # how many maps were kept before it
-
-
-class HeadSearch:
-    """Hooks for one forward pass that remember what could be the head and the map behind it."""
-
-    def __init__(self, model: nn.Module | None, layer: nn.Module | str | None) -> None:
-        self._model = model
-        self._layer = find_layer(model, layer) if layer is not None else None
-        self._names = _names(model)
-        self._calls: deque[_Call] = deque(maxlen=_RECENT)
-        self._times: Counter[nn.Module] = Counter()
-        self._maps = MapSearch()
-        self._removers: list[Callable[[], None]] = []
-
-    def watch(self, borrow: Borrowed) -> None:
-        """Set the hooks."""
-        modules = list(self._model.modules()) if self._model is not None else []
-        for module in modules:
-            if module is not self._model:
-                self._removers.append(borrow.after(module, self._maps.keep))
-        for module in modules if self._layer is None else [self._layer]:
-            if _is_candidate(module):
-                self._removers.append(borrow.after(module, self._candidate))
-
-    def found(self, output: Any) -> Found:
-        """What was found, given the model's ``output``; the hooks are gone afterwards.
-
-        Raises:
-            HeadError: There is no head, or more than one reading of it; names the candidates.
-        """
-        for remove in self._removers:
-            remove()
-        logits = find_logits(output)
-        if self._layer is None:
-            call = self._search(output if logits is None else logits)
-        else:
-            # a tuple may hold anything beside the logits, in any order: the layer that was named says which is meant
-            call = self._given(self._layer, output if isinstance(output, tuple | list) or logits is None else logits)
-        features, logits = _pool(call.inputs, call.module), _pool(call.output, call.module)
-        behind, reason = self._maps.found(features, call.position, call.module.modules(), self._name)
-        self._calls.clear()
-        self._maps = MapSearch()
-        return Found(Head(self._name(call.module), call.module, behind, reason), features, logits)
-
-    # -- what the hooks keep ---------------------------------------------------------------------------------------
-
-    def _candidate(self, module: Candidate, args: Any, output: Any) -> None:
-        self._times[module] += 1
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            version = None if output.is_inference() else output._version
-            self._calls.append(_Call(module, args[0], output, version, len(self._maps)))
-
-    # -- which of the candidates it is -----------------------------------------------------------------------------
-
-    def _search(self, output: Any) -> _Call:
-        if not _could_be_logits(output):
-            raise self._error(f"expected a model that returns floating logits (N, C), got {describe(output)}")
-        matching = [call for call in self._calls if _gives(call, output)]
-        if not matching:
-            raise self._error(self._why_not(output))
-        call = matching[-1]
-        if self._times[call.module] > 1:
-            raise self._error(
-                f"{self._name(call.module)} is called {self._times[call.module]} times in one forward pass, so its "
-                "input is not one set of features"
-            )
-        if sharers := self._sharers(call.module):
-            raise self._error(f"the head's weight is shared by {', '.join(sharers)}")
-        return call
-
-    def _given(self, layer: Candidate, output: Any) -> _Call:
-        name = self._name(layer)
-        if self._times[layer] != 1 or not self._calls:
-            raise self._error(
-                f"layer {name} must run once in a forward pass, on a tensor given by position; it ran "
-                f"{self._times[layer]} times"
-            )
-        call = self._calls[-1]
-        if _could_be_logits(output) and output.shape[1] != layer.weight.shape[0]:
-            raise self._error(
-                f"layer {name} has {layer.weight.shape[0]} outputs, the model {output.shape[1]}: it is not the last one"
-            )
-        if call.output.numel() > _pool(call.output, layer).numel() and not _gives(call, output):
-            raise self._error(
-                f"layer {name} gives {tuple(call.output.shape)}, several positions a sample, whose average is not the "
-                "model's output: something else stands behind it, so its channels do not add up to the logits"
-            )
-        return call
-
-    def _sharers(self, module: Candidate) -> list[str]:
-        if self._model is None:
-            return []
-        names = self._names[module][:]
-        for other, parameter in self._model.named_parameters(remove_duplicate=False):
-            owner = other.rpartition(".")[0] or ITSELF
-            if parameter is module.weight and owner not in names:
-                names.append(owner)
-        return names if len(names) > 1 else []
-
-    def _why_not(self, output: Tensor) -> str:
-        # by name: this floor knows nothing of smaller heads
-        if any(type(module).__name__ == "DecomposedLinear" for module in self._names):
-            return "its head has been decomposed; use the network it was made from, or decompose(..., backend='dense')"
-        if not self._times:
-            return "no nn.Linear or 1x1 convolution ran in the forward pass"
-        if output.dim() == 2 and output.shape[1] > 1:
-            total = output.double().sum(1)
-            if bool((output >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3):
-                return "the model's output is probabilities: a softmax follows the head"
-            if torch.allclose(output.double().exp().sum(1), torch.ones_like(total), atol=1e-3):
-                return "the model's output is log-probabilities: a log-softmax follows the head"
-        for call in self._calls:
-            behind = _pool(call.output.relu(), call.module)
-            if behind.shape == output.flatten(1).shape and close(behind, output.flatten(1)):
-                return f"an activation stands between {self._name(call.module)} and the model's output"
-        return "the model's output is not the output of an nn.Linear or of a 1x1 convolution"
-
-    def _error(self, reason: str) -> HeadError:
-        ran = [module for module in self._times if _is_candidate(module)]
-        candidates = [f"{self._name(m)} ({m.weight.shape[1]} -> {m.weight.shape[0]})" for m in ran[-6:]]
-        which = f"candidates: {', '.join(candidates)}" if candidates else "there is no candidate"
-        return HeadError(
-            f"could not find the classifier head: {reason}; {which}. Pass layer= with the name of the nn.Linear that "
-            "makes the logits"
-        )
-
-    def _name(self, module: nn.Module) -> str:
-        return self._names.get(module, [type(module).__name__])[0]
-
-
-def find_head(model: nn.Module, layer: nn.Module | str) -> Head:
-    """The head that ``layer`` names, without a forward pass; nothing is known of the map behind it."""
-    module = find_layer(model, layer)
-    return Head(_names(model)[module][0], module, None)
-
-
-def last_head(model: nn.Module) -> Head:
-    """The head by its place alone: the last layer with a matrix of weights. For those who read weights and no data.
+def head_facts(value: Any) -> dict[str, Any]:
+    """What `Head.about` told, read from a file: checked, and nothing else.
 
     Raises:
-        HeadError: That layer is no ``nn.Linear`` or 1x1 convolution.
+        TypeError: It is something else.
     """
-    with_matrix = [module for module in model.modules() if has_matrix(module) or _is_quantised(module)]
+    facts: dict[str, Any] = {}
+    if not isinstance(value, Mapping) or set(value) - {"head_parts", "auxiliary_head"}:
+        raise TypeError("facts about a head must be head_parts and auxiliary_head")
+    if "head_parts" in value:
+        facts["head_parts"] = [[str(name), float(factor)] for name, factor in value["head_parts"]]
+    if "auxiliary_head" in value:
+        facts["auxiliary_head"] = bool(value["auxiliary_head"])
+    return facts
+
+
+def affine(module: nn.Module, channels: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight ``(C, K)`` and bias ``(C,)`` of a module that is a linear function of its input.
+
+    A wrapper's are read off its answers to zero and to each unit vector; whether it is linear is not asked here.
+
+    Args:
+        module: A layer with a matrix of weights, or a wrapper around one.
+        channels: K, for a wrapper.
+    """
+    if is_plain(module):
+        weight = module.weight.detach()
+        weight = (weight if weight.layout == torch.strided else weight.to_dense()).flatten(1)
+        bias = module.bias
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    versions = _versions(module)
+    kept = _EFFECTIVE.get(module)
+    if kept is None or not versions or kept[0] != versions:
+        kept = _EFFECTIVE[module] = versions, _answers(module, channels)
+    return kept[1]
+
+
+def is_linear(module: nn.Module, channels: int) -> bool:
+    """Does a wrapper answer random features as its answers to unit vectors say?"""
+    try:
+        weight, bias = affine(module, channels)
+        features = torch.rand(8, channels, generator=torch.Generator().manual_seed(0)).to(weight)
+        with borrowed(module):
+            answers = module.forward(features)
+        return close(F.linear(features, weight, bias), answers)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it takes no matrix
+        return False
+
+
+def _answers(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    units = torch.cat([like.new_zeros(1, channels), torch.eye(channels, dtype=like.dtype, device=like.device)])
+    if isinstance(module, CONVS):
+        units = units.reshape(*units.shape, *[1] * (module.weight.dim() - 2))
+    with borrowed(module):
+        # not through hooks: they would take this for a forward pass of the model
+        answers = module.forward(units).flatten(1)
+    return (answers[1:] - answers[0]).T.contiguous(), answers[0]
+
+
+def _versions(module: nn.Module) -> list[int]:
+    parameters = list(module.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        return []
+    return [number for parameter in parameters for number in (id(parameter), parameter._version)]
+
+
+def find_head(model: nn.Module, layer: nn.Module | str, about: Mapping[str, Any] | None = None) -> Head:
+    """The head that ``layer`` names, without a forward pass: not checked, nothing is known of the map behind it.
+
+    Args:
+        model: The model.
+        layer: The layer.
+        about: What `Head.about` told of a head of several parts.
+    """
+    module = find_layer(model, layer)
+    channels = channels_of(module)
+    if not is_plain(module) and not is_linear(module, channels):
+        raise HeadError(
+            f"layer {layer}, {type(module).__name__}, is no linear function of its input, so its channels do not add "
+            "up to its output; name the nn.Linear or 1x1 convolution that is"
+        )
+    parts = tuple(
+        Part(find_layer(model, name), float(factor), name) for name, factor in (about or {}).get("head_parts", ())
+    )
+    names = named_modules(model).get(module, [type(module).__name__])
+    return Head(
+        names[0], module, None, parts=parts, channels=channels, auxiliary=isinstance(layer, AuxiliaryHead),
+        aliases=tuple(names), one_logit=len(affine(module, channels)[0]) == 1,
+    )  # fmt: skip
+
+
+def last_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers that could be the head by their places: no later layer takes as many inputs as they have outputs.
+
+    The last one comes first. A network with one classifier and nothing behind it has exactly one.
+
+    Raises:
+        HeadError: The last layer with a matrix of weights is no ``nn.Linear`` or 1x1 convolution.
+    """
+    with_matrix = [module for module in model.modules() if has_matrix(module) or is_quantised(module)]
     if not with_matrix:
         raise HeadError("the model has no layer with a matrix of weights, so no head; pass layer= with the one meant")
-    return find_head(model, with_matrix[-1])
+    taken: set[int] = set()
+    for number, module in enumerate(reversed(with_matrix)):
+        if number == 0:
+            find_layer(model, module)
+        if is_candidate(module) and (number == 0 or module.weight.shape[0] not in taken):
+            yield module
+        weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        taken.update(size for weight in weights for size in (weight.shape[1], weight.numel() // max(1, len(weight))))
+        taken.update(_folded(module))
+
+
+def _folded(module: nn.Module) -> list[int]:
+    """Inputs that a grouped convolution takes; its weight shows those of one group."""
+    return [module.in_channels] if isinstance(module, CONVS) else []
+
+
+def channels_of(module: nn.Module) -> int:
+    """K of a layer, or of the first layer inside a wrapper."""
+    first = next((inner for inner in module.modules() if is_candidate(inner)), None)
+    return 0 if first is None else int(first.weight.shape[1])
 
 
 def has_layer(model: nn.Module, name: str) -> bool:
-    """Does a layer of the model bear this name, as `Head.name` gives it?"""
-    return name == ITSELF or name in dict(model.named_modules())
+    """Does a layer of the model bear this name?"""
+    return any(name in names for names in named_modules(model).values())
 
 
-def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
-    """The module that ``layer`` names, checked to be one that can be a head."""
-    module = find_module(model, layer, error=HeadError, likely=_is_candidate)
-    if _is_quantised(module):
+def find_layer(model: nn.Module | None, layer: nn.Module | str) -> nn.Module:
+    """The module that ``layer`` names, checked to be one that can be a head: it has a matrix of weights."""
+    module = find_module(model, layer, error=HeadError, likely=is_candidate)
+    if is_quantised(module):
         raise HeadError(f"layer {layer} is quantised, its weights cannot be read; use the network before quantisation")
-    if not _is_candidate(module):
+    holds = next((inner for inner in module.modules() if is_candidate(inner)), None)
+    holds = None if module is model and not is_candidate(module) else holds
+    if holds is None or (isinstance(module, CONVS) and not is_candidate(module)):
         raise HeadError(
             f"layer must be an nn.Linear or a 1x1 convolution without groups, got {type(module).__name__}; "
             "its input features and weights are what is read"
@@ -247,45 +310,30 @@ def find_layer(model: nn.Module | None, layer: nn.Module | str) -> Candidate:
     return module
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def is_quantised(module: nn.Module) -> bool:
+    """Does it hold weights that cannot be read?"""
     return "quantized" in type(module).__module__ and hasattr(module, "weight")
 
 
-def _names(model: nn.Module | None) -> dict[nn.Module, list[str]]:
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False) if model is not None else ():
-        names.setdefault(module, []).append(name or ITSELF)
-    return names
-
-
-def _is_candidate(module: nn.Module) -> TypeGuard[Candidate]:
+def is_candidate(module: nn.Module) -> TypeGuard[Candidate]:
+    """Is it an ``nn.Linear``, or a 1x1 convolution that adds nothing at the borders?"""
     if isinstance(module, CONVS):
         padded = module.padding != "valid" and any(module.padding)
         return module.groups == 1 and not padded and {*module.kernel_size, *module.stride} == {1}
     return isinstance(module, nn.Linear)
 
 
-def _pool(tensor: Tensor, module: nn.Module) -> Tensor:
+def is_plain(module: nn.Module) -> TypeGuard[Candidate]:
+    """Is it a candidate that computes what its class computes? A subclass or an instance may have another forward."""
+    if not is_candidate(module) or "forward" in vars(module):
+        return False
+    return type(module).forward in {kind.forward for kind in (nn.Linear, *CONVS)}
+
+
+def pooled(tensor: Tensor, module: nn.Module) -> Tensor:
+    """Input or output of a module as ``(N, channels)``: positions are averaged."""
     if isinstance(module, CONVS):
         return tensor.flatten(2).mean(2) if tensor[0, 0].numel() > 1 else tensor.flatten(1)
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(1, -2).mean(1) if tensor.dim() > 2 else tensor.unsqueeze(0)
-
-
-def _could_be_logits(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1
-
-
-def _gives(call: _Call, output: Any) -> bool:
-    """Is the model's output this call's linear function of its pooled input?"""
-    if not _could_be_logits(output):
-        return False
-    logits, flat = _pool(call.output, call.module), output.flatten(1)
-    if logits.shape != flat.shape:
-        return False
-    if call.version is not None and call.output._version != call.version:
-        return False  # something wrote into it afterwards
-    weight, bias = call.module.weight.flatten(1), call.module.bias
-    features = _pool(call.inputs, call.module)
-    return close(F.linear(features.to(weight.dtype), weight, bias), flat)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
+from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, NoPositionsWarning, OptionError
-from captum_classfilters.core.head import Found, Head, HeadSearch
+from captum_classfilters.core.head import Head
+from captum_classfilters.core.head_search import Found, HeadSearch
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.outputs import check_output, read_by
 from captum_classfilters.core.stream import Placement, Samples, samples
@@ -305,7 +307,8 @@ class _Reader:
                 raise HeadError(
                     f"layer {head.name} did not run in batch {batch.place}; it must run once in every forward pass"
                 )
-            features, logits = head.pool(self._seen["inputs"]), head.pool(self._seen["output"])
+            features = head.pool(self._seen["inputs"])
+            logits = head.logits(features, self._seen["output"])
             maps = self._seen.get("maps")
         # one number answers two questions: is all finite, and how large does it get
         largest = float(features.detach().abs().amax())
@@ -379,6 +382,43 @@ def single_batch(
     )
     with head_pass.batches(need_labels=False, need_maps=need_maps) as stream:
         return next(stream)
+
+
+_SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 299, 384)
+
+
+def probed_head(model: nn.Module) -> Head | None:
+    """The head that one pass of noise shows, for those who have no images; None where no noise fits the model."""
+    first = next((module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, *CONVS))), None)
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(first, CONVS):
+        axes = first.weight.dim() - 2
+        sides = _SIDES if axes < 3 else (32, 16, 64)
+        shapes = [(2, first.in_channels, *(side,) * axes) for side in (*_told_sides(model), *sides)]
+    elif isinstance(first, nn.Linear):
+        shapes = [(2, first.in_features)]
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        try:
+            return single_batch(model, torch.rand(shape, generator=generator)).head
+        except HeadError:
+            return None
+        except Exception:  # a model may raise anything on an image of a size that it does not take
+            continue
+    return None
+
+
+def _told_sides(model: nn.Module) -> list[int]:
+    """The sides of images that a model says it takes, as vision transformers do."""
+    told: list[int] = []
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for name in ("image_size", "img_size"):
+                value = getattr(owner, name, None)
+                side = value[0] if isinstance(value, list | tuple) and value else value
+                if isinstance(side, int) and side not in told:
+                    told.append(side)
+    return told
 
 
 def class_map(batch: Batch, classes: Tensor, chosen: Tensor, channel_weights: str) -> Tensor:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from captum_classfilters.core.errors import HeadError, OptionError
 
@@ -85,6 +87,27 @@ def logits_of(output: Any) -> Tensor:
             "the place of the model, with a function that takes what it returns and gives the logits"
         )
     return logits
+
+
+def two_logits(logits: Tensor) -> Tensor:
+    """One logit for each sample, ``(N, 1)``, as those of the two classes, ``(N, 2)``: its negative, and itself.
+
+    Logits of several classes stay as they are.
+    """
+    return torch.cat([-logits, logits], 1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy in float32 or wider; of one logit the binary one.
+
+    Args:
+        logits: ``(N, C)``, or ``(N, 1)``: the logit of class 1.
+        labels: ``(N,)`` int64.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.dim() == 2 and logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
 
 
 def find_logits(output: Any) -> Tensor | None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from captum_classfilters.class_filters import UNKNOWN_LAYER
@@ -22,7 +21,7 @@ from captum_classfilters.core.class_sums import ClassSums
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError, quoted
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass, single_batch
-from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.outputs import cross_entropy, logits_of
 from captum_classfilters.core.ranks import sum_over
 from captum_classfilters.core.stream import Placement, refuse_iterator
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
@@ -353,7 +352,8 @@ class LabelSensitiveTraining:
             return (self._through_gate(module, args[0], labels), *args[1:])
 
         with borrowed(self.model, train=True) as borrow:
-            borrow.before(head.module, through_gate)
+            for module in head.modules:
+                borrow.before(module, through_gate)
             return _cross_entropy(self.model(*inputs), labels)
 
     def _joint(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
@@ -361,7 +361,9 @@ class LabelSensitiveTraining:
         with borrowed(self.model, train=True) as borrow:
             borrow.before(head.module, lambda module, args: seen.append(args[0]))
             plain = _cross_entropy(self.model(*inputs), labels)
-        logits = head.pool(head.module(self._through_gate(head.module, seen[0], labels)))
+        through = self._through_gate(head.module, seen[0], labels)
+        parts = [head.pool(part.module(through)) * part.factor for part in head.all_parts]
+        logits = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return plain + self.weight * (_cross_entropy(logits, labels) + self._penalty())
 
     def _through_gate(self, module: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
@@ -461,7 +463,7 @@ def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
     logits = logits_of(output)
     if logits.dim() < 2 or logits.flatten(1).shape[1] != logits.shape[1]:
         raise HeadError(f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model")
-    return F.cross_entropy(logits.flatten(1).float(), labels)
+    return cross_entropy(logits.flatten(1), labels)
 
 
 class _GatedTask(Task):

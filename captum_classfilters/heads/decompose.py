@@ -3,7 +3,6 @@
 A copy; only its head differs. What the head becomes is in `decomposed_linear.py`, new weights come from `refits.py`.
 """
 
-import copy
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ from captum_classfilters.class_filters import ClassFilters, check_k, check_table
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import one_of
+from captum_classfilters.core.copies import copied
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
-from captum_classfilters.core.head import Head, find_head, has_layer
+from captum_classfilters.core.head import Head, Part, find_head, has_layer, is_candidate
 from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refit, least_squares, omp
@@ -84,9 +84,9 @@ def decompose(
     if refit != "omp":
         one_table(filters)
     module = unwrap(model)
-    head = find_head(
-        module, layer if layer is not None else _layer_of(filters if filters is not None else moments, module)
-    )
+    made = filters if filters is not None else moments
+    about = {} if made is None else made.meta if isinstance(made, ClassFilters) else made.about
+    head = find_head(module, layer if layer is not None else _layer_of(made, module), about)
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
         raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
     if layer is not None:
@@ -98,9 +98,11 @@ def decompose(
     elif refit == "least_squares":
         dense = _refitted(head, _chosen(filters, head, k, unseen), filters.seen, k, moments)  # type: ignore[union-attr]
     else:
-        bias = None if head.module.bias is None else head.bias
+        bias = head.bias if head.has_bias else None
         dense = _Dense(head.weight, bias, _chosen(filters, head, k, unseen))
-    return _replaced(module, head, _small_head(head, dense, _backend(backend, dense)))
+    if head.one_logit:
+        dense = _one_row(dense)
+    return _replaced(module, head, dense, backend)
 
 
 class _Dense(NamedTuple):
@@ -195,27 +197,55 @@ def _backend(asked: str, dense: _Dense) -> str:
     return "auto" if wins else "dense"
 
 
+def _one_row(dense: _Dense) -> _Dense:
+    """The two rows of a network with one logit as the one that it has: half of the second row less the first."""
+    weight, bias, mask = dense
+    kept = weight.masked_fill(~mask, 0.0)
+    row = (kept[1:] - kept[:1]) / 2
+    return _Dense(row, None if bias is None else (bias[1:] - bias[:1]) / 2, mask.any(0, keepdim=True))
+
+
 def _small_head(head: Head, dense: _Dense, backend: str) -> nn.Module:
     weight, bias, mask = dense
-    linear = blank_linear(head.num_features, head.num_classes, bias is not None, weight)
+    linear = blank_linear(head.num_features, len(weight), bias is not None, weight)
     with torch.no_grad():
         linear.weight.copy_(weight.masked_fill(~mask, 0.0))
         if bias is not None:
             linear.bias.copy_(bias)
-    linear.requires_grad_(head.module.weight.requires_grad)
-    if bias is not None and head.module.bias is not None:
-        linear.bias.requires_grad_(head.module.bias.requires_grad)
+    learns = [parameter.requires_grad for parameter in head.module.parameters()]
+    linear.weight.requires_grad_(head.module.weight.requires_grad if is_candidate(head.module) else any(learns))
+    if bias is not None:
+        own = getattr(head.module, "bias", None)
+        linear.bias.requires_grad_(own.requires_grad if isinstance(own, nn.Parameter) else any(learns))
     small: nn.Module = linear if backend == "dense" else DecomposedLinear.from_linear(linear, mask, backend)
     if isinstance(head.module, CONVS):
         small = Pointwise(small)
     return small.train(head.module.training)
 
 
-def _replaced(model: nn.Module, head: Head, small: nn.Module) -> nn.Module:
+def _replaced(model: nn.Module, head: Head, dense: _Dense, backend: str) -> nn.Module:
+    """The copy: the new head stands in for the old one, divided by what the model multiplies its output by."""
+    first, *others = head.parts or (Part(head.module, 1.0),)
+    weight, bias, mask = dense
+    dense = _Dense(weight / first.factor, None if bias is None else bias / first.factor, mask)
+    small = _small_head(head, dense, _backend(backend, dense))
     if model is head.module:
         return small
-    # the old head is not copied, the new one stands in for it
-    return copy.deepcopy(model, {id(head.module): small})
+    # of averaged heads one takes all, the others give 0
+    nothing = {part.module: Nothing(len(weight)).train(part.module.training) for part in others}
+    return copied(model, {first.module: small, **nothing})
+
+
+class Nothing(nn.Module):
+    """Zeros in the place of a head: ``(N, K)`` to ``(N, C)``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Zeros of the features' dtype."""
+        return features.new_zeros(*features.shape[:-1], self.num_classes)
 
 
 class Pointwise(nn.Module):

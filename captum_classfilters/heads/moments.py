@@ -4,8 +4,8 @@ K features. State is O(K^2), whatever the number of samples.
 """
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters.core.check import integer
 from captum_classfilters.core.errors import EmptyLoaderError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import checked_tensor, contents, read, text, write
+from captum_classfilters.core.head import Head, head_facts
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.core.ranks import Ranks, group_of, sum_over
 
@@ -29,6 +30,7 @@ class HeadMoments:
         second: ``(K, K)`` float64, sum of ``f f^T``.
         count: Samples behind them.
         layer: Name of the head.
+        about: What is unusual of the head, as `Head.about` tells it.
 
     Raises:
         ShapeError: The shapes do not agree.
@@ -44,6 +46,7 @@ class HeadMoments:
     second: Tensor
     count: int
     layer: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         channels = len(self.total) if self.total.dim() == 1 else -1
@@ -100,7 +103,7 @@ class HeadMoments:
         try:
             with HeadPass.of(model, loader, layer).batches(need_labels=None, description="HeadMoments") as stream:
                 for batch in stream:
-                    sums.add(batch.features, batch.head.name)
+                    sums.add(batch.features, batch.head)
         except EmptyLoaderError:
             if group is None:
                 raise
@@ -127,12 +130,14 @@ class HeadMoments:
             if (part.layer, part.num_features) != (first.layer, first.num_features):
                 raise MergeError(f"{first} and {part} are of different networks; merge moments of one")
         total, second = sum(p.total for p in parts), sum(p.second for p in parts)
-        return HeadMoments(total, second, sum(p.count for p in parts), first.layer)  # type: ignore[arg-type]
+        count = sum(p.count for p in parts)
+        return HeadMoments(total, second, count, first.layer, first.about)  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; whole or not at all."""
         tensors = {"total": self.total, "second": self.second}
-        write(path, tensors, kind=_KIND, version=_VERSION, meta={"count": self.count, "layer": self.layer})
+        meta = {"count": self.count, "layer": self.layer, "about": dict(self.about)}
+        write(path, tensors, kind=_KIND, version=_VERSION, meta=meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadMoments":
@@ -147,7 +152,8 @@ class HeadMoments:
             channels = tensors["total"].shape[-1]
             total = checked_tensor(tensors, "total", torch.float64, channels)
             second = checked_tensor(tensors, "second", torch.float64, channels, channels)
-            return cls(total, second, integer(about["count"], "count", 1, 2**62), text(about["layer"], "layer"))
+            count, layer = integer(about["count"], "count", 1, 2**62), text(about["layer"], "layer")
+            return cls(total, second, count, layer, head_facts(about.get("about", {})))
 
 
 class _Sums:
@@ -156,9 +162,10 @@ class _Sums:
     def __init__(self) -> None:
         self._state: tuple[Tensor, Tensor, int] | None = None
         self._layer = ""
+        self._about: dict[str, Any] = {}
 
-    def add(self, features: Tensor, layer: str) -> None:
-        self._layer = layer
+    def add(self, features: Tensor, head: Head) -> None:
+        self._layer, self._about = head.name, head.about()
         features = features.double()
         total, second, count = features.sum(0), features.T @ features, len(features)
         if self._state is not None:
@@ -170,20 +177,20 @@ class _Sums:
         if self._state is None:
             return None
         total, second, count = self._state
-        return HeadMoments(total.cpu(), second.cpu(), count, self._layer)
+        return HeadMoments(total.cpu(), second.cpu(), count, self._layer, self._about)
 
 
 def _all_ranks(mine: HeadMoments | None, group: Any) -> HeadMoments:
     tensors = about = None
     if mine is not None:
         tensors = {"total": mine.total, "second": mine.second, "count": torch.tensor(mine.count)}
-        about = mine.layer
+        about = (mine.layer, dict(mine.about))
     try:
-        sums, layer = sum_over(group, tensors, about)
+        sums, (layer, facts) = sum_over(group, tensors, about)
     except MergeError as error:
         error.partial_result = mine  # type: ignore[attr-defined]
         raise
-    return HeadMoments(sums["total"], sums["second"], int(sums["count"]), layer)
+    return HeadMoments(sums["total"], sums["second"], int(sums["count"]), layer, facts)
 
 
 def check_moments(moments: Any, layer: str, channels: int) -> HeadMoments:

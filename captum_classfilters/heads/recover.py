@@ -3,7 +3,6 @@
 `core/training.py` holds the loop and its checkpoint. N samples, C classes.
 """
 
-import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import integer, number
+from captum_classfilters.core.copies import copied
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
 from captum_classfilters.core.labels import check_range
-from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.outputs import cross_entropy, logits_of, two_logits
 from captum_classfilters.core.stream import Placement, refuse_iterator, samples
 from captum_classfilters.core.training import Checkpoint, Task, Training
 
@@ -123,8 +122,8 @@ class _Recovery(Task):
             raise HeadError(
                 f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model"
             )
-        check_range(labels, logits.shape[1], place)
-        loss = F.cross_entropy(logits.float(), labels)
+        check_range(labels, max(2, logits.shape[1]), place)
+        loss = cross_entropy(logits, labels)
         if not bool(torch.isfinite(loss.detach())):
             raise NonFiniteError(
                 f"the loss is {float(loss.detach())} in epoch {epoch + 1}, step {place + 1}; this step was not taken: "
@@ -160,7 +159,7 @@ class _Recovery(Task):
             with samples(self._validation, placement=Placement.of(self._network)) as stream:
                 for batch in stream:
                     labels: Tensor = batch.labels  # type: ignore[assignment]
-                    right += int((logits_of(self._network(*batch.inputs)).argmax(1) == labels).sum())
+                    right += int((two_logits(logits_of(self._network(*batch.inputs))).argmax(1) == labels).sum())
         except EmptyLoaderError as error:
             raise EmptyLoaderError(f"validation: {error}") from error
         finally:
@@ -182,7 +181,7 @@ class _Recovery(Task):
 
     def best_network(self, original: nn.Module) -> nn.Module:
         """A network of the best state, in the modes of the original."""
-        network = copy.deepcopy(self._network)
+        network = copied(self._network)
         if self._best is not None:
             network.load_state_dict(self._best)
         for module, source in zip(network.modules(), original.modules(), strict=True):
@@ -203,7 +202,7 @@ def _trainable_copy(original: Any, model: Any) -> nn.Module:
             f"parameters must be float32 or float64 to be trained, got {half}: small steps would be rounded away; "
             "retrain model.float(), under torch.autocast for speed, and convert the result"
         )
-    return copy.deepcopy(original)
+    return copied(original)
 
 
 def _partly_zero(network: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -292,7 +292,7 @@ class _Pass:
     ) -> None:
         self._options, self._correct_only = options, correct_only
         self._by_prediction = options.label_source == "prediction"
-        self._meta = {"label_source": options.label_source, "correct_only": correct_only}
+        self._meta: dict[str, Any] = {"label_source": options.label_source, "correct_only": correct_only}
         self._class_names, self._loader, self._key, self._model = class_names, loader, key, model
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
@@ -317,6 +317,7 @@ class _Pass:
         if self._tables is None:
             # names first: a wrong list is refused before anything is counted
             self._names = names_of(self._class_names, batch.head.num_classes, self._loader, self._model)
+            self._meta |= batch.head.about()
             self._tables = Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         labels = batch.labels

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.calls import CONVS, calls_of, changes_in_place, keeps_zero
+from captum_classfilters.core.copies import copied
 from captum_classfilters.core.errors import LayerError, OptionError
 from captum_classfilters.core.stream import Placement
 from captum_classfilters.skipping import pieces
@@ -89,7 +90,7 @@ def skip_closed(
         reason = str(error).split("; pass example_input=")[0]
         raise LayerError(f"{reason}; skipping() rewrites the traced network: it needs one without such code") from error
     gated = list(gated)
-    copy = deepcopy(model).eval()
+    copy = copied(model).eval()
     for parameter in copy.parameters():
         parameter.requires_grad_(False)
     network = fx.GraphModule(copy, deepcopy(cast("fx.Graph", calls.graph)))

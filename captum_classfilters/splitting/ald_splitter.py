@@ -15,9 +15,9 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import HeadError, NonFiniteError, OptionError, quoted
-from captum_classfilters.core.head import Head, find_head, last_head
-from captum_classfilters.core.head_pass import class_map, single_batch
-from captum_classfilters.core.layers import find_module
+from captum_classfilters.core.head import Head, affine, find_head, last_layers
+from captum_classfilters.core.head_pass import class_map, probed_head, single_batch
+from captum_classfilters.core.layers import find_module, named_modules
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.heads import DecomposedLinear
 from captum_classfilters.splitting.ald_tree import ALDTree
@@ -39,7 +39,8 @@ class ALDSplitter(LayerAttribution):
         forward_func: The model, an ``nn.Module``; compiled, DataParallel and DDP ones are unwrapped. A function also
             does, with ``layer``.
         layer: The head, an ``nn.Linear`` or a 1x1 convolution, as a module or a dotted name. None: the last layer of
-            the model that has a matrix of weights (nothing is run to find it).
+            the model that has a matrix of weights. Where several layers could be meant (a second head, a decoder, an
+            adapter), one image of noise is run to find the one that makes the logits.
 
     Example:
         >>> import torch
@@ -224,8 +225,8 @@ def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor
         name, weight = small
     else:
         head = _head(network, layer)
-        name, weight = head.name, head.module.weight.detach()
-        weight = (weight if weight.layout == torch.strided else weight.to_dense()).flatten(1)
+        name, weight = head.name, head.weight
+        weight = weight if weight.layout == torch.strided else weight.to_dense()
     if weight.is_meta:
         raise OptionError(f"layer {name} has no weights yet, it is on the meta device; load them first")
     # numpy, which sorts them, knows no bfloat16
@@ -243,7 +244,22 @@ def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor
 def _head(model: nn.Module | None, layer: nn.Module | str | None) -> Head:
     if layer is not None:
         return find_head(model if model is not None else layer, layer)  # type: ignore[arg-type]  # a module, above
-    return last_head(model)  # type: ignore[arg-type]
+    network: nn.Module = model  # type: ignore[assignment]
+    first, *others = last_layers(network)
+    if not others:
+        return find_head(network, first)
+    head = probed_head(network)
+    if head is not None:
+        return head
+    # where nothing can be run, a layer with as many outputs could as well be the head
+    rivals = [module for module in others if len(affine(module)[0]) == len(affine(first)[0])]
+    if rivals:
+        names = named_modules(network)
+        raise HeadError(
+            f"several layers could be the head: {', '.join(names[module][0] for module in (first, *rivals)[:6])}; pass "
+            "layer= with the name of the one that makes the logits"
+        )
+    return find_head(network, first)
 
 
 def _decomposed(model: nn.Module | None, layer: nn.Module | str | None) -> tuple[str, Tensor] | None:

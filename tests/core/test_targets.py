@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from captum_classfilters.core.errors import HeadError, LabelError, LayerError, OptionError
-from captum_classfilters.core.head import last_head
+from captum_classfilters.core.head import last_layers
 from captum_classfilters.core.layers import ITSELF, find_module
 from captum_classfilters.core.targets import classes_of
 
@@ -91,12 +91,15 @@ def test_what_is_no_layer_is_refused(small_cnn):
 # -- the last head -----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_head_is_the_last_layer_with_a_matrix(small_cnn):
-    assert last_head(small_cnn()).name == "fc"
-    assert last_head(nn.Linear(3, 2)).name == ITSELF
+def test_the_last_layer_with_a_matrix_could_be_the_head(small_cnn):
+    model = small_cnn()
+    assert list(last_layers(model)) == [model.fc]
+    alone = nn.Linear(3, 2)
+    assert list(last_layers(alone)) == [alone]
     tail = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1))
-    assert last_head(tail).name == "1"
-    assert last_head(tail).weight.shape == (2, 4)
+    assert list(last_layers(tail)) == [tail[1]]
+    model.second = nn.Linear(6, 4)
+    assert list(last_layers(model)) == [model.second, model.fc]
 
 
 @pytest.mark.parametrize(
@@ -110,4 +113,4 @@ def test_the_last_head_is_the_last_layer_with_a_matrix(small_cnn):
 )
 def test_a_last_layer_that_is_no_head_is_refused(model, message):
     with pytest.raises(HeadError, match=message):
-        last_head(model)
+        next(last_layers(model))

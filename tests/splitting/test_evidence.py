@@ -110,12 +110,12 @@ def test_zeros_are_dropped_and_a_class_without_two_different_weights_is_empty():
     ("options", "words"),
     [
         ({"bootstrap": 5}, "at least 20"),
-        ({"targets": [0, 7]}, r"\[0, 1\), got 7"),
-        ({"targets": 7}, r"\[0, 1\), got 7"),
+        ({"targets": [0, 7]}, r"\[0, 2\), got 7"),
+        ({"targets": 7}, r"\[0, 2\), got 7"),
         ({"targets": ["cat"]}, "target must be"),
         ({"bootstrap": "200"}, "got '200'"),
         ({"bootstrap": 20.5}, "got 20.5"),
-        ({"class_names": ["a", "b"]}, "got 2"),
+        ({"class_names": ["a", "b", "c"]}, "got 3"),
     ],
 )
 def test_evidence_refuses_what_cannot_be(options, words):
