@@ -385,7 +385,7 @@ def choose_preprocessing(
     larger = size if source.whole and not published else math.floor(size * 8 / 7)
     if published:
         mean, std = published.mean, published.std
-        larger = round(published.resize * size / published.crop)
+        larger = published.resize * size // published.crop
     chosen = options.resize or larger
     if max(chosen, size) > _LARGEST_SIDE:
         raise OptionError(

@@ -34,6 +34,7 @@ class Network(NamedTuple):
     about: str
     recipe: list[str]  # lines of Python that make it, without weights
     preprocessing: Preprocessing | None  # of published weights
+    guessed: bool = False  # that of the architecture's own weights; the file does not say which was used
 
 
 def find_model(options: Any, data_classes: int) -> Network:
@@ -67,9 +68,8 @@ def find_model(options: Any, data_classes: int) -> Network:
             extra = zoo.extra(name, state)
         classes = _classes(zoo, name, state, options, data_classes, extra)
         model = zoo.make(name, classes, **extra)
-        network = Network(
-            model, f"{zoo.package}:{name}", zoo.recipe(name, classes, **extra), zoo.usual_preprocessing(model)
-        )
+        usual, recipe = zoo.usual_preprocessing(name, model), zoo.recipe(name, classes, **extra)
+        network = Network(model, f"{zoo.package}:{name}", recipe, usual, guessed=zoo is _ZOOS["torchvision"])
         if state is not None:
             fill(network.model, state, options.weights, network.about)
     if weights is None:
@@ -102,7 +102,7 @@ class Zoo(Protocol):
     def extra(self, name: str, state: Mapping[str, Tensor] | None) -> dict[str, Any]: ...  # noqa: D102
     def make(self, name: str, classes: int, **extra: Any) -> nn.Module: ...  # noqa: D102
     def recipe(self, name: str, classes: int, **extra: Any) -> list[str]: ...  # noqa: D102
-    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None: ...  # noqa: D102
+    def usual_preprocessing(self, name: str, model: nn.Module) -> Preprocessing | None: ...  # noqa: D102
     def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]: ...  # noqa: D102
 
 
@@ -131,8 +131,12 @@ class _Torchvision:
             f'model = torchvision.models.get_model("{name}", weights=None, num_classes={classes}{words})',
         ]
 
-    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None:
-        return None
+    def usual_preprocessing(self, name: str, model: nn.Module) -> Preprocessing | None:
+        from torchvision import models
+
+        # the first weights of an architecture are those of its own training: others are tuned at other sizes
+        first = next(iter(models.get_model_weights(name)), None)
+        return None if first is None else self.preprocessing(first.transforms())
 
     def published(self, name: str) -> tuple[nn.Module, int, Preprocessing]:
         from torchvision import models
@@ -179,7 +183,7 @@ class _Timm:
         model: nn.Module = self._timm().create_model(name, pretrained=False, num_classes=classes, **extra)
         return model
 
-    def usual_preprocessing(self, model: nn.Module) -> Preprocessing | None:
+    def usual_preprocessing(self, name: str, model: nn.Module) -> Preprocessing | None:
         return self.preprocessing(self._timm().data.resolve_model_data_config(model))
 
     def recipe(self, name: str, classes: int, **extra: Any) -> list[str]:

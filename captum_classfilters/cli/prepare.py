@@ -80,7 +80,9 @@ def _prepare(options: Any, output: Output) -> Job:
     device = find_device(options.device)
     source, judge = _sources(options)
     network = find_model(options, len(source.class_names))
-    preprocessing = choose_preprocessing(source, network.preprocessing, network.model, options)
+    # data sets of small images are seldom enlarged to what an architecture was published with
+    published = None if network.guessed and source.whole else network.preprocessing
+    preprocessing = choose_preprocessing(source, published, network.model, options)
     network.model.to(device)
     head = _head(network, preprocessing, options.layer)
     _check_classes(head, source, network)

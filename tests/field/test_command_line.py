@@ -16,13 +16,13 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_weights
 
 from captum_classfilters import ClassFilters
 from captum_classfilters.__main__ import main
 from captum_classfilters.cli import commands
 from captum_classfilters.cli.data import Loader, Preprocessing, open_source
-from captum_classfilters.cli.models import find_model
+from captum_classfilters.cli.models import _ZOOS, find_model
 from captum_classfilters.core.errors import OptionError
 
 HOW = Preprocessing(3, 8, 8, (0.0,) * 3, (1.0,) * 3)
@@ -342,6 +342,24 @@ def test_a_timm_network_is_fed_as_its_configuration_says(tmp_path):
     assert preprocessing.mean == tuple(config.mean)
     assert preprocessing.std == tuple(config.std)
     assert preprocessing.interpolation == config.interpolation
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b7", "regnet_y_16gf", "vit_b_16", "resnet50"])
+def test_torchvision_networks_are_fed_as_their_weights_say(name):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((900, 700))
+    theirs = get_model_weights(name).IMAGENET1K_V1.transforms()(image)
+    ours = _ZOOS["torchvision"].usual_preprocessing(name, None).transform()(image)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_of_a_torchvision_network_choose_its_size(tmp_path):
+    model = get_model("squeezenet1_1", weights=None, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    network = found_network(tmp_path / "net.pt", "torchvision:squeezenet1_1")
+    assert (network.preprocessing.resize, network.preprocessing.crop) == (256, 224)
+    # the sets of small images are not enlarged to that
+    assert network.guessed
 
 
 @pytest.mark.parametrize(("name", "auxiliary"), [("inception_v3", "AuxLogits"), ("googlenet", "aux")])
