@@ -5,7 +5,7 @@ BIN := .venv/bin
 # As many test processes as there are cores, each with one thread: the networks of the tests are small
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-oldest lint types coverage notebooks slow bench golden clean
+.PHONY: demo test test-oldest test-device lint types coverage notebooks slow bench golden clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m captum_classfilters demo --out demo
@@ -20,6 +20,11 @@ coverage: .venv/test.stamp
 # The oldest versions that are supported, for which PYTHON must be 3.10 to 3.12; the notebooks are shown with the newest
 test-oldest: .venv-oldest/test.stamp
 	$(PYTEST:.venv/%=.venv-oldest/%) --ignore tests/tutorials
+
+# Every public call on a second device, torch_xla's on the CPU, and on an emulated one without float64. Some minutes
+test-device: .venv-device/test.stamp .venv/test.stamp
+	PJRT_DEVICE=CPU SECOND_DEVICE=xla OMP_NUM_THREADS=1 .venv-device/bin/python -m pytest tests/field/test_devices.py -k xla
+	SECOND_DEVICE=slim OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/field/test_devices.py -k slim
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -38,7 +43,7 @@ slow: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python -m benchmarks
 
-.venv/bin/python .venv-oldest/bin/python:
+.venv/bin/python .venv-oldest/bin/python .venv-device/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -54,5 +59,11 @@ bench: .venv/test.stamp
 	.venv-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
 	touch $@
 
+# Versions of torch and torch_xla belong together
+.venv-device/test.stamp: .venv-device/bin/python pyproject.toml
+	.venv-device/bin/python -m pip install --quiet 'torch==2.9.*' 'torch_xla==2.9.*' torchvision --editable . \
+		hypothesis pytest pytest-timeout timm
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest demo build *.egg-info
+	rm -rf .venv .venv-oldest .venv-device demo build *.egg-info

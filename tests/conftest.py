@@ -5,13 +5,13 @@ import os
 os.environ["MPLBACKEND"] = "Agg"
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from shared import SmallCNN, seeded, started_gate
+from shared import SECOND, SmallCNN, device_mode, seeded, started_gate
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -65,6 +65,7 @@ class Device(NamedTuple):
             "cuda",
             marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
         ),
+        *SECOND,
     ]
 )
 def device(request: pytest.FixtureRequest) -> Device:
@@ -77,7 +78,7 @@ def device(request: pytest.FixtureRequest) -> Device:
         if not _has_fake_cuda():
             pytest.skip("this torch has no fake CUDA without a driver")
         return Device("cuda", _FakeCuda(allow_non_fake_inputs=True))
-    return Device(request.param, nullcontext())
+    return Device(request.param, device_mode(request.param))
 
 
 @pytest.fixture

@@ -1,9 +1,22 @@
 """What tests of several rooms need: a small network, weights that stay local, straight-through gates."""
 
+import os
+from contextlib import nullcontext
+from importlib import import_module
+
 import torch
 from torch import Tensor, nn
 
 from captum_classfilters import LabelSensitiveGate
+
+# Another device on which the tests with `device` run, such as xla, or slim, the emulated one of `narrow_device.py`
+SECOND = os.environ.get("SECOND_DEVICE", "").split()
+if "xla" in SECOND:
+    import_module("torch_xla")  # before it torch knows no such device
+    torch.zeros(1).to("xla")  # and autograd counts devices when it first runs
+if "slim" in SECOND:
+    # parameters cannot become those of another class in place
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
 class SmallCNN(nn.Module):
@@ -62,3 +75,8 @@ def started_gate(classes: int = 4, channels: int = 6, seed: int = 0) -> LabelSen
     gate = LabelSensitiveGate(classes, channels, generator=torch.Generator().manual_seed(seed))
     gate.is_noise = False
     return gate
+
+
+def device_mode(name):
+    """What must hold while tensors of a device are made."""
+    return import_module("narrow_device").NarrowDevice() if name == "slim" else nullcontext()

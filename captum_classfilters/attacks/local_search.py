@@ -16,6 +16,7 @@ from captum_classfilters.attacks.oracle import Bounds, Oracle, check_bounds, che
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import OptionError
 from captum_classfilters.core.labels import check_labels, check_range
+from captum_classfilters.core.wide import portions
 
 # The share of an image's pixels among which the search starts
 _START = 0.1
@@ -215,7 +216,7 @@ class _Search:
         scores = torch.full(allowed.shape, torch.inf, dtype=torch.float64, device=allowed.device)
         owners, places = allowed.nonzero(as_tuple=True)
         size = self._attack.batch_size
-        for rows, columns in zip(torch.split(owners, size), torch.split(places, size), strict=True):
+        for rows, columns in portions(size, owners, places):
             trial, index = self._work[rows], torch.arange(len(rows), device=rows.device)
             trial[index, :, columns] = self._back(pert(self._centred(trial[index, :, columns]), self._settings.pert))
             logits = self._oracle.logits(self._unflatten(trial))

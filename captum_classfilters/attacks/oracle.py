@@ -14,6 +14,7 @@ from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.outputs import describe, find_logits
+from captum_classfilters.core.wide import home, portions, wide
 
 # The smallest and the largest value of a pixel
 Bounds = tuple[float, float]
@@ -44,13 +45,13 @@ class Oracle:
         return images if self._like is None else images.to(self._like)
 
     def logits(self, images: Tensor) -> Tensor:
-        """``(N, C)`` float64, on the device of ``images``.
+        """``(N, C)`` float64, on the device of ``images``; on the CPU where that has no float64.
 
         Raises:
             ShapeError: The network gave no such logits.
         """
-        parts = [self.forward(part).detach().double() for part in torch.split(images, self._batch_size)]
-        return torch.cat(parts).to(images.device)
+        parts = [wide(self.forward(part).detach()) for (part,) in portions(self._batch_size, images)]
+        return torch.cat(parts).to(home(images.device))
 
     def forward(self, images: Tensor) -> Tensor:
         """One forward pass: ``(N, C)`` on the network's device and in its dtype, with gradients if they are enabled."""

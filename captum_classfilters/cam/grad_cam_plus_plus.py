@@ -301,7 +301,7 @@ def _noisy(
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Noisy copies in portions: the sample of each copy, ``(B,)``, and the copies. Portions do not change the noise."""
     samples, device = len(inputs[0]), inputs[0].device
-    generator = torch.Generator(device).manual_seed(0) if generator is None else generator
+    generator = _generator(device) if generator is None else generator
     waiting: tuple[Tensor, ...] = ()
     start = made = 0
     while start < copies * samples:
@@ -315,6 +315,13 @@ def _noisy(
         waiting = tuple(value[end - start :] for value in waiting)
         yield torch.arange(start, end, device=device) % samples, portion
         start = end
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    try:
+        return torch.Generator(device).manual_seed(0)
+    except (RuntimeError, NotImplementedError):  # a device without generators of its own
+        return torch.Generator().manual_seed(0)
 
 
 def _with_noise(value: Tensor, spread: float, generator: torch.Generator) -> Tensor:

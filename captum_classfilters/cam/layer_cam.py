@@ -265,7 +265,9 @@ def as_inputs(value: Any) -> tuple[Tensor, ...]:
 
 
 def _two_axes(output: Tensor, target: Any) -> Tensor:
-    """The output as ``(N, C)``, unless the target picks by a tuple."""
+    """The output as ``(N, C)``, unless the target picks by a tuple; without a target one logit stays as it is."""
+    if target is None and (output.dim() < 3 or output[0].numel() == 1):
+        return output.flatten(1) if output.dim() > 2 else output
     if output.dim() < 3 or _picks_by_tuple(target):
         return two_logits(output)
     if output[0, 0].numel() != 1:

@@ -25,6 +25,7 @@ from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.layout import LayoutWatch
 from captum_classfilters.core.outputs import find_logits, logits_of
 from captum_classfilters.core.stream import Placement, Samples, samples
+from captum_classfilters.core.wide import wide
 
 
 def aggregate(
@@ -257,7 +258,7 @@ def _one_tensor(result: Any) -> Tensor:
 def _channels(result: Tensor, channel_dim: int, index: int) -> Tensor:
     """One number for each sample and channel, ``(N, K)``."""
     values = result.detach().movedim(channel_dim, 1)
-    values = values.flatten(2).double().sum(2) if values.dim() > 2 else values.double()
+    values = wide(values).flatten(2).sum(2) if values.dim() > 2 else wide(values)
     if values.shape[1] < 2:
         raise ShapeError(
             "the attribution has one channel, so it says nothing of channels; where the method sums over them, as "

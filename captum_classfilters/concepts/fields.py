@@ -16,6 +16,7 @@ from captum_classfilters.core.check import number
 from captum_classfilters.core.errors import LayerError, NonFiniteError, OptionError, ShapeError
 from captum_classfilters.core.layout import Layout, LayoutWatch
 from captum_classfilters.core.stream import Placement, Samples, refuse_iterator, samples
+from captum_classfilters.core.wide import full_precision, wide
 from captum_classfilters.decoupling import PathDecoupler
 
 # How many numbers of enlarged maps are held at once
@@ -85,9 +86,9 @@ def field_iou(fields: Tensor, masks: Tensor) -> Tensor:
             "masks must be those of the same images, in their size"
         )
     # float32 counts exactly up to 2**24 pixels; half precision, as under autocast, would not
-    with torch.autocast(fields.device.type, enabled=False):
-        shared = torch.bmm(fields.flatten(2).float(), masks.flatten(2).float().mT).double()
-    union = fields.sum((2, 3))[:, :, None] + masks.sum((2, 3))[:, None] - shared
+    with full_precision(fields.device.type):
+        shared = wide(torch.bmm(fields.flatten(2).float(), masks.flatten(2).float().mT))
+    union = (fields.sum((2, 3))[:, :, None] + masks.sum((2, 3))[:, None]).to(shared.device) - shared
     return shared / union
 
 

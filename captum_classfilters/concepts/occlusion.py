@@ -28,6 +28,7 @@ from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.intervals import draws_interval
+from captum_classfilters.core.wide import home, wide
 from captum_classfilters.decoupling import PathDecoupler
 
 
@@ -172,7 +173,7 @@ def _cover(images: Tensor, masks: Tensor, value: Any) -> Tensor:
     if isinstance(value, str) and value == "mean":
         used = ~masks | masks.all(3, keepdim=True).all(2, keepdim=True)
         count = used.sum((2, 3), keepdim=True)
-        return torch.where(used, images, 0).sum((2, 3), keepdim=True, dtype=torch.float64) / count
+        return wide(torch.where(used, images, 0)).sum((2, 3), keepdim=True) / wide(count)
     if isinstance(value, str) and value == "black":
         if bool((images < 0).any()):
             raise OptionError(
@@ -205,6 +206,7 @@ def elsewhere(masks: Tensor, generator: torch.Generator | None = None) -> Tensor
         >>> elsewhere(torch.tensor([[[True, False]]])).tolist()
         [[[False, True]]]
     """
+    device, masks = masks.device, masks.to(home(masks.device))
     count, height, width = masks.shape
     spectrum = torch.fft.rfft2(masks.double())
     # how many pixels a mask shares with itself, for each shift
@@ -214,7 +216,8 @@ def elsewhere(masks: Tensor, generator: torch.Generator | None = None) -> Tensor
     down, right = (chosen // width)[:, None], (chosen % width)[:, None]
     rows = (torch.arange(height, device=masks.device) - down) % height
     columns = (torch.arange(width, device=masks.device) - right) % width
-    return masks[torch.arange(count, device=masks.device)[:, None, None], rows[:, :, None], columns[:, None]]
+    moved = masks[torch.arange(count, device=masks.device)[:, None, None], rows[:, :, None], columns[:, None]]
+    return moved.to(device)
 
 
 def occlusion(

@@ -34,6 +34,7 @@ from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.intervals import draws_interval, mean_interval, wilson
 from captum_classfilters.core.stream import Samples, refuse_iterator
+from captum_classfilters.core.wide import home
 
 
 def concept_scores(
@@ -229,12 +230,13 @@ def tallied(
         check_thresholds(thresholds, reader.layers)
         stream = concept_batches(loader, survey, show_progress, "concepts")
         for images, masks, slots in _with_others(stream, survey):
-            masks, rows = masks.to(reader.device), slots.flatten().to(reader.device)
+            masks, rows = masks.to(reader.device), slots.flatten().to(home(reader.device))
             for name, maps in reader.maps(images).items():
                 if name not in sums:
                     cells = groups * (concepts + 1)
-                    integers = torch.zeros(cells, maps.shape[1], dtype=torch.int64, device=maps.device)
-                    sums[name] = (integers, *torch.zeros(2, cells, dtype=torch.float64, device=maps.device))
+                    place = home(maps.device)
+                    integers = torch.zeros(cells, maps.shape[1], dtype=torch.int64, device=place)
+                    sums[name] = (integers, *torch.zeros(2, cells, dtype=torch.float64, device=place))
                 ious = _overlaps(maps, thresholds[name].to(maps.device), masks, survey.size)
                 ious = ious.transpose(1, 2).flatten(0, 1)  # (N M, K)
                 hits, highest, total = sums[name]

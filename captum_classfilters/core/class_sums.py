@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captum_classfilters.core.wide import home, wide
+
 # Sums are kept on a grid of 2**-24: numbers on it add up exactly, in any order, while they stay below 2**29
 GRID = 2.0**24
 
 
 def to_grid(values: Tensor) -> Tensor:
     """Round to the grid on which sums are exact: float64, multiples of 2**-24."""
-    return (values.double() * GRID).round_().div_(GRID)
+    return (wide(values) * GRID).round_().div_(GRID)
 
 
 class _State(NamedTuple):
@@ -30,7 +32,7 @@ class ClassSums:
         classes: C.
         channels: K.
         names: The quantities.
-        device: Where the sums are kept.
+        device: Where the sums are kept; on the CPU for a device without float64.
         unrounded: Quantities that are added as they are, in float64: their squares or differences matter, so that the
             grid, on which sums are exact in any order, would be too coarse.
 
@@ -50,6 +52,7 @@ class ClassSums:
         unrounded: Collection[Hashable] = (),
     ) -> None:
         self._unrounded = frozenset(unrounded)
+        device = home(device)
         counts = torch.zeros(classes, dtype=torch.int64, device=device)
         zeros = torch.zeros(classes, channels, dtype=torch.float64, device=device)
         self._state = _State(counts, {name: zeros.clone() for name in names})
@@ -57,6 +60,7 @@ class ClassSums:
     def add(self, classes: Tensor, rows: Mapping[Hashable, Tensor]) -> None:
         """Add a batch: the class of each sample, ``(N,)`` int64, and of each quantity its rows, ``(N, K)``."""
         counts, sums = self._state
+        classes = classes.to(counts.device)
         # one assignment at the end: whatever interrupts this, the state is that of whole batches
         self._state = _State(
             counts.index_add(0, classes, torch.ones_like(classes)),
@@ -64,7 +68,7 @@ class ClassSums:
         )
 
     def _plain(self, name: Hashable, rows: Tensor) -> Tensor:
-        return rows.double() if name in self._unrounded else to_grid(rows)
+        return wide(rows) if name in self._unrounded else to_grid(rows)
 
     @property
     def counts(self) -> Tensor:

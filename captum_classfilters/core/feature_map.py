@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.layout import Grids, Layout
+from captum_classfilters.core.wide import wide
 
 # Two images are enough to tell one feature map from another, and cost next to nothing to keep
 PROBE = 2
@@ -250,7 +251,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     """Are the numbers equal, but for the rounding of their type?"""
     half = min(torch.finfo(a.dtype).bits, torch.finfo(b.dtype).bits) < 32
     # what is not finite is no reason to look elsewhere: `head_pass.py` refuses it and names the batch
-    a, b = (tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (a, b))
+    a, b = (wide(tensor).nan_to_num(0.0, 0.0, 0.0) for tensor in (a, b))
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-30)
     # 1e-3: a GPU's convolutions round float32 to TF32 unless told otherwise, its matrix products do not
     return bool(((a - b).abs().max() <= (3e-2 if half else 1e-3) * scale).item())
@@ -297,7 +298,7 @@ def _pools_to(flat: Tensor, features: Tensor) -> tuple[bool, str] | None:
     """Does the average (or maximum) over the positions of ``(N, K, P)`` give the features, as it is or after a ReLU?"""
     for relu in (False, True):
         values = flat.relu() if relu else flat
-        for pooling, pooled in (("mean", values.double().mean(2)), ("max", values.amax(2))):
+        for pooling, pooled in (("mean", wide(values).mean(2)), ("max", values.amax(2))):
             if pooled.shape == features.shape and close(pooled, features):
                 return relu, pooling
     return None
@@ -305,9 +306,9 @@ def _pools_to(flat: Tensor, features: Tensor) -> tuple[bool, str] | None:
 
 def _between(flat: Tensor, features: Tensor) -> bool:
     """Does each feature lie between the smallest and the largest value of its channel, as of any mean?"""
-    low, high = (bound.double() for bound in flat.aminmax(dim=2))
+    low, high = (wide(bound) for bound in flat.aminmax(dim=2))
     room = 1e-3 * float(flat.abs().max())
-    features = features.double()
+    features = wide(features)
     return bool(((features >= low - room) & (features <= high + room)).all()) and bool((high > low).any())
 
 

@@ -20,6 +20,7 @@ from captum_classfilters.core.errors import HeadError
 from captum_classfilters.core.feature_map import FeatureMap, close, has_matrix
 from captum_classfilters.core.layers import find_module, named_modules
 from captum_classfilters.core.outputs import two_logits
+from captum_classfilters.core.wide import home
 
 # A layer that is a matrix of weights
 Candidate: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -63,6 +64,8 @@ class Part(NamedTuple):
 class Head:
     """``logits = features @ weight.T + bias``; weight ``(C, K)``, bias ``(C,)``, read when asked for.
 
+    On a device without float64 both are given on the CPU, as all numbers of a `Batch` are.
+
     Attributes:
         name: Dotted name of ``module``.
         module: The layer whose input are the features; the first of several.
@@ -92,12 +95,19 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """``(C, K)``, the effective one."""
-        return self._matrix()[0]
+        weight = self._matrix()[0]
+        return weight.to(home(weight.device))
 
     @property
     def bias(self) -> Tensor:
         """``(C,)``; zeros for a head without."""
-        return self._matrix()[1]
+        bias = self._matrix()[1]
+        return bias.to(home(bias.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
 
     @property
     def has_bias(self) -> bool:
@@ -112,12 +122,12 @@ class Head:
     @property
     def num_classes(self) -> int:
         """C."""
-        return int(self.weight.shape[0])
+        return int(self._matrix()[0].shape[0])
 
     @property
     def num_features(self) -> int:
         """K."""
-        return int(self.weight.shape[1])
+        return int(self._matrix()[0].shape[1])
 
     @property
     def all_parts(self) -> tuple[Part, ...]:

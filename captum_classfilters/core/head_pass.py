@@ -21,11 +21,14 @@ from captum_classfilters.core.head_search import Found, HeadSearch
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.outputs import check_output, read_by
 from captum_classfilters.core.stream import Placement, Samples, samples
-from captum_classfilters.core.wide import wide
+from captum_classfilters.core.wide import home, wide
 
 
 class Batch(NamedTuple):
-    """What one batch gave; tensors are on the model's device."""
+    """What one batch gave; tensors are on the model's device, or on the CPU where that has no float64.
+
+    The inputs stay on the model's device.
+    """
 
     head: Head
     inputs: tuple[Any, ...]
@@ -310,14 +313,19 @@ class _Reader:
             features = head.pool(self._seen["inputs"])
             logits = head.logits(features, self._seen["output"])
             maps = self._seen.get("maps")
+        # all sums and measures behind this are in float64
+        place = home(features.device)
+        features, logits = features.to(place), logits.to(place)
+        maps = None if maps is None else maps.to(place)
+        labels = None if batch.labels is None else batch.labels.to(place)
         # one number answers two questions: is all finite, and how large does it get
-        largest = float(features.detach().abs().amax())
+        largest = float(features.detach().abs().max())
         if not torch.isfinite(torch.tensor(largest)):
             raise NonFiniteError(
                 f"expected finite features, got NaN or infinity at the input of layer {head.name} in batch "
                 f"{batch.place}; look at that batch and at the layers before it"
             )
-        return Batch(head, batch.inputs, features, logits, batch.labels, maps, largest, batch.extras)
+        return Batch(head, batch.inputs, features, logits, labels, maps, largest, batch.extras)
 
     def _find(self, output: Any) -> Found:
         result = self._search.found(output)  # type: ignore[union-attr]
@@ -435,7 +443,7 @@ def class_map(batch: Batch, classes: Tensor, chosen: Tensor, channel_weights: st
     """
     maps: Tensor = batch.maps  # type: ignore[assignment]
     weights = batch.head.weight[classes] if channel_weights == "head" else torch.ones_like(batch.features)
-    return weighed(maps, (weights * chosen).to(maps.dtype))
+    return weighed(maps, (weights * chosen).to(maps.dtype)).to(batch.head.device)
 
 
 def weighed(maps: Tensor, weights: Tensor) -> Tensor:

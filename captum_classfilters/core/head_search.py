@@ -29,6 +29,7 @@ from captum_classfilters.core.head import (
 )
 from captum_classfilters.core.layers import named_modules
 from captum_classfilters.core.outputs import describe, find_logits
+from captum_classfilters.core.wide import wide
 
 # The head is called last or nearly so; of earlier candidates only the names are kept
 _RECENT, _RECENT_WRAPPERS = 4, 8
@@ -258,7 +259,7 @@ class HeadSearch:
                     "is none"
                 )
         if output.shape[1] > 1:
-            total = output.double().sum(1)
+            total = wide(output).sum(1)
             if bool((output >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3):
                 return "the model's output is probabilities that no layer with a softmax behind it gives"
         for call in self._calls:
@@ -341,7 +342,7 @@ def _factor(call: _Call, output: Tensor) -> float | None:
     """The number by which the output is a multiple of this call's: a temperature."""
     if not (call.is_whole and _fits(call, output)) or output.numel() < _ENOUGH:
         return None
-    a, b = call.logits.double(), output.double()
+    a, b = wide(call.logits), wide(output)
     square = float((a * a).sum())
     factor = float((a * b).sum()) / square if square > 0 else 0.0
     if factor <= 0 or not close(*_lowest((a * factor).to(call.output.dtype), output, call)):

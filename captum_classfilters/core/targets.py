@@ -23,7 +23,7 @@ def classes_of(target: Any, samples: int, classes: int, device: torch.device) ->
     if isinstance(target, str):
         raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
     try:
-        labels = torch.as_tensor(target, device=device)
+        labels = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LabelError(f"target must be a class index, or one for each sample; got {target!r}") from error
     if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -37,4 +37,4 @@ def classes_of(target: Any, samples: int, classes: int, device: torch.device) ->
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise LabelError(f"target must lie in [0, {classes}), got {low if low < 0 else high}")
-    return labels.long()
+    return labels.to(device).long()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.wide import full_precision
+
 MIXES = ("sample", "channel", "element")
 DIRECTIONS = ("z_y", "y_z")
 
@@ -126,7 +128,7 @@ class Controller(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """g of eq. 2: ``(N, K)`` float32 (float64 for such features)."""
         dtype = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device.type):
             hidden = F.linear(
                 pooled(features, dtype), self.squeeze.weight.to(dtype), self.squeeze.bias.to(dtype)
             ).relu()

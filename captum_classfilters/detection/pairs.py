@@ -286,11 +286,12 @@ def _attacked_batches(
         images = images.detach()
         before = reader.paths(images, labels, number)
         right = torch.eq(before.predictions, labels.cpu())
-        images, classes, clean = images[right], labels[right.to(labels.device)], before[right]
+        images, classes, clean = images[right.to(images.device)], labels[right.to(labels.device)], before[right]
         changed = attack(images, classes) if len(images) else images
         after = reader.paths(changed, classes, number) if len(images) else clean
         fooled = torch.ne(after.predictions, classes.cpu())
-        images, changed, classes = images[fooled], changed[fooled], classes[fooled]
+        images, changed = images[fooled.to(images.device)], changed[fooled.to(changed.device)]
+        classes = classes[fooled.to(classes.device)]
         noisy = _noisy(images, changed, attack, generator)
         noise = reader.paths(noisy, classes, number) if len(noisy) else after[fooled]
         attacked = first + right.nonzero()[:, 0]
@@ -308,13 +309,15 @@ def _attacked_batches(
 
 def _noisy(images: Tensor, changed: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
     """Images with random changes as large as those of the attack."""
+    if not len(images):
+        return images
     signs = (torch.rand(images.shape, generator=generator) < 0.5).to(images) * 2 - 1
     moves = (changed - images).abs()
     # if pixels change by far less on average, epsilon bounds another norm, such as L2
     if attack.epsilon is not None and bool((moves.square().mean() > (attack.epsilon / 4) ** 2).all()):
         change = signs * attack.epsilon
     else:
-        order = torch.rand(len(images), images[0].numel() if len(images) else 0, generator=generator).argsort(1)
+        order = torch.rand(len(images), images[0].numel(), generator=generator).argsort(1)
         moved = moves.flatten(1).gather(1, order.to(images.device))
         change = signs * moved.view_as(images)
     noisy: Tensor = (images + change).clamp(*attack.bounds)

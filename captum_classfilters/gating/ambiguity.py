@@ -16,6 +16,7 @@ from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.errors import NonFiniteError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.core.wide import portions
 from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, density_penalty, gated, project
 
 # Rows of features that are gated at a time: bounds what is kept for gradients
@@ -149,7 +150,7 @@ def _search(
         for step in range(steps + 1):
             optimizer.zero_grad()
             distance, entropy = density_penalty(weight, density, penalty.kind), 0.0
-            for rows, answers in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS), strict=True):
+            for rows, answers in portions(_ROWS, features, labels):
                 logits = F.linear(gated(rows, answers, weight), head_weight, bias)
                 part = F.cross_entropy(logits, answers, reduction="sum") / len(labels)
                 part.backward()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from captum_classfilters.core.errors import (
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.core.labels import check_labels, check_range
+from captum_classfilters.core.wide import wide
 
 _KIND, _VERSION = "LabelSensitiveGate", 1
 PENALTIES = ("abs", "hinge")
@@ -259,7 +260,7 @@ class LabelSensitiveGate(nn.Module):
     @property
     def density(self) -> float:
         """Mean of G: the ``L1 norm`` of the paper's table 1."""
-        return float(self.weight.detach().double().mean())
+        return float(wide(self.weight.detach()).mean())
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """``features`` times each sample's row of G; without ``labels`` the plain path, ``features`` themselves.

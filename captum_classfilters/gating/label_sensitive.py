@@ -199,8 +199,8 @@ class LabelSensitiveTraining:
                 f"no sample of class {quoted(missing)} in the loader, so nothing is known of its channels; give images "
                 'of all classes, or GateSchedule(start="noise")'
             )
-        means = (total / counts[:, None]).to(self.gate.weight.device)
-        return means if start == "mean_activation" else means * head_pass.head.weight
+        means = total / counts[:, None]
+        return means if start == "mean_activation" else means * head_pass.head.weight.to(means.device)
 
     def loss(self, inputs: Any, labels: Tensor, epoch: int) -> Tensor:
         """One forward pass; the loss of this epoch, a scalar to call ``backward`` on.

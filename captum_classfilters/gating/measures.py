@@ -23,6 +23,7 @@ from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.core.intervals import draws_interval, mean_interval, wilson
+from captum_classfilters.core.wide import wide
 
 _FEATURES = ("own", "other classes", "noise")
 
@@ -368,7 +369,8 @@ class GroupMoments:
 
     def add(self, values: Tensor, groups: Tensor) -> None:
         """Take a batch in: values ``(N, K)``, the group of each row ``(N,)``."""
-        values = values.detach().double()
+        values = wide(values.detach())
+        groups = groups.to(values.device)
         members = F.one_hot(groups, self._groups).double()
         count, before = members.sum(0), self.count.to(values.device)
         mean = members.T @ values / count.clamp(min=1)[:, None]

@@ -220,7 +220,8 @@ def _small_head(head: Head, dense: _Dense, backend: str) -> nn.Module:
     small: nn.Module = linear if backend == "dense" else DecomposedLinear.from_linear(linear, mask, backend)
     if isinstance(head.module, CONVS):
         small = Pointwise(small)
-    return small.train(head.module.training)
+    # where the device has no float64, the head's numbers were given on the CPU
+    return small.to(head.device).train(head.module.training)
 
 
 def _replaced(model: nn.Module, head: Head, dense: _Dense, backend: str) -> nn.Module:

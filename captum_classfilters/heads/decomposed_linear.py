@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import FileFormatError, OptionError, ShapeError
+from captum_classfilters.core.wide import full_precision
 
 BACKENDS = ("auto", "csr", "bag", "gather")
 
@@ -141,7 +142,7 @@ class DecomposedLinear(nn.Module):
             return F.linear(inputs, self._spread(), self.bias)
         flat = inputs if inputs.dim() == 2 else inputs.reshape(-1, self.in_features)
         if autocast is not None:
-            with torch.autocast(kind, enabled=False):
+            with full_precision(kind):
                 out = self._sparse(flat.to(weight.dtype), weight).to(autocast)
         else:
             out = self._sparse(flat, weight)

@@ -261,7 +261,8 @@ class InfluentialFeatures(LayerAttribution):
                 "arguments: for several batches pass a list"
             )
         batch = self._single(inputs, forward_args, need_maps=False)
-        return batch.head.weight[_targets(target, batch)] * batch.features
+        contributions = batch.head.weight[_targets(target, batch)] * batch.features
+        return contributions.to(batch.head.device)
 
     def _single(self, inputs: Any, forward_args: Any, need_maps: bool) -> Batch:
         return single_batch(

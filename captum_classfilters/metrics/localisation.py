@@ -113,7 +113,7 @@ def localisation(
                     "pass larger images or another layer="
                 )
             _check_seen(tables, batch.labels)  # type: ignore[arg-type]
-            objects = _objects(silhouette, batch)
+            objects = _objects(silhouette, batch).to(batch.features.device)
             # every map hits an image that is all object, and no map hits one without object
             usable = objects.flatten(1).any(1) & ~objects.flatten(1).all(1)
             objects, labels, maps = objects[usable], batch.labels[usable], batch.maps[usable]  # type: ignore[index]

@@ -17,6 +17,7 @@ from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.intervals import mean_interval, wilson
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.stream import samples
+from captum_classfilters.core.wide import portions, wide
 
 _COLUMNS = ["model", "attack", "control", "tried", "succeeded", "success", "low", "high", "pixels", "l2"]
 
@@ -156,7 +157,7 @@ def _attacked(
     if not callable(attack):
         raise OptionError(f"the function of attack {title!r} must return a Perturbation or a function, got {attack}")
     parts = []
-    for some, wanted in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+    for some, wanted in portions(size, images, labels):
         placed = oracle.place(some)
         with torch.enable_grad():
             # a copy: an attack may write into what it gets
@@ -171,9 +172,10 @@ def _attacked(
 
 
 def _measured(oracle: Oracle, images: Tensor, changed: Tensor, labels: Tensor) -> _Outcome:
-    fooled = ~in_top(oracle.logits(changed), labels.to(changed.device))
+    logits = oracle.logits(changed)
+    fooled = ~in_top(logits, labels.to(logits.device))
     pixels = (changed != images).any(1).flatten(1).sum(1)
-    l2 = (changed.double() - images.double()).flatten(1).norm(dim=1)
+    l2 = (wide(changed) - wide(images)).flatten(1).norm(dim=1)
     return _Outcome(*(values.cpu().numpy() for values in (fooled, pixels, l2)))
 
 

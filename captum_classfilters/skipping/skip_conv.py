@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.wide import full_precision
 from captum_classfilters.skipping.pieces import Piece, Pieces, factors, full, images_in, pooled
 
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -154,7 +155,7 @@ class SkipConv(nn.Module):
         """Which outputs are open, ``(N, K)`` bool: eq. 5, in as few calls as it takes."""
         squeeze, squeeze_bias, excite, excite_bias, device = self._gate
         if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+            with full_precision(device):
                 return self._gates(value)
         hidden = torch.addmm(squeeze_bias, pooled(value, squeeze.dtype), squeeze).relu_()
         return torch.addmm(excite_bias, hidden, excite) > 0

@@ -87,7 +87,7 @@ def branch_maps(
     _check_maps(images, maps, names, share)
     count, _, height, width = images.shape
     shown = [
-        LayerAttribution.interpolate(node.detach().double().cpu(), (height, width), interpolate_mode="bilinear")[:, 0]
+        LayerAttribution.interpolate(node.detach().cpu().double(), (height, width), interpolate_mode="bilinear")[:, 0]
         for node in maps.values()
     ]
     values = np.stack([np.zeros((count, height, width)), *(node.numpy() for node in shown)], axis=2)

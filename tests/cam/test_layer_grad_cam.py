@@ -345,7 +345,7 @@ def test_many_positions_do_not_stall_in_bfloat16(cls):
     model = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1)).bfloat16()
     nn.init.constant_(model[3].weight, 1.0)
     images = torch.ones(1, 1, 56, 56, dtype=torch.bfloat16)
-    found = cls(model, "0").attribute(images, 0, **({} if cls is LayerGradCamPlusPlus else {"stdevs": 0.0}))
+    found = cls(model, "0").attribute(images, 1, **({} if cls is LayerGradCamPlusPlus else {"stdevs": 0.0}))
     g = float(torch.tensor(1 / 3136, dtype=torch.bfloat16))
     expected = 3136 * g / (2 + 3136 * g)
     torch.testing.assert_close(found.float(), torch.full((1, 1, 56, 56), expected), rtol=1e-2, atol=0)
