@@ -52,7 +52,7 @@ def test_tables_of_two_classes(tail):
     head = HeadPass(model, batches()).head
     assert (head.num_classes, head.num_features) == (2, 8)
     filters = InfluentialFeatures(model).attribute(batches(), selector="contribution", class_names=["no", "yes"])
-    sums = torch.stack([features[label == LABELS].mean(0) for label in range(2)])
+    sums = torch.stack([features[label == LABELS].sum(0) for label in range(2)])
     expected = torch.stack([-weight * sums[0], weight * sums[1]])
     torch.testing.assert_close(filters.scores.float(), expected, rtol=1e-4, atol=1e-5)
     assert filters.class_names == ("no", "yes")
