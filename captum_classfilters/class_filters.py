@@ -300,12 +300,13 @@ class ClassFilters:
         check_k(k, self.num_channels, "k")
 
 
-def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any, ClassFilters]:
+def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None, network: Any = None) -> dict[Any, ClassFilters]:
     """`ClassFilters.merge` over the ranks of a process group, by all-reduce: every rank gets the tables of all.
 
     Args:
         group: The process group.
         mine: This rank's tables; None where its shard was empty.
+        network: What they were made with; those of all ranks must have the same weights.
 
     Raises:
         MergeError: The tables do not belong together, or a rank did not come.
@@ -323,7 +324,7 @@ def merge_ranks(group: Any, mine: Mapping[Any, ClassFilters] | None) -> dict[Any
             (key, table.method, table.layer, table.class_names, dict(table.meta), table.merge_rule, names, check)
         )
     same = [f"{index} scores" for index, entry in enumerate(about) if entry[-1] is not None]
-    total, about = sum_over(group, None if mine is None else tensors, about, same=same)
+    total, about = sum_over(group, None if mine is None else tensors, about, same=same, network=network)
     merged = {}
     for i, (key, method, layer, class_names, meta, merge_rule, names, _) in enumerate(about):
         sums = {name: total[f"{i} sums {name}"] for name in names}
@@ -503,13 +504,20 @@ def check_table(filters: ClassFilters, head: Head) -> None:
         )
 
 
-def warn_unseen(filters: ClassFilters, stacklevel: int) -> None:
-    """One warning that names the classes without samples."""
+def warn_unseen(filters: ClassFilters, stacklevel: int, result: Any = None) -> None:
+    """One warning that names the classes without samples.
+
+    Where warnings are errors, the finished ``result`` is the error's ``partial_result``.
+    """
     unseen = [name for name, seen in zip(filters.class_names, filters.seen.tolist(), strict=True) if not seen]
     if unseen:
         shown = ", ".join(unseen[:10]) + (f", ... ({len(unseen)} in all)" if len(unseen) > 10 else "")
-        warnings.warn(
-            f"no sample of class {shown}: its count is 0, top() gives -1 and mask() nothing for it",
-            UnseenClassWarning,
-            stacklevel=stacklevel,
-        )
+        try:
+            warnings.warn(
+                f"no sample of class {shown}: its count is 0, top() gives -1 and mask() nothing for it",
+                UnseenClassWarning,
+                stacklevel=stacklevel,
+            )
+        except UnseenClassWarning as error:
+            error.partial_result = filters if result is None else result  # type: ignore[attr-defined]
+            raise

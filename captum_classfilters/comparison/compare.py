@@ -103,7 +103,7 @@ def compare(
     for answer in answers.values():
         check_table(answer.filters, head)
     tables = {name: answer.filters for name, answer in answers.items()}
-    warn_unseen(tables[selector_name(SELECTORS[0])], stacklevel=3)
+    warn_unseen(tables[selector_name(SELECTORS[0])], stacklevel=3, result=tables)
 
     _say(head_pass, "judging")
     keep, drop = KeepCounts(head, tables, ks, control), DropCounts(head, tables, ks, control)

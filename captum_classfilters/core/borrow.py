@@ -1,37 +1,106 @@
 """Take the user's model for a while and give it back as it was.
 
 Eval mode, hooks and eager execution hold inside one ``with`` block. Nothing is ever written onto the model
-besides these, so restoring what was saved is enough. `core/stream.py` is the main borrower.
+besides these, so restoring what was saved is enough. One thread at a time borrows a module, others wait; a thread that
+runs the model meanwhile without borrowing it runs it in eval mode. `core/head_pass.py` is the main borrower.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 Hook = Callable[..., Any]
+
+
+class _Undone:
+    """What is undone on the way out, last first. Ctrl-C in the middle of it leaves nothing undone behind."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], Any]] = []
+
+    def add(self, step: Callable[[], Any]) -> None:
+        """``step`` may run twice, and before what it undoes was done."""
+        self._steps.append(step)
+
+    def __enter__(self) -> "_Undone":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        interrupted: BaseException | None = None
+        while self._steps:
+            try:
+                while self._steps:
+                    # first run, then taken off: an interrupt between the two runs it again
+                    self._steps[-1]()
+                    self._steps.pop()
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+
+class _Owners:
+    """Which thread borrows which modules; others wait for them."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        # a module's id: the thread, and one object for each time that it borrowed the module
+        self._held: dict[int, tuple[int, set[object]]] = {}
+
+    def take(self, modules: Iterable[nn.Module], thread: int, loan: object) -> None:
+        """Wait until no other thread has any of the modules, then take them all."""
+        keys = [id(module) for module in modules]
+        with self._change:
+            while any(self._held.get(key, (thread,))[0] != thread for key in keys):
+                self._change.wait()
+            for key in keys:
+                self._held.setdefault(key, (thread, set()))[1].add(loan)
+
+    def give_back(self, modules: Iterable[nn.Module], loan: object) -> None:
+        """Undo `take`, whole or begun; a second time does nothing."""
+        with self._change:
+            for key in map(id, modules):
+                if key in self._held:
+                    self._held[key][1].discard(loan)
+                    if not self._held[key][1]:
+                        del self._held[key]
+            self._change.notify_all()
+
+
+_OWNERS = _Owners()
 
 
 class Borrowed:
     """What a borrower may do: put hooks on modules. They leave with the ``with`` block."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
+    def __init__(self, undone: _Undone) -> None:
+        self._undone = undone
 
     def after(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
         """Call ``hook(module, args, output)`` after each forward of ``module``; returns what removes it early."""
-        return self._kept(module.register_forward_hook(hook))
+        return self._set(module._forward_hooks, module.register_forward_hook, hook)
 
     def before(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
         """Call ``hook(module, args)`` before each forward of ``module``; the arguments it returns replace them."""
-        return self._kept(module.register_forward_pre_hook(hook))
+        return self._set(module._forward_pre_hooks, module.register_forward_pre_hook, hook)
 
-    def _kept(self, handle: RemovableHandle) -> Callable[[], None]:
-        self._stack.callback(handle.remove)
-        return handle.remove
+    def _set(self, hooks: dict[int, Hook], register: Callable[[Hook], Any], hook: Hook) -> Callable[[], None]:
+        def ours(*args: Any) -> Any:
+            return hook(*args)
+
+        def remove() -> None:
+            for key in [key for key, value in list(hooks.items()) if value is ours]:
+                hooks.pop(key, None)
+
+        # before the hook is there: an interrupt between the two would leave it behind
+        self._undone.add(remove)
+        register(ours)
+        return remove
 
 
 @contextmanager
@@ -45,18 +114,32 @@ def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False
     """
     # outermost modules are given back first: until torch 2.5 a compiled one writes a stale mode into the one inside
     modules = list(model.modules())[::-1] if model is not None else []
-    training = [module.training for module in modules]
-    with ExitStack() as stack:
+    undone = _Undone()
+    # twice: what an interrupt at the first line of the inner exit leaves, the outer one undoes
+    with _taken(modules), undone, undone, ExitStack() as stack:
+        # read once the modules are ours: another thread may have had them
+        training = [module.training for module in modules]
         for module, was in zip(modules, training, strict=True) if not train else ():
-            stack.callback(setattr, module, "training", was)
+            undone.add(partial(setattr, module, "training", was))
             # not model.eval(): a class that overrides it may do more there than can be undone here
             module.training = False
         if not train:
-            stack.enter_context(torch.set_grad_enabled(grad))
+            undone.add(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+            torch.set_grad_enabled(grad)
         if compiled := list(filter(_is_compiled, modules)):
             # a compiled module skips hooks that were set after its compilation
             stack.enter_context(_eagerly(compiled))
-        yield Borrowed(stack)
+        yield Borrowed(undone)
+
+
+@contextmanager
+def _taken(modules: list[nn.Module]) -> Iterator[None]:
+    loan, undone = object(), _Undone()
+    with undone, undone:
+        # before they are taken: an interrupt between the two would keep them for ever
+        undone.add(partial(_OWNERS.give_back, modules, loan))
+        _OWNERS.take(modules, threading.get_ident(), loan)
+        yield
 
 
 def _is_compiled(module: nn.Module) -> bool:

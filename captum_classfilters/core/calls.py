@@ -5,6 +5,7 @@ The calls are read by symbolic tracing or, where Python code depends on values, 
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def calls_of(model: nn.Module, example: Any = None) -> Calls:
         return _by_running(model, example if isinstance(example, tuple) else (example,))
     with borrowed(model, grad=torch.is_grad_enabled()):
         try:
-            graph = Tracer().trace(model, concrete_args=_defaults(model))
+            graph = _traced(model)
         except Exception as error:  # anything a forward may do to a symbol in the place of a tensor
             raise LayerError(
                 f"{type(model).__name__} cannot be traced: {_first_line(error)}{_where(error)}; pass example_input= "
@@ -89,8 +90,63 @@ def calls_of(model: nn.Module, example: Any = None) -> Calls:
     return _from_graph(model, graph)
 
 
+# torch.fx patches nn.Module while it traces: one trace at a time, or the second would restore the first one's patch
+_TRACING = threading.Lock()
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    """The graph of a model, traced in a thread of its own.
+
+    Only there the patches of torch.fx have an effect (`Tracer`), so other threads run their models meanwhile. Ctrl-C
+    comes to the main thread, so it cannot leave the patches on.
+    """
+    outcome: list[Any] = []
+    grad = torch.is_grad_enabled()
+
+    def trace() -> None:
+        with _TRACING, torch.set_grad_enabled(grad):
+            try:
+                outcome.append(Tracer().trace(model, concrete_args=_defaults(model)))
+            except BaseException as error:
+                outcome.append(error)
+
+    thread = threading.Thread(target=trace, name="captum_classfilters tracing", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()  # the patches must be gone before anything else runs
+        raise
+    result = outcome[0]
+    if isinstance(result, BaseException):
+        raise result
+    graph: fx.Graph = result
+    return graph
+
+
 class Tracer(fx.Tracer):
-    """Looks into everything but torch's own layers, norms, and modules that hold no others."""
+    """Looks into everything but torch's own layers, norms, and modules that hold no others.
+
+    Modules that other threads call while it traces are left alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a module; of another thread's: the call itself."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module; of another thread's: the attribute itself."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of ``m`` stay one call."""

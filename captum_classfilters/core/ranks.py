@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from captum_classfilters.core.errors import EmptyLoaderError, MergeError, OptionError
+from captum_classfilters.core.borrow import unwrap
+from captum_classfilters.core.errors import EmptyLoaderError, MergeError, OptionError, brief
+from captum_classfilters.core.fingerprint import of_network
 
 # True, False, or a group; None: all ranks, where torch.distributed has been started
 Ranks: TypeAlias = "bool | dist.ProcessGroup | None"
@@ -40,7 +42,7 @@ def group_of(ranks: Ranks) -> Any:
 
 
 def sum_over(
-    group: Any, mine: dict[str, Tensor] | None, about: Any, *, same: Collection[str] = ()
+    group: Any, mine: dict[str, Tensor] | None, about: Any, *, same: Collection[str] = (), network: Any = None
 ) -> tuple[dict[str, Tensor], Any]:
     """Add up tensors of all ranks: ``(sums, about)``, on the CPU.
 
@@ -49,6 +51,7 @@ def sum_over(
         mine: Named tensors; None for a rank whose shard was empty.
         about: What must be the same on all ranks for the sum to make sense; anything that compares and pickles.
         same: Names of tensors that all ranks have alike: taken, not added up.
+        network: What the ranks ran; those of all ranks must have the same weights.
 
     Raises:
         MergeError: The ranks' tensors do not belong together, or one did not come.
@@ -57,19 +60,24 @@ def sum_over(
     mine_told = None
     if mine is not None:
         kinds = {name: (tuple(t.shape), t.dtype, name in same) for name, t in mine.items()}
-        mine_told = (kinds, about)
+        mine_told = (kinds, about, of_network(unwrap(network)))
     told: list[Any] = [None] * dist.get_world_size(group)
     _together(partial(dist.all_gather_object, told, mine_told, group))
     present = [found for found in told if found is not None]
     if not present:
         raise EmptyLoaderError("the loaders of all ranks gave no sample; expected at least one batch on one of them")
     for rank, found in enumerate(told):
+        if found is not None and found[:2] == present[0][:2] and found[2] != present[0][2]:
+            raise MergeError(
+                f"the networks of the ranks have different weights (fingerprints {found[2]} on rank {rank} and "
+                f"{present[0][2]} on another); load the same checkpoint on all of them"
+            )
         if found is not None and found != present[0]:
             raise MergeError(
-                f"the ranks do not pass over the same network with the same options: rank {rank} has {found}, another "
-                f"has {present[0]}; give all of them the same"
+                f"the ranks do not pass over the same network with the same options: rank {rank} has {brief(found)}, "
+                f"another has {brief(present[0])}; give all of them the same"
             )
-    kinds, about = present[0]
+    kinds, about, _ = present[0]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
     sums = {}
     for name, (shape, dtype, taken) in kinds.items():
@@ -85,6 +93,6 @@ def _together(step: Callable[[], Any]) -> None:
         step()
     except (RuntimeError, ValueError) as error:
         raise MergeError(
-            f"another rank ended early or did not come in time ({error}); what this rank found is in "
+            f"another rank ended early or did not come in time ({brief(error)}); what this rank found is in "
             "error.partial_result: save it, pass over the lost shard again, and merge the two"
         ) from error

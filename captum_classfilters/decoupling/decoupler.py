@@ -7,7 +7,7 @@ N samples, C classes, L gated layers with K_l channels, K in all.
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -33,13 +33,13 @@ from captum_classfilters.core.errors import (
     brief,
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
+from captum_classfilters.core.fingerprint import fingerprint
 from captum_classfilters.core.labels import check_labels, check_range
 from captum_classfilters.core.outputs import logits_of
 from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling import controller as equations
 from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
 from captum_classfilters.decoupling.costs import Costs, count_costs
-from captum_classfilters.decoupling.fingerprint import fingerprint
 from captum_classfilters.decoupling.paths import Paths
 from captum_classfilters.decoupling.units import Gates, Run, Unit, find_units, not_finite
 from captum_classfilters.skipping.network import GatedConv, SkippingNetwork, skip_closed
@@ -119,11 +119,13 @@ class PathDecoupler(nn.Module):
             example_input = tuple(Placement.of(self.model).move(value) for value in batch)
         calls = calls_of(self.model, example_input)
         self.units: tuple[Unit, ...] = find_units(self.model, layers, calls)
-        self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
+        with _other_randomness(generator):
+            self.controllers = nn.ModuleList(self._controller(unit, reduction, mix, generator) for unit in self.units)
         classes = num_classes or _classes(self.model, calls)
         self.readers: nn.ModuleList | None = None
         if classes:
-            self.readers = nn.ModuleList(self._reader(item, classes, generator) for item in self._controllers())
+            with _other_randomness(generator):
+                self.readers = nn.ModuleList(self._reader(item, classes, generator) for item in self._controllers())
         # not self.train(): batch norms that were frozen by hand stay so
         self.training = self.model.training
         self.controllers.train(self.training)
@@ -571,6 +573,13 @@ def _classes(model: nn.Module, calls: Calls) -> int | None:
         if call.output in calls.returned and call.op == "linear" and call.module:
             return int(model.get_submodule(call.module).out_features)  # type: ignore[arg-type]
     return None
+
+
+@contextmanager
+def _other_randomness(generator: torch.Generator | None) -> Iterator[None]:
+    """With a generator, torch's own stays as it is: layers draw their first weights from it before they are reset."""
+    with nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
+from captum_classfilters.core.fingerprint import fingerprint
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
-from captum_classfilters.decoupling.fingerprint import fingerprint
 from captum_classfilters.detection.conformal import Calibrated
 from captum_classfilters.detection.detectors import load_detector, save_detector
 from captum_classfilters.detection.features import Array, as_array

@@ -191,7 +191,9 @@ class LabelSensitiveTraining:
         # an empty loader has raised
         counts, total = sums.counts, sums["total"]  # type: ignore[union-attr, index]
         if self._group is not None:
-            parts, _ = sum_over(self._group, {"counts": counts, "total": total}, tuple(total.shape))
+            parts, _ = sum_over(
+                self._group, {"counts": counts, "total": total}, tuple(total.shape), network=self._network
+            )
             counts, total = parts["counts"], parts["total"]
         if not bool((counts > 0).all()):
             missing = (counts == 0).nonzero().flatten().tolist()

@@ -99,9 +99,9 @@ class HeadMoments:
         Whatever ends the pass early carries the sums of the batches before it as ``error.partial_result``.
         """
         group = group_of(distributed)
-        sums = _Sums()
+        sums, head_pass = _Sums(), HeadPass.of(model, loader, layer)
         try:
-            with HeadPass.of(model, loader, layer).batches(need_labels=None, description="HeadMoments") as stream:
+            with head_pass.batches(need_labels=None, description="HeadMoments") as stream:
                 for batch in stream:
                     sums.add(batch.features, batch.head)
         except EmptyLoaderError:
@@ -112,7 +112,7 @@ class HeadMoments:
                 error.partial_result = partial  # type: ignore[attr-defined]
             raise
         mine = sums.moments()
-        return mine if group is None else _all_ranks(mine, group)  # type: ignore[return-value]
+        return mine if group is None else _all_ranks(mine, group, head_pass.model)  # type: ignore[return-value]
 
     @staticmethod
     def merge(*parts: "HeadMoments") -> "HeadMoments":
@@ -180,13 +180,13 @@ class _Sums:
         return HeadMoments(total.cpu(), second.cpu(), count, self._layer, self._about)
 
 
-def _all_ranks(mine: HeadMoments | None, group: Any) -> HeadMoments:
+def _all_ranks(mine: HeadMoments | None, group: Any, model: Any) -> HeadMoments:
     tensors = about = None
     if mine is not None:
         tensors = {"total": mine.total, "second": mine.second, "count": torch.tensor(mine.count)}
         about = (mine.layer, dict(mine.about))
     try:
-        sums, (layer, facts) = sum_over(group, tensors, about)
+        sums, (layer, facts) = sum_over(group, tensors, about, network=model)
     except MergeError as error:
         error.partial_result = mine  # type: ignore[attr-defined]
         raise

@@ -196,7 +196,9 @@ class InfluentialFeatures(LayerAttribution):
             run = _Pass(options, correct_only, class_names, inputs, key, self.forward_func)
             result = run.over(stream, group)
         # past Captum's wrapper around `attribute`, to the caller
-        warn_unseen(result if isinstance(result, ClassFilters) else next(iter(result.values())), stacklevel=4)
+        warn_unseen(
+            result if isinstance(result, ClassFilters) else next(iter(result.values())), stacklevel=4, result=result
+        )
         return result
 
     def explain(
@@ -303,11 +305,11 @@ class _Pass:
         try:
             for batch in stream:
                 self._add(batch)
-            tables = self._so_far() if group is None else merge_ranks(group, self._so_far())
+            tables = self._so_far() if group is None else merge_ranks(group, self._so_far(), self._model)
         except EmptyLoaderError:
             if group is None:
                 raise
-            tables = merge_ranks(group, None)
+            tables = merge_ranks(group, None, self._model)
         except BaseException as error:
             if self._tables is not None:
                 error.partial_result = self._named(self._so_far())  # type: ignore[attr-defined]

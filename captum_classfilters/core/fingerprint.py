@@ -32,6 +32,18 @@ def fingerprint(owner: nn.Module, structure: Any, tensors: Iterable[Tensor]) -> 
     return last[1]
 
 
+def of_network(network: Any) -> str:
+    """The fingerprint of a network's parameters; "" for what has none.
+
+    Buffers do not count: running statistics may differ between the ranks of one training.
+    """
+    if not isinstance(network, nn.Module):
+        return ""
+    named = list(network.named_parameters())
+    shapes = [(name, tuple(value.shape)) for name, value in named]
+    return fingerprint(network, shapes, [value for _, value in named])
+
+
 def _version(value: Tensor) -> Any:
     """Something that differs after the tensor has changed; None where torch does not count changes."""
     if not isinstance(value, nn.Parameter):
