@@ -116,7 +116,8 @@ def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False
     modules = list(model.modules())[::-1] if model is not None else []
     undone = _Undone()
     # twice: what an interrupt at the first line of the inner exit leaves, the outer one undoes
-    with _taken(modules), undone, undone, ExitStack() as stack:
+    # a step of training changes no modes, so threads that serve one network need not wait for one another
+    with _taken([] if train else modules), undone, undone, ExitStack() as stack:
         # read once the modules are ours: another thread may have had them
         training = [module.training for module in modules]
         for module, was in zip(modules, training, strict=True) if not train else ():
