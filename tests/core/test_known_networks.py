@@ -6,6 +6,7 @@ import torch
 import torchvision
 from reading import assert_linear, built, random_images, read, tm, tv
 
+from captum_classfilters import InfluentialFeatures, LayerGradCamPlusPlus, decompose
 from captum_classfilters.core.errors import HeadError
 
 TABLE = {
@@ -107,7 +108,38 @@ def zoo_model(name):
     return tv(name)
 
 
+def everything(model, images, logits):
+    """The head, a table, maps, a smaller head and a class activation map, each against a few lines."""
+    batch = read(model, images, need_maps=None)
+    assert_linear(batch, logits)
+    behind, weight = batch.head.feature_map, batch.head.weight
+    table = InfluentialFeatures(model).attribute([(images, torch.arange(2))], selector="contribution")
+    scores = (weight[:2] * batch.features).double()
+    torch.testing.assert_close(table.scores[:2], scores, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
+    same = decompose(model, table, table.num_channels, unseen="dense")
+    with torch.no_grad():
+        again = same(images)
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-3 * float(logits.abs().max()))
+    if behind is None:
+        with pytest.raises(HeadError, match=f"no feature map of {batch.head.num_features} channels behind the head"):
+            InfluentialFeatures(model).explain(images, 1, table, 5)
+        assert batch.head.no_map
+        return
+    heat = InfluentialFeatures(model).explain(images, 1, table, 5)
+    assert heat.shape == (2, 1, *batch.maps.shape[2:])
+    by_hand = (batch.maps * (weight[1] * table.mask(5)[1])[:, None, None]).sum(1, keepdim=True)
+    torch.testing.assert_close(heat, by_hand, rtol=1e-3, atol=1e-4 * float(by_hand.abs().max()))
+    if behind.pooling == "mean":
+        part = (batch.features * weight[1] * table.mask(5)[1]).sum(1)
+        torch.testing.assert_close(heat.mean((1, 2, 3)), part, rtol=1e-2, atol=1e-3 * float(part.abs().max()))
+    cam = LayerGradCamPlusPlus(model, behind.name).attribute(images, 1, channel_weights="ones")
+    assert cam.shape == heat.shape
+    if behind.pooling == "mean" and behind.norm is None and not behind.relu:
+        torch.testing.assert_close(cam, batch.maps.sum(1, keepdim=True), rtol=1e-3, atol=1e-3 * float(cam.abs().max()))
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
 def test_every_classifier_of_torchvision(name):
     model, images = built(zoo_model(name), 224)
@@ -117,7 +149,7 @@ def test_every_classifier_of_torchvision(name):
         return
     with torch.no_grad():
         logits = model(images)
-    assert_linear(read(model, images), logits)
+    everything(model, images, logits)
 
 
 TIMM = (
@@ -126,22 +158,20 @@ TIMM = (
     "cspresnet50 legacy_seresnet18 pit_ti_224 deit_tiny_patch16_224 poolformer_s12 mobilevit_xxs edgenext_xx_small "
     "efficientvit_b0 fastvit_t8 gmlp_s16_224 resmlp_12_224 rexnet_100 inception_next_atto mambaout_femto starnet_s1 "
     "hgnetv2_b0 inception_v3 coatnet_nano_rw_224 focalnet_tiny_srf davit_tiny pvt_v2_b0 mvitv2_tiny twins_pcpvt_small "
-    "hiera_tiny_224"
+    "hiera_tiny_224 levit_128s efficientformer_l1 efficientformerv2_s0 repvit_m0_9"
 )
-# Two heads, averaged; VOLO adds to the class token's logits the largest of the patches'
-TIMM_REFUSED = (
-    "deit_tiny_distilled_patch16_224 levit_128s crossvit_tiny_240 efficientformer_l1 efficientformerv2_s0 repvit_m0_9 "
-    "volo_d1_224"
-)
+# Averaged heads of two tokens, or of two branches; VOLO adds to the class token's logits the largest of the patches'
+TIMM_REFUSED = "deit_tiny_distilled_patch16_224 crossvit_tiny_240 volo_d1_224"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TIMM.split())
 def test_families_of_timm(name):
     model, images = built(tm(name), timm.get_pretrained_cfg(name).input_size[-1])
     with torch.no_grad():
         logits = model(images)
-    assert_linear(read(model, images), logits)
+    everything(model, images, logits)
 
 
 @pytest.mark.slow
