@@ -103,7 +103,7 @@ def _read(
     skip: int,
     on_skipped: Callable[[], None] | None,
 ) -> Iterator[Samples]:
-    empty = True
+    empty, form = True, None
     for index, raw in enumerate(loader):
         if index < skip:
             empty = False
@@ -115,6 +115,13 @@ def _read(
         if size == 0:
             continue
         labels = reader.labels_of(found, size, index)
+        if reader.need and labels is not None:
+            if form not in (None, labels.dim()):
+                raise LabelError(
+                    f"batch {index} has its labels in another form than those before: some are class indices, others "
+                    "rows of 0 and 1; give all in one form"
+                )
+            form = labels.dim()
         if placement is not None:
             inputs = tuple(placement.move(value) for value in inputs)
             labels = None if labels is None else labels.to(placement.device, non_blocking=True)

@@ -299,7 +299,9 @@ class _Pass:
         self._class_names, self._loader, self._key, self._model = class_names, loader, key, model
         self._tables: Tables | None = None
         self._names: tuple[str, ...] = ()
-        self._form: str | None = None  # one label for each sample, or many
+        # rows of 0 and 1 or class indices; rows that are all one-hot are one label for each sample
+        self._many: bool | None = None
+        self._alone: Tables | None = None
 
     def over(self, stream: Iterable[Batch], group: Any) -> Any:
         try:
@@ -321,48 +323,55 @@ class _Pass:
             # names first: a wrong list is refused before anything is counted
             self._names = names_of(self._class_names, batch.head.num_classes, self._loader, self._model)
             self._meta |= batch.head.about()
-            self._tables = Tables(batch.head, self._options)
+            self._tables, self._alone = Tables(batch.head, self._options), Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         labels = batch.labels
         if labels is None and self._by_prediction and _says_many(self._model):
-            labels = torch.zeros_like(logits, dtype=torch.bool)
-        if labels is not None and labels.dim() == 2:
-            self._add_many(labels, features, logits)
+            labels, self._alone = torch.zeros_like(logits, dtype=torch.bool), None
+        if labels is None or labels.dim() == 1:
+            self._check_form(False)
+            self._add_one(self._tables, labels, features, logits)
             return
-        self._one_form("one")
+        self._check_form(True)
+        if self._alone is not None and bool((labels.sum(1) == 1).all()):
+            self._add_one(self._alone, labels.long().argmax(1), features, logits)
+        else:
+            self._alone = None
+            if needing := [name for name in self._options.names if RECORDS[name].needs_labels]:
+                raise OptionError(
+                    f"selectors {needing} tell classes apart by one label for each sample, and these samples have "
+                    "many; leave them out"
+                )
+        self._add_many(labels, features, logits)
+
+    def _add_one(self, tables: Tables, labels: Tensor | None, features: Tensor, logits: Tensor) -> None:
         predicted = logits.argmax(1)
-        classes = predicted if self._by_prediction or batch.labels is None else batch.labels
+        classes = predicted if self._by_prediction or labels is None else labels
         if self._correct_only:
-            right = predicted == batch.labels
+            right = predicted == labels
             features, logits, classes = features[right], logits[right], classes[right]
         if len(classes):
-            self._tables.add(features, logits, classes)
+            tables.add(features, logits, classes)
 
     def _add_many(self, labels: Tensor, features: Tensor, logits: Tensor) -> None:
         """Each sample counts for each of its classes."""
-        self._one_form("many")
         positive = logits > 0
-        chosen = positive if self._by_prediction else labels
-        if self._correct_only:
-            chosen = positive & labels
-        rows, classes = chosen.nonzero(as_tuple=True)
+        own = positive if self._by_prediction else labels
+        rows, classes = (own & positive & labels if self._correct_only else own).nonzero(as_tuple=True)
         if len(rows):
-            self._tables.add(features[rows], logits[rows], classes, chosen[rows])  # type: ignore[union-attr]
+            self._tables.add(features[rows], logits[rows], classes, own[rows])  # type: ignore[union-attr]
 
-    def _one_form(self, form: str) -> None:
-        if self._form not in (None, form):
+    def _check_form(self, many: bool) -> None:
+        if self._many not in (None, many):
             raise LabelError(
                 "some batches have class indices, others rows of 0 and 1; give the labels of all in one form"
             )
-        self._form = form
-        if form == "many" and (needing := [name for name in self._options.names if RECORDS[name].needs_labels]):
-            raise OptionError(
-                f"selectors {needing} tell classes apart by one label for each sample, and these samples have many; "
-                "leave them out"
-            )
+        self._many = many
 
     def _so_far(self) -> dict[Any, ClassFilters]:
-        many = {"labels": "many"} if self._form == "many" else {}
+        if self._many and self._alone is not None:
+            return self._alone.filters(self._names, self._meta)
+        many = {"labels": "many"} if self._many else {}
         return self._tables.filters(self._names, {**self._meta, **many})  # type: ignore[union-attr]
 
     def _named(self, tables: dict[Any, ClassFilters]) -> Any:

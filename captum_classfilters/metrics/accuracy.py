@@ -1,6 +1,7 @@
 """Accuracy of the head when each class keeps its k best channels, for every k and every table in one pass."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +13,13 @@ from torch.nn import functional as F
 from captum_classfilters.class_filters import ClassFilters, check_table, named_tables, names_of
 from captum_classfilters.core.check import integers
 from captum_classfilters.core.control import Control
-from captum_classfilters.core.errors import LabelError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import chance_shares, shares, with_all
+from captum_classfilters.core.many_labels import ManyScores
 from captum_classfilters.heads.decompose import check_refit
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refitter
-from captum_classfilters.metrics.many_labels import RESAMPLES, bootstrapped, over_draws, quality
 
 # How many weights of sparse heads are multiplied at once
 _CELLS = 2**24
@@ -78,16 +78,18 @@ def accuracy_curve(
     channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
     ks = integers(ks, "ks", 1, channels, meaning="the number of channels")
     names = next((table.class_names for table in tables.values()), None)
-    counts: KeepCounts | KeepScores | None = None
     with head_pass.batches(description="accuracy_curve", many_labels=True) as stream:
-        for batch in stream:
-            if counts is None:
-                if names is None:
-                    names = names_of(head_pass.class_names, batch.head.num_classes, head_pass.loader, head_pass.model)
-                kind = KeepScores if batch.labels.dim() == 2 else KeepCounts  # type: ignore[union-attr]
-                counts = kind(batch.head, tables, ks, control, refit, moments)
-            counts.add(batch)
-    return counts.frame(names)  # type: ignore[union-attr,arg-type]
+        many, batches = ManyScores.read(stream, control.seed)
+        first = next(batches, None) if many is None else None
+        head: Head = (many or first).head  # type: ignore[union-attr]
+        if names is None:
+            names = names_of(head_pass.class_names, head.num_classes, head_pass.loader, head_pass.model)
+        counts = KeepCounts(head, tables, ks, control, refit, moments)
+        if many is not None:
+            return counts.frame_of_many(many, names)
+        for batch in chain([first], batches):
+            counts.add(batch)  # type: ignore[arg-type]
+    return counts.frame(names)
 
 
 class KeepCounts:
@@ -131,11 +133,6 @@ class KeepCounts:
     def add(self, batch: Batch) -> None:
         """Count a batch."""
         labels: Tensor = batch.labels  # type: ignore[assignment]
-        if labels.dim() == 2:
-            raise LabelError(
-                "the labels of earlier batches were class indices, those of a later one are rows of 0 and 1; give all "
-                "in one form"
-            )
         dense = batch.logits.argmax(1)
         self._samples.index_add_(0, labels, torch.ones_like(labels))
         self._dense.index_add_(0, labels, (dense == labels).long())
@@ -154,11 +151,6 @@ class KeepCounts:
         for dense, small in zip(weight, heads, strict=True):
             dense.scatter_(1, small.indices, small.weight)
         return weight.flatten(0, 1), torch.cat([small.bias for small in heads])
-
-    def heads(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weight ``(C, K)`` and bias of each small head: of every table, then of every draw, each for all ks."""
-        for small in self._heads:
-            yield self._spread([small])
 
     def frame(self, class_names: Sequence[str]) -> pd.DataFrame:
         """The frame that `accuracy_curve` returns."""
@@ -196,83 +188,36 @@ class KeepCounts:
             parts.append(rows("random", k, chance_shares(right[drawn, place], samples), agreement))
         return pd.concat(parts, ignore_index=True)
 
-
-class KeepScores:
-    """As `KeepCounts`, of many labels: keeps the features, since an average precision needs all logits at once.
-
-    The arguments are those of `KeepCounts`.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        tables: Mapping[str, ClassFilters],
-        ks: Sequence[int],
-        control: Control,
-        refit: str | None = None,
-        moments: HeadMoments | None = None,
-    ) -> None:
-        self._counts = KeepCounts(head, tables, ks, control, refit, moments)
-        self._names, self._ks, self._control = list(tables) or ["omp"], ks, control
-        self._features: list[Tensor] = []
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
-
-    def add(self, batch: Batch) -> None:
-        """Keep a batch."""
-        if batch.labels is None or batch.labels.dim() != 2:
-            raise LabelError(
-                "the labels of earlier batches were rows of 0 and 1, those of a later one are class indices; give all "
-                "in one form"
-            )
-        self._features.append(batch.features)
-        self._logits.append(batch.logits)
-        self._labels.append(batch.labels)
-
-    def frame(self, class_names: Sequence[str]) -> pd.DataFrame:
+    def frame_of_many(self, scores: ManyScores, class_names: Sequence[str]) -> pd.DataFrame:
         """The frame that `accuracy_curve` returns of many labels."""
-        features, dense, labels = torch.cat(self._features), torch.cat(self._logits), torch.cat(self._labels)
-        samples = np.concatenate([[len(labels)], labels.sum(0).cpu().numpy()])
-        whole = quality(dense, labels, RESAMPLES, self._control.seed)
+        features, dense = scores.features, scores.logits
+        heads: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        for index, small in enumerate(self._heads):
+            table, place = divmod(index, len(self._ks))
+            name = self._names[table] if table < len(self._names) else "random"
+            heads.setdefault((name, self._ks[place]), []).append(self._spread([small]))
+        whole = scores.columns(dense)
 
-        def rows(name: str, k: int, values: Any, agreement: Any) -> pd.DataFrame:
-            (precision, ap_low, ap_high), (accuracy, low, high) = values
+        def rows(name: str, k: int, columns: dict[str, Any], agreement: Any) -> pd.DataFrame:
             return pd.DataFrame(
                 {
                     "filters": name,
                     "control": name == "random",
                     "k": k,
                     "class_name": ["all", *class_names],
-                    "average_precision": precision,
-                    "ap_low": ap_low,
-                    "ap_high": ap_high,
-                    "balanced_accuracy": accuracy,
-                    "low": low,
-                    "high": high,
-                    "relative": precision / whole.precision[0],
+                    **columns,
+                    "relative": columns["average_precision"] / whole["average_precision"],
                     "agreement": agreement,
-                    "samples": samples,
+                    "samples": scores.samples,
                 }
             )
 
-        judged = (bootstrapped(whole.precision), bootstrapped(whole.accuracy))
-        parts = [rows("dense", features.shape[1], judged, np.ones(len(samples)))]
-        signs, chance = dense > 0, {k: ([], [], []) for k in self._ks}  # type: ignore[var-annotated]
-        for index, (weight, bias) in enumerate(self._counts.heads()):
-            logits = F.linear(features.to(weight.dtype), weight, bias)
-            place, k = divmod(index, len(self._ks))[0], self._ks[index % len(self._ks)]
-            same = ((logits > 0) == signs).double().mean(0).cpu().numpy()
-            agreement = np.concatenate([[same.mean()], same])
-            if place < len(self._names):
-                result = quality(logits, labels, RESAMPLES, self._control.seed)
-                values = (bootstrapped(result.precision), bootstrapped(result.accuracy))
-                parts.append(rows(self._names[place], k, values, agreement))
-            else:
-                result = quality(logits, labels)
-                for kept, value in zip(chance[k], (*(part[0] for part in result), agreement), strict=True):
-                    kept.append(value)
-        for k, (precision, accuracy, agreements) in chance.items():
-            parts.append(rows("random", k, (over_draws(precision), over_draws(accuracy)), np.mean(agreements, 0)))
+        parts = [rows("dense", features.shape[1], whole, 1.0)]
+        for (name, k), small_heads in heads.items():
+            logits = [F.linear(features.to(weight.dtype), weight, bias) for weight, bias in small_heads]
+            columns = scores.chance_columns(logits) if name == "random" else scores.columns(logits[0])
+            same = torch.stack([((few > 0) == (dense > 0)).double().mean(0) for few in logits]).mean(0).cpu().numpy()
+            parts.append(rows(name, k, columns, np.append(same.mean(), same)))
         return pd.concat(parts, ignore_index=True)
 
 

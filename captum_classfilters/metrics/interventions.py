@@ -22,6 +22,8 @@ from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import Floats, chance_shares, draws_interval, shares, with_all
+from captum_classfilters.core.many_labels import ManyScores
+from captum_classfilters.metrics.many_interventions import ablation_of_many, masking_of_many
 
 MODES = ("noise", "zero", "mean")
 KINDS = ("deletion", "insertion")
@@ -91,6 +93,9 @@ def class_ablation(
         is True). ``accuracy`` (recall), ``low``, ``high`` (Wilson; Student-t over draws for the control), ``drop``
         (intact accuracy minus this one), ``samples``.
 
+        Of many labels: average precision and balanced accuracy with the columns of `accuracy_curve`, each class judged
+        on all samples by its own logit; ``drop`` is that of the average precision.
+
     Raises:
         OptionError: k or modes is out of range; ``"mean"`` without ``means``, and a feature is negative.
         ShapeError: A table belongs to another network.
@@ -109,8 +114,9 @@ def class_ablation(
     sets = torch.stack([influential, ~influential, *chance])
     right = {mode: np.zeros((len(sets), size), int) for mode in modes}
     intact, samples = np.zeros(size, int), np.zeros(size, int)
-    with head_pass.batches(description="class_ablation") as stream:
-        for batch in stream:
+    with head_pass.batches(description="class_ablation", many_labels=True) as stream:
+        many, batches = ManyScores.read(stream, control.seed)
+        for batch in batches:
             check_table(filters, batch.head)
             # a class without samples in the table has no channels to overwrite
             seen = filters.seen.to(batch.features.device)[batch.labels]
@@ -123,6 +129,10 @@ def class_ablation(
                 for row, chosen in enumerate(sets):
                     logits = overwritten_logits(features, chosen.to(labels.device)[labels], batch.head, values)
                     right[mode][row] += count_by_class(logits.argmax(1) == labels, labels, size)
+    if many is not None:
+        check_table(filters, many.head)
+        writing = {mode: _written(mode, many.features, many.head.name, filters, means, generator) for mode in modes}
+        return ablation_of_many(many, filters, sets, writing)
     total = with_all(samples)
     whole = shares(with_all(intact), total)
     parts = [("intact", "none", False, *whole)]
@@ -263,6 +273,9 @@ def class_masking(
         with none above the threshold), ``class_name``, ``recall``, ``low``, ``high`` (Wilson; Student-t over draws for
         the control), ``intact`` (recall with all channels), ``drop`` (intact minus recall), ``samples``.
 
+        Of many labels: average precision and balanced accuracy with the columns of `accuracy_curve`, each class judged
+        on all samples by its own logit; ``intact`` and ``drop`` are those of the average precision.
+
     Raises:
         OptionError: k or threshold is out of range, or both or neither is given.
         ShapeError: A table belongs to another network.
@@ -271,13 +284,18 @@ def class_masking(
     sets = _CaseSets(_channels_of(filters, k, threshold), control)
     size = filters.num_classes
     right, samples = np.zeros((1 + len(sets.masks), size), int), np.zeros(size, int)
-    with head_pass.batches(description="class_masking") as stream:
-        for batch in stream:
+    with head_pass.batches(description="class_masking", many_labels=True) as stream:
+        many, batches = ManyScores.read(stream, control.seed)
+        for batch in batches:
             check_table(filters, batch.head)
             labels: Tensor = batch.labels  # type: ignore[assignment]
             samples += count_by_class(torch.ones_like(labels, dtype=torch.bool), labels, size)
             for rows, predicted in _predictions(batch, sets.masks):
                 right[rows] += count_by_class(predicted == labels, labels, size)
+    if many is not None:
+        check_table(filters, many.head)
+        cases = [sets.masks[sets.of_case(case) - 1 : sets.of_case(case) + control.draws] for case in range(size)]
+        return masking_of_many(many, filters, cases)
     hits, total = with_all(right), with_all(samples)
     intact = shares(hits[0], total)[0]
     frames = []

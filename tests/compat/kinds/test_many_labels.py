@@ -23,7 +23,7 @@ from captum_classfilters import (
 from captum_classfilters.comparison import aggregate
 from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import LabelError, OptionError
-from captum_classfilters.metrics.many_labels import average_precision, balanced_accuracy, quality
+from captum_classfilters.core.many_labels import average_precision, balanced_accuracy, quality
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(60, 3, 8, 8, generator=GENERATOR)
@@ -256,6 +256,59 @@ def test_a_class_that_nobody_has_is_nan():
     assert np.isnan(frame.ap_low["dense", "d"])
     known = [frame.average_precision["dense", name] for name in "abce"]
     assert frame.average_precision["dense", "all"] == pytest.approx(np.mean(known))
+
+
+OVERWRITTEN = {"zero": lambda f: torch.zeros_like(f), "mean": lambda f: f.mean(0).expand_as(f)}
+
+
+@pytest.mark.parametrize("mode", OVERWRITTEN)
+def test_ablation_judges_each_class_by_its_own_logit(mode):
+    result = table(selector="contribution")
+    frame = metrics.class_ablation(MODEL, result, loader(), 3, modes=[mode], means=FEATURES.mean(0))
+    frame = frame.set_index(["mode", "channels", "class_name"]).average_precision
+    for channels, mask in (("influential", result.mask(3)), ("rest", ~result.mask(3))):
+        for c, name in enumerate(NAMES):
+            changed = torch.where(mask[c], OVERWRITTEN[mode](FEATURES), FEATURES)
+            logits = changed @ WEIGHT[c] + MODEL.fc.bias.detach()[c]
+            expected = average_precision_score(LABELS[:, c].numpy(), logits.numpy())
+            assert frame[mode, channels, name] == pytest.approx(expected, rel=1e-5)
+    assert frame["intact", "none", "a"] == pytest.approx(
+        average_precision_score(LABELS[:, 0].numpy(), LOGITS[:, 0].numpy())
+    )
+
+
+def test_masking_judges_all_classes():
+    result = table(selector="contribution")
+    frame = metrics.class_masking(MODEL, result, loader(), k=3)
+    kept = frame[~frame.control].set_index(["masked", "class_name"])
+    for row, masked in enumerate(NAMES):
+        logits = nn.functional.linear(FEATURES * ~result.mask(3)[row], WEIGHT, MODEL.fc.bias.detach())
+        expected = [balanced_accuracy_score(LABELS[:, c].numpy(), logits[:, c].numpy() > 0) for c in range(C)]
+        np.testing.assert_allclose(kept.loc[masked].balanced_accuracy[list(NAMES)], expected, rtol=1e-6)
+    assert set(frame.channels) == {3}
+    assert frame.control.sum() == C * (C + 1)
+
+
+def test_rows_with_one_class_each_are_one_label():
+    """In the whole loader: then a softmax is meant, and everything is as with class indices."""
+    classes = torch.arange(60) % C
+    rows = torch.eye(C)[classes]
+    for options in (
+        {"selector": ["ablation", "margin", "correlation", "histogram"]},
+        {"selector": ["ablation"], "correct_only": True},
+    ):
+        one, other = (table(labels, **options) for labels in (classes, rows))
+        for name in one:
+            assert torch.equal(one[name].scores, other[name].scores)
+            assert one[name].meta == other[name].meta
+    result = table(classes)
+    for measure in (
+        lambda x: metrics.accuracy_curve(MODEL, result, x, [2]),
+        lambda x: metrics.class_ablation(MODEL, result, x, 2),
+        lambda x: metrics.class_masking(MODEL, result, x, k=2),
+        lambda x: compare(MODEL, x, x, ks=[2]).drop(columns="passes"),
+    ):
+        assert measure(loader(classes)).equals(measure(loader(rows)))
 
 
 # -- what takes one label for each sample says so ----------------------------------------------------------------------

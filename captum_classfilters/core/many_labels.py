@@ -4,12 +4,16 @@ Average precision goes by the order of a class's logits, balanced accuracy by th
 over samples. N samples, C classes, B resamples.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_classfilters.core.head_pass import Batch
 from captum_classfilters.core.intervals import Floats, mean_interval
 
 RESAMPLES = 200
@@ -94,17 +98,79 @@ def quality(logits: Tensor, labels: Tensor, resamples: int = 0, seed: int = 0) -
     return Quality(*(_with_mean(np.concatenate(part)) for part in zip(*parts, strict=True)))
 
 
-def bootstrapped(values: Floats) -> tuple[Any, Any, Any]:
+class ManyScores:
+    """What a pass of many labels keeps: an average precision needs all logits at once.
+
+    Args:
+        batches: With labels ``(N, C)`` bool.
+        seed: Seed of the bootstrap.
+    """
+
+    def __init__(self, batches: Sequence[Batch], seed: int = 0) -> None:
+        self._batches, self._seed, self.head = batches, seed, batches[0].head
+
+    @classmethod
+    def read(cls, stream: Iterator[Batch], seed: int) -> tuple["ManyScores | None", Iterator[Batch]]:
+        """Tell many labels from one for each sample: the scores of many, or None and the batches of one.
+
+        Rows of which each has one class, in the whole loader, are one label for each sample.
+        """
+        first = next(stream)
+        if first.labels is None or first.labels.dim() == 1:
+            return None, chain([first], stream)
+        kept = [batch._replace(inputs=(), extras=(), maps=None) for batch in chain([first], stream)]
+        if not all(bool((batch.labels.sum(1) == 1).all()) for batch in kept if batch.labels is not None):
+            return cls(kept, seed), iter(())
+        return None, (
+            batch._replace(labels=batch.labels.long().argmax(1)) for batch in kept if batch.labels is not None
+        )
+
+    @property
+    def features(self) -> Tensor:
+        """``(N, K)``."""
+        return torch.cat([batch.features for batch in self._batches])
+
+    @property
+    def logits(self) -> Tensor:
+        """``(N, C)``, of the full head."""
+        return torch.cat([batch.logits for batch in self._batches])
+
+    @property
+    def labels(self) -> Tensor:
+        """``(N, C)`` bool."""
+        return torch.cat([batch.labels for batch in self._batches if batch.labels is not None])
+
+    @property
+    def samples(self) -> Any:
+        """How many samples, then how many have each label: ``(1 + C,)``."""
+        labels = self.labels
+        return np.concatenate([[len(labels)], labels.sum(0).cpu().numpy()])
+
+    def columns(self, logits: Tensor) -> dict[str, Any]:
+        """Columns of a frame, ``(1 + C,)`` each, with bootstrap 95 % intervals over samples."""
+        result = quality(logits, self.labels, RESAMPLES, self._seed)
+        return _named(_bootstrapped(result.precision), _bootstrapped(result.accuracy))
+
+    def chance_columns(self, draws: Iterable[Tensor]) -> dict[str, Any]:
+        """The same of a control: means over its draws with their Student-t intervals."""
+        results = [quality(logits, self.labels) for logits in draws]
+        return _named(
+            mean_interval(np.stack([result.precision[0] for result in results])),
+            mean_interval(np.stack([result.accuracy[0] for result in results])),
+        )
+
+
+def _named(precision: tuple[Any, Any, Any], accuracy: tuple[Any, Any, Any]) -> dict[str, Any]:
+    names = ("average_precision", "ap_low", "ap_high", "balanced_accuracy", "low", "high")
+    return dict(zip(names, (*precision, *accuracy), strict=True))
+
+
+def _bootstrapped(values: Floats) -> tuple[Any, Any, Any]:
     """The value of row 0 and the central 95 % of the other rows."""
     known = ~np.isnan(values).all(0)
     low, high = np.full((2, values.shape[1]), np.nan)
     low[known], high[known] = np.nanquantile(values[1:][:, known], [0.025, 0.975], axis=0)
     return values[0], low, high
-
-
-def over_draws(values: list[Floats]) -> tuple[Any, Any, Any]:
-    """Mean over the draws of a control, ``(1 + C,)`` each, with its Student-t interval."""
-    return mean_interval(np.stack(values))
 
 
 def _with_mean(values: Floats) -> Floats:
