@@ -183,14 +183,14 @@ def test_precision_and_accuracy_are_scikit_learns(seed):
 
 def test_intervals_are_those_of_the_bootstrap():
     """Against resampling with replacement, one class at a time; both draw at random."""
-    ours = quality(LOGITS, LABELS, 400).precision[1:, 1:]
+    ours = quality(LOGITS, LABELS, 200).precision[1:, 1:]
     generator = np.random.default_rng(7)
-    theirs = np.empty((400, C))
+    theirs = np.empty((200, C))
     for row in theirs:
         chosen = generator.integers(0, 60, 60)
         row[:] = [average_precision_score(LABELS[chosen, c].numpy(), LOGITS[chosen, c].numpy()) for c in range(C)]
     for share in (0.025, 0.5, 0.975):
-        np.testing.assert_allclose(np.quantile(ours, share, 0), np.quantile(theirs, share, 0), atol=0.05)
+        np.testing.assert_allclose(np.quantile(ours, share, 0), np.quantile(theirs, share, 0), atol=0.06)
 
 
 @pytest.fixture(scope="module")
