@@ -104,10 +104,14 @@ class ManyScores:
     Args:
         batches: With labels ``(N, C)`` bool.
         seed: Seed of the bootstrap.
+
+    Attributes:
+        first: The first batch.
+        head: The head.
     """
 
     def __init__(self, batches: Sequence[Batch], seed: int = 0) -> None:
-        self._batches, self._seed, self.head = batches, seed, batches[0].head
+        self._batches, self._seed, self.first, self.head = batches, seed, batches[0], batches[0].head
 
     @classmethod
     def read(cls, stream: Iterator[Batch], seed: int) -> tuple["ManyScores | None", Iterator[Batch]]:

@@ -313,7 +313,8 @@ class PathDecoupler(nn.Module):
         """The calculation path of every image, packed to one bit for each channel.
 
         Args:
-            loader: Batches of ``(inputs, labels)`` or of inputs alone; read once. A tensor is one batch.
+            loader: Batches of ``(inputs, labels)`` or of inputs alone; read once. A tensor is one batch. What is no
+                class of each sample (file names, many labels, -1 throughout) is no label.
             logits: Also keep g of eq. 2, as float32.
             show_progress: Show a tqdm bar.
 

@@ -3,7 +3,7 @@
 C classes, K weights in each.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from captum_classfilters.core.control import Control
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import Floats, mean_interval, wilson
+from captum_classfilters.core.many_labels import ManyScores
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.splitting.ald_splitter import ALDSplitter
 from captum_classfilters.splitting.laplace import fit_mle, ks_distance
@@ -117,7 +118,8 @@ def pruning_curve(
         One row for each criterion and share: ``criterion``, ``share``, ``control`` (True where the criterion is
         ``"random"``), ``weights`` that are left; ``accuracy``, ``low``, ``high`` (Wilson; Student-t over draws for the
         control), ``agreement`` with the whole head's predictions, ``agreement_low``, ``agreement_high``, ``samples``.
-        Accuracy is NaN without labels.
+        Accuracy is NaN without labels. Of many labels: ``average_precision`` and ``balanced_accuracy``, means over
+        classes, with the columns of `metrics.accuracy_curve`; ``agreement`` of the logits' signs.
 
     Raises:
         OptionError: ``shares`` or ``criteria`` are out of range.
@@ -132,8 +134,12 @@ def pruning_curve(
     heads: dict[tuple[str, float], list[Tensor]] = {}
     tallies: dict[tuple[str, float], Tensor] = {}
     samples, labelled = 0, True
-    with HeadPass.of(model, loader, layer).batches(need_labels=False, description="pruning_curve") as stream:
-        for batch in stream:
+    head_pass = HeadPass.of(model, loader, layer)
+    with head_pass.batches(need_labels=False, description="pruning_curve", many_labels=True) as stream:
+        many, batches = ManyScores.read(stream, control.seed)
+        if many is not None:
+            return _pruned_of_many(many, _kept(many.first, names, all_shares, control))
+        for batch in batches:
             if not heads:
                 kept = _kept(batch, names, all_shares, control)
                 heads = {
@@ -152,6 +158,23 @@ def pruning_curve(
     return pd.DataFrame(
         [_pruned_row(*key, left[key], tally.numpy(), samples, labelled) for key, tally in tallies.items()]
     )
+
+
+def _pruned_of_many(scores: ManyScores, kept: Mapping[tuple[str, float], list[Tensor]]) -> pd.DataFrame:
+    """The frame of `pruning_curve` of many labels."""
+    head, rows = scores.head, []
+    features, whole = scores.features.to(head.weight.dtype), scores.logits > 0
+    for (criterion, share), masks in kept.items():
+        weights = [head.weight * mask.to(head.weight.device) for mask in masks]
+        logits = [F.linear(features, weight, head.bias) for weight in weights]
+        chance = criterion == "random" and len(logits) > 1
+        columns = scores.chance_columns(logits) if chance else scores.columns(logits[0])
+        row = {"criterion": criterion, "share": share, "control": criterion == "random"}
+        row["weights"] = float(np.mean([int((weight != 0).sum()) for weight in weights]))
+        row |= {name: values[0] for name, values in columns.items()}
+        row["agreement"] = float(np.mean([float(((few > 0) == whole).double().mean()) for few in logits]))
+        rows.append({**row, "samples": len(features)})
+    return pd.DataFrame(rows)
 
 
 # -- evidence ----------------------------------------------------------------------------------------------------------

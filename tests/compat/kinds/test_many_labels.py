@@ -289,6 +289,16 @@ def test_masking_judges_all_classes():
     assert frame.control.sum() == C * (C + 1)
 
 
+def test_pruning():
+    frame = metrics.pruning_curve(MODEL, loader(), [0.5], criteria=["magnitude"]).set_index(["criterion", "share"])
+    kept = torch.zeros(C, K, dtype=torch.bool).scatter_(1, WEIGHT.abs().argsort(1)[:, K // 2 :], True)
+    logits = nn.functional.linear(FEATURES, WEIGHT * kept, MODEL.fc.bias.detach())
+    expected = np.mean([average_precision_score(LABELS[:, c].numpy(), logits[:, c].numpy()) for c in range(C)])
+    assert frame.average_precision["magnitude", 0.5] == pytest.approx(expected, rel=1e-5)
+    assert frame.agreement["magnitude", 0.5] == pytest.approx(float(((logits > 0) == (LOGITS > 0)).double().mean()))
+    assert frame.control["random", 0.5]
+
+
 def test_rows_with_one_class_each_are_one_label():
     """In the whole loader: then a softmax is meant, and everything is as with class indices."""
     classes = torch.arange(60) % C
