@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from captum_classfilters.heads import recover as recover
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
     from captum_classfilters.metrics import explain_confusion as explain_confusion
+    from captum_classfilters.report import Report as Report
+    from captum_classfilters.report import ReportOptions as ReportOptions
+    from captum_classfilters.report import report as report
     from captum_classfilters.splitting import ALDSplitter as ALDSplitter
     from captum_classfilters.splitting import ALDTree as ALDTree
 
@@ -79,6 +82,8 @@ _HOMES = {
     "PathOutlierDetector": "detection",
     "PathPairs": "detection",
     "Paths": "decoupling",
+    "Report": "report",
+    "ReportOptions": "report",
     "WithOutput": "core.outputs",
     "adversarial_paths": "detection",
     "aggregate": "comparison",
@@ -95,6 +100,7 @@ _HOMES = {
     "heads": "heads",
     "metrics": "metrics",
     "recover": "heads",
+    "report": "report",
     "splitting": "splitting",
     "visualize": "visualize",
 }

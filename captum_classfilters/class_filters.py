@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from numbers import Integral
 from typing import Any
 
@@ -295,6 +296,28 @@ class ClassFilters:
                 checked_tensor(tensors, name, torch.float64, *shape)
             sums = {name.removeprefix("sums "): tensors.pop(name) for name in list(tensors) if name[:5] == "sums "}
             return cls(**{**tensors, **about, "sums": sums})
+
+    def report(
+        self, model: Any, loader: Any, path: str | os.PathLike[str] = "report.html", *, options: Any = None
+    ) -> Any:
+        """Write one HTML file that shows this table, its channels, confusions and suspects; see `report`.
+
+        Args:
+            model: The network that the table is of; borrowed.
+            loader: Batches ``(inputs, labels)`` to judge and to show; not those that the table was made from.
+            path: The file to write.
+            options: `ReportOptions`; None: as they are by default.
+
+        Returns:
+            A `Report`.
+
+        Raises:
+            As `report` does.
+        """
+        # the room of reports is above this floor
+        room: Any = import_module("captum_classfilters.report")
+        chosen = room.ReportOptions() if options is None else options
+        return room.report(model, None, loader, path, filters=self, options=chosen)
 
     def _check_k(self, k: int) -> None:
         check_k(k, self.num_channels, "k")

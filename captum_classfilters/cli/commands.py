@@ -1,6 +1,7 @@
 """What each command does, from top to bottom."""
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -94,6 +95,66 @@ def decompose(options: Any) -> None:
             tables = None if filters is None else {filters.method: filters}
             _judge(job, options, tables, [options.k], refit=refit, moments=moments)
         job.output.text("decompose.json", as_json(job.console.facts) + "\n")
+
+
+def report(options: Any) -> None:
+    """A network and its images in, one HTML file out."""
+    from captum_classfilters.report import ReportOptions
+    from captum_classfilters.report import report as write_report
+
+    target = options.out
+    if not options.folder and (target.is_dir() or not target.suffix):
+        target = target / "report.html"
+    place = options.out = target.parent
+    with working(options, [] if options.folder else [target.name]) as job:
+        settings = ReportOptions(
+            k=options.k,
+            max_mb=options.max_mb,
+            folder=options.folder,
+            selector=options.selector,
+            pixels=job.preprocessing.pixels,
+            methods=_compared(job, options) if options.methods else None,
+            title=options.title or job.network.about.partition(",")[0],
+            command=_command_line(),
+            show_progress=_bars(options),
+        )
+        training = HeadPass(
+            job.model, job.loader, layer=options.layer, class_names=job.class_names, show_progress=_bars(options)
+        )
+        with _counting(job):
+            made = write_report(training, None, job.judge, target, options=settings)
+        job.output.written.append(made.path)
+        job.console.facts |= {
+            "report": str(made.path),
+            "bytes": made.size,
+            "dropped": list(made.dropped),
+            "suspects": made.suspects.head(10).to_dict("records"),
+        }
+        for words in made.dropped:
+            job.console.note(words)
+        first = made.suspects.head(3)
+        job.console.say(
+            "\nFirst suspects: channels that could be shortcuts (look at the pictures before you believe it)"
+        )
+        for row in first.itertuples():
+            job.console.say(
+                f"  channel {row.channel:<6}{row.class_name:<20} recall {row.recall:.3f}, without it {row.without:.3f}"
+            )
+        job.console.say(f"\n{made.size / 1e6:.1f} MB. Open {made.path if place != Path('.') else made.path.name}")
+
+
+def _compared(job: Job, options: Any) -> Any:
+    """All methods on the same images."""
+    from captum_classfilters import compare
+
+    judged = job.judge if job.judge is not None else job.loader
+    ks = [k for k in (1, 3, 5, 10) if k <= job.head.num_features]
+    return compare(job.model, job.loader, judged, ks, layer=options.layer)
+
+
+def _command_line() -> str:
+    """What was typed, to repeat it."""
+    return shlex.join(["captum-classfilters", *sys.argv[1:]])
 
 
 def watch(options: Any) -> None:

@@ -359,7 +359,7 @@ class Preprocessing:
 
     def pixels(self, images: Tensor) -> Tensor:
         """Preprocessed images ``(N, colours, H, W)`` as pictures in [0, 1]."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:

@@ -27,11 +27,13 @@ def run_demo(out: Path) -> None:
         LabelSensitiveGate,
         PathDecoupler,
         PathDetector,
+        ReportOptions,
         adversarial_paths,
         attacks,
         decompose,
         explain_confusion,
         metrics,
+        report,
         visualize,
     )
     from captum_classfilters.assets import gate_file, load_demo_network, load_images, paths_file
@@ -143,5 +145,14 @@ def run_demo(out: Path) -> None:
     )  # fmt: skip
     figure.savefig(out / "explain.png", dpi=120, bbox_inches="tight")
     filters.save(out / "filters.safetensors")
+    made = report(
+        model,
+        train.batches(),
+        test.batches(),
+        out / "report.html",
+        class_names=train.class_names,
+        options=ReportOptions(title="ResNet-20 on Fashion-MNIST", command=f"captum-classfilters demo --out {out}"),
+    )
     print(f"\n{len(pictures) + 1} pictures and filters.safetensors are in {out.resolve()}")
+    print(f"One page with all of it, for anybody to read ({made.size / 1e6:.1f} MB): open {out / 'report.html'}")
     print(f"took {time.perf_counter() - started:.0f} s on {device}")

@@ -28,6 +28,12 @@ dict (how to load it again is printed); decompose.json; the filters and moments 
 
   captum-classfilters decompose resnet18 pets/train --weights pets.pt --k 5 --refit omp --judge pets/val --out small
 """,
+    "report": """\
+One HTML file that anybody can open: your classes, their channels with pictures, why images are confused (set channels
+to 0 and see), and suspects, channels that look like shortcuts. It needs no network, no server and no installation.
+
+  captum-classfilters report resnet18 pets/train --weights pets.pt --judge pets/val --out report.html
+""",
     "watch": """\
 Which of these images are unlike those that the network was trained on? The share of false alarms is promised, from
 other images that are clean. Writes into DIR: scores.csv (strangeness, p-value and alarm of each image), alarms.png (the
@@ -59,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, add, about in (
         ("attribute", _attribute, "your network, your images: class filters in a file, a table, pictures"),
         ("decompose", _decompose, "the same network with a head that reads only k features for each class"),
+        ("report", _report, "one HTML file: classes, channels, confusions, suspects, for anybody to open"),
         ("watch", _watch, "alarms for images unlike those that your network was trained on"),
     ):
         command = commands.add_parser(
@@ -68,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_MODEL,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _shared(command, judge=name != "watch")
+        _shared(command, judge=name != "watch", out="FILE" if name == "report" else "DIR")
         add(command)
     return parser
 
@@ -130,16 +137,37 @@ def _watch(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(k=1, judge=None, judge_split=None)
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    judged = [name for name in SELECTORS if name != "random"]
+    parser.add_argument("--selector", choices=judged, default="histogram", help="how channels are chosen")
+    parser.add_argument(
+        "--k", type=_count, default=5, help="channels of each class that a page opens with (default: 5)"
+    )
+    parser.add_argument("--title", help="of the page (default: the network)")
+    parser.add_argument(
+        "--max-mb",
+        type=_positive,
+        default=25,
+        metavar="X",
+        help="largest size; what does not fit is said (default: 25)",
+    )
+    parser.add_argument(
+        "--folder", action="store_true", help="a folder instead of one file: no limit, no scripts inside the page"
+    )
+    parser.add_argument("--methods", action="store_true", help="also a page with all methods side by side (slower)")
+
+
 def _k1(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k1", type=_count, help="features each image votes for; selectors that vote only (default: sqrt(K))"
     )
 
 
-def _shared(parser: argparse.ArgumentParser, judge: bool) -> None:
+def _shared(parser: argparse.ArgumentParser, judge: bool, out: str) -> None:
     parser.add_argument("model", metavar="MODEL", help="see below")
     parser.add_argument("data", metavar="DATA", help="see below; training images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what comes out")
+    written = "the page; with --folder the folder" if out == "FILE" else "folder for what comes out"
+    parser.add_argument("--out", type=Path, required=True, metavar=out, help=written)
     if judge:
         parser.add_argument(
             "--judge",

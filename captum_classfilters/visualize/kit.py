@@ -39,6 +39,8 @@ UNSEEN = "hatched: no samples of the class"
 # Paul Tol's "muted": nine colours that stay apart for colour-blind readers; markers and dashes are the second sign
 COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#DDCC77", "#AA4499")
 MARKERS = "osD^vP*Xh"
+# For and against a class, everywhere: Okabe and Ito's vermilion and blue, which colour-blind readers tell apart
+FOR, AGAINST = "#D55E00", "#0072B2"
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
