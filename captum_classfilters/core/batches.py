@@ -5,8 +5,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,8 +67,7 @@ class Batches:
         input_key: Any = None,
         label_key: Any = None,
     ) -> None:
-        if not isinstance(loader, Iterable):
-            raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+        check_loader(loader)
         if unpack is not None and not callable(unpack):
             raise OptionError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
         if unpack is not None and (input_key is not None or label_key is not None):
@@ -114,6 +115,19 @@ class Batches:
         return Unpacked(inputs, labels, tuple(part for part in parts if part is not inputs and part is not labels))
 
 
+def check_loader(loader: Any) -> None:
+    """Refuse what is no loader: one batch, a data set, anything that cannot be iterated."""
+    if isinstance(loader, Mapping):
+        raise OptionError(
+            f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}; if it is one batch, pass "
+            "[batch]"
+        )
+    if not isinstance(loader, Iterable):
+        samples = hasattr(loader, "__getitem__") and hasattr(loader, "__len__")
+        remedy = "; a data set gives single samples: pass DataLoader(dataset, batch_size=64)" if samples else ""
+        raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}{remedy}")
+
+
 def _part(raw: Any, key: Any, what: str, index: int) -> Any:
     """What a batch has under a key, at a position or as an attribute."""
     try:
@@ -142,6 +156,12 @@ def unpack_batch(raw: Any, index: int = 0, *, check_labels: bool = True) -> Unpa
         raw = raw._asdict() if _is_named(raw) else raw
         inputs, labels = _inputs_of(raw, index), _labels_of(raw, index, check=check_labels)
         extras = raw if isinstance(raw, Mapping) else () if isinstance(raw, Tensor) else tuple(raw[2:])
+    one_label = isinstance(labels, Number) or (isinstance(labels, Tensor | np.generic) and not labels.ndim)
+    if one_label and isinstance(inputs, Tensor) and inputs.dim() < 4:
+        raise ShapeError(
+            f"batch {index} is a single sample, inputs of shape {tuple(inputs.shape)} with one label; a loader gives "
+            "batches: pass DataLoader(dataset, batch_size=64)"
+        )
     return Unpacked(_several(inputs, labels, index) if isinstance(inputs, list | tuple) else (inputs,), labels, extras)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.core.batches import image_errors
+from captum_classfilters.core.batches import check_loader, image_errors
 from captum_classfilters.core.borrow import Borrowed, borrowed, unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, NoPositionsWarning, OptionError
@@ -93,8 +93,7 @@ class HeadPass:
                 )
         if isinstance(forward, torch.jit.ScriptModule):
             raise OptionError("a ScriptModule takes no hooks; pass the nn.Module it was made from")
-        if not isinstance(loader, Iterable):
-            raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+        check_loader(loader)
         self.model, self.loader, self.layer = model, loader, layer
         self.class_names, self.show_progress = class_names, show_progress
         self.output = check_output(output)

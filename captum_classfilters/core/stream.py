@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters.core.batches import Batches, unpack_batch
-from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError, ShapeError
+from captum_classfilters.core.batches import Batches, check_loader, unpack_batch
+from captum_classfilters.core.errors import EmptyLoaderError, LabelError, ShapeError
 from captum_classfilters.core.labels import check_labels, parse_labels, usable_labels
 
 
@@ -87,8 +87,7 @@ def samples(
         LabelError, ShapeError: A batch is in none of these forms.
         EmptyLoaderError: The loader gave no sample.
     """
-    if not isinstance(loader, Iterable):
-        raise OptionError(f"expected a DataLoader or an iterable of batches, got {type(loader).__name__}")
+    check_loader(loader)
     # iter: of a loader tqdm.auto makes two iterators, each with its workers
     total = length_hint(loader) or None
     with tqdm(iter(loader), desc=description, disable=not show_progress, total=total) as bar:

@@ -3,6 +3,7 @@
 from collections import namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -140,6 +141,23 @@ def test_several_inputs_and_what_stands_behind_stay():
 def test_wrong_batches_are_refused(make, message):
     with pytest.raises(OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ({"x": IMAGES, "y": LABELS}, OptionError, r"got dict; if it is one batch, pass \[batch\]"),
+        (TensorDataset(IMAGES, LABELS), OptionError, r"got TensorDataset; .*DataLoader\(dataset, batch_size=64\)"),
+        (list(TensorDataset(IMAGES, LABELS)), ShapeError, r"batch 0 is a single sample, .*\(3, 8, 8\) with one label"),
+        ([(image, int(label)) for image, label in TensorDataset(IMAGES, LABELS)], ShapeError, "is a single sample"),
+        ([{"pixel_values": IMAGES[0], "labels": 3}], ShapeError, "is a single sample"),
+        ([(IMAGES[0], np.int64(3))], ShapeError, "is a single sample"),
+    ],
+)
+def test_what_is_no_loader_is_refused(loader, error, message):
+    for call in (InfluentialFeatures(network()).attribute, lambda x: HeadMoments.collect(network(), x), read):
+        with pytest.raises(error, match=message):
+            call(loader)
 
 
 def test_batches_stand_for_their_loader():

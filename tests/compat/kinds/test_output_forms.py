@@ -4,14 +4,6 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
-from transformers import (
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from captum_classfilters import (
     ALDSplitter,
@@ -35,6 +27,7 @@ from captum_classfilters import (
 from captum_classfilters.comparison import aggregate
 from captum_classfilters.core.errors import ClassFiltersError, HeadError, OptionError, ShapeError
 
+transformers = pytest.importorskip("transformers")
 NAMES = ("ant", "bee", "cat", "dog")
 IDS = dict(enumerate(NAMES))
 GENERATOR = torch.Generator().manual_seed(0)
@@ -44,40 +37,43 @@ LOADER = [{"pixel_values": IMAGES[:5], "labels": LABELS[:5]}, {"pixel_values": I
 
 
 def vit():
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
         id2label=IDS,
     )  # fmt: skip
-    return ViTForImageClassification(config)
+    return transformers.ViTForImageClassification(config)
 
 
 def resnet():
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", id2label=IDS))
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(**sizes, layer_type="basic", id2label=IDS)
+    )
 
 
 def convnext():
-    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, id2label=IDS)
-    return ConvNextForImageClassification(config)
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, id2label=IDS)
+    return transformers.ConvNextForImageClassification(config)
 
 
-# the network, the layer of its last maps, and its head's input by hand
+# the network, the end of the name of its last map's layer, and its head's input by hand
 FACES = {
-    "ViT": (vit, "vit.layers.1.layernorm_before", lambda m, x: m.vit(x).last_hidden_state[:, 0]),
-    "ResNet": (resnet, "resnet.encoder.stages.1", lambda m, x: m.resnet(x).pooler_output.flatten(1)),
-    "ConvNeXt": (convnext, "convnext.encoder.stages.1", lambda m, x: m.convnext(x).pooler_output),
+    "ViT": (vit, "layernorm_before", lambda m, x: m.vit(x).last_hidden_state[:, 0]),
+    "ResNet": (resnet, "encoder.stages.1", lambda m, x: m.resnet(x).pooler_output.flatten(1)),
+    "ConvNeXt": (convnext, "encoder.stages.1", lambda m, x: m.convnext(x).pooler_output),
 }
 
 
 @pytest.fixture(scope="module", params=FACES)
 def face(request):
-    make, layer, features = FACES[request.param]
+    make, ending, features = FACES[request.param]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().eval()
         with torch.no_grad():
             for parameter in model.parameters():  # no layer scale that is next to nothing
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    layer = [name for name, _ in model.named_modules() if name.endswith(ending)][-1]
     return model, layer, features
 
 
