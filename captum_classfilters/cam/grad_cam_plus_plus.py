@@ -162,7 +162,7 @@ class LayerGradCamPlusPlus(LayerCam):
             else:
                 with torch.no_grad():
                     activations = layer_outputs(forward, inputs, self.layer, forward_args, **common)
-            read = self._reading(activations, watch)
+            read = self._reading(activations, watch, len(inputs[0]))
             maps = read(activations).detach()
             if isinstance(channel_weights, str) and channel_weights == "head":
                 channel_weights = self._head_weights(inputs, target, forward_args, maps)
@@ -255,7 +255,7 @@ class LayerSmoothGradCamPlusPlus(LayerCam):
                     device_ids=self._devices(),
                     attribute_to_layer_input=attribute_to_layer_input,
                 )
-            read = self._reading(clean, watch)
+            read = self._reading(clean, watch, len(inputs[0]))
             maps = read(clean)
             if isinstance(channel_weights, str) and channel_weights == "head":
                 channel_weights = self._head_weights(inputs, target, forward_args, maps)

@@ -125,14 +125,27 @@ class LayerCam(GradientAttribution, LayerAttribution):
 
         return forward
 
-    def _reading(self, tensors: tuple[Tensor, ...], watch: LayoutWatch) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    def _reading(
+        self, tensors: tuple[Tensor, ...], watch: LayoutWatch, samples: int
+    ) -> Callable[[tuple[Tensor, ...]], Tensor]:
         """What makes ``(N, K, *positions)`` of the layer's activation or gradient, from the activation."""
         if len(tensors) != 1:
             raise LayerError(f"the layer's activation must be one tensor, got {len(tensors)}; choose another layer")
         tensor, reshape = tensors[0], self.reshape
+        if reshape is None and len(tensor) != samples:
+            raise LayerError(
+                f"{self._name()} gives {len(tensor)} rows for {samples} samples, as layers do that run on windows or "
+                "parts of an image; choose the layer around it, or pass reshape= that puts the parts together"
+            )
         if reshape is None:
             how = "pass the layer of a convolution, or reshape= for tokens"
             layout = watch.layout(tensor) if tensor.dim() > 2 else Layout()
+            if layout is None and watch.has_channels_last(tensor):
+                raise ShapeError(
+                    f"{self._name()} gives {tuple(tensor.shape)}, tokens that lie in no grid that is known; pass "
+                    "reshape=, a function that makes (N, K, h, w) of it (for h x w tokens, row by row: "
+                    "lambda t: t.transpose(1, 2).unflatten(2, (h, w)))"
+                )
             if layout is None:
                 raise ShapeError(
                     f"{self._name()} gives {tuple(tensor.shape)}, of which nothing in the forward pass says which "
@@ -146,8 +159,8 @@ class LayerCam(GradientAttribution, LayerAttribution):
         if not isinstance(maps, Tensor) or maps.dim() < 3:
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ShapeError(f"the layer's activation must have positions, (N, K, h, w), got {got}; {how}")
-        if len(maps) != len(tensor):
-            raise ShapeError(f"reshape must keep the {len(tensor)} samples, it gave {len(maps)}")
+        if len(maps) != samples:
+            raise ShapeError(f"reshape must keep the {samples} samples, it gave {len(maps)}")
         watch.close()
         if maps[0, 0].numel() == 1:
             where = watch.positions_at

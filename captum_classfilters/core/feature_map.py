@@ -193,7 +193,9 @@ class MapSearch:
                         return Behind(candidate, "")
                     else:
                         inexact = inexact or candidate
-                if small is None and (told := self._unread(output, features.shape[1], name(module))):
+                if not reason.startswith("the tokens") and (
+                    told := self._unread(output, features.shape[1], name(module))
+                ):
                     reason = told
             if has_matrix(module):
                 if (output is None or output.dim() < 3) and not reason.startswith("the tokens"):
@@ -277,9 +279,13 @@ def _pooled_to(
     for target, _ in wanted[:1]:
         if (reading := _pools_to(flat, target)) is not None:
             return *reading, None
-    for token in range(layout.others):
-        if close(output[:, token], features):
-            return False, "token", None
+    if layout.grid:
+        beside = layout.beside()
+        apart = wide(output) - wide(features)[:, None]
+        nearest = int(apart.abs().amax((0, 2)).argmin())
+        if close(output[:, nearest], features):
+            # the head reads one token: beside the image's, or the image's order is not the one that was thought
+            return (False, "token", None) if nearest in beside else None
     for target, module in wanted[1:]:
         if (reading := _pools_to(flat, target)) is not None:
             relu, pooling = reading

@@ -38,11 +38,13 @@ class Layout:
         last: Channels are the last axis, not the second.
         others: So many tokens before the positions belong to no position: class, distillation, register tokens.
         grid: How the tokens lie in the image; empty: the positions are axes of their own.
+        total: How many tokens there are; what stands behind the grid belongs to no position either.
     """
 
     last: bool = False
     others: int = 0
     grid: tuple[int, ...] = ()
+    total: int = 0
 
     @property
     def name(self) -> str:
@@ -59,13 +61,17 @@ class Layout:
             tensor = tensor.movedim(-1, 1)
         if not self.grid:
             return tensor
-        tokens = tensor[:, :, self.others :]
-        if tokens.shape[2] != math.prod(self.grid):
+        tokens = tensor[:, :, self.others : self.others + math.prod(self.grid)]
+        if tensor.shape[2] != self.total:
             raise ShapeError(
                 f"expected {' x '.join(map(str, self.grid))} tokens, as in the first batch, got {tokens.shape[2]}; "
                 "pass images of one size"
             )
         return tokens.reshape(*tokens.shape[:2], *self.grid)
+
+    def beside(self) -> list[int]:
+        """The tokens that belong to no position."""
+        return [*range(self.others), *range(self.others + math.prod(self.grid), self.total)] if self.grid else []
 
 
 class Grids:
@@ -74,6 +80,10 @@ class Grids:
     def __init__(self) -> None:
         self.image: tuple[int, ...] | None = None
         self._maps: list[tuple[int, ...]] = []
+        # of the last convolution's map the difference of two images, (h w, C): positions added to it cancel out
+        self._difference: tuple[tuple[int, ...], Tensor] | None = None
+        # by number of tokens: where those of the map begin, as their values say; None: they lie in another order
+        self._proved: dict[int, tuple[int, tuple[int, ...]] | None] = {}
 
     def see(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook behind each module."""
@@ -85,21 +95,46 @@ class Grids:
             size = tuple(output.shape[2:])
             if size not in self._maps[-1:]:
                 self._maps.append(size)
+            if len(output) > 1:
+                self._difference = size, (output[0] - output[1]).detach().flatten(1).T
+        if first is not None and first.dim() == 3 and len(first) > 1 and first.is_floating_point():
+            self._prove(first[0].detach() - first[1].detach())
+
+    def _prove(self, tokens: Tensor) -> None:
+        """Look for the last convolution's map among tokens, ``(L, C)``, both as differences of two images."""
+        if self._difference is None or len(tokens) in self._proved:
+            return
+        size, rows = self._difference
+        if tokens.shape[1] != rows.shape[1] or len(tokens) < len(rows) or tokens.dtype != rows.dtype:
+            return
+        # what is counted row by row, and column by column
+        turned = rows.T.reshape(-1, *size).transpose(1, -1).flatten(1).T
+        for start in range(min(len(tokens) - len(rows), _MOST_OTHER_TOKENS) + 1):
+            part = tokens[start : start + len(rows)]
+            if torch.allclose(part, rows, rtol=1e-3, atol=1e-5):
+                self._proved[len(tokens)] = start, size
+                return
+            if torch.allclose(part, turned, rtol=1e-3, atol=1e-5):
+                self._proved[len(tokens)] = None
+                return
 
     def of(self, count: int) -> Layout | None:
         """The layout of ``count`` tokens, channels last; None where it is not known."""
+        if count in self._proved:
+            proof = self._proved[count]
+            return None if proof is None else Layout(True, *proof, count)
         # more than half of the tokens are positions, and not a single one
         most = min(_MOST_OTHER_TOKENS, (count - 1) // 2, count - 2)
         for others in range(most + 1):
             for size in reversed(self._maps):
                 # a transformer may merge tokens of 2 x 2 places to one
                 if (factor := _shrunk(size, count - others)) and (not others or factor == 1):
-                    return Layout(True, others, tuple(side // factor for side in size))
+                    return Layout(True, others, tuple(side // factor for side in size), count)
         if self._maps or self.image is None or len(self.image) < 2:
             return None
         for others in range(most + 1):
             if factor := _shrunk(self.image, count - others):
-                return Layout(True, others, tuple(side // factor for side in self.image))
+                return Layout(True, others, tuple(side // factor for side in self.image), count)
         return None
 
 

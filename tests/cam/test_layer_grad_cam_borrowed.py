@@ -337,7 +337,9 @@ def test_as_many_channels_are_not_the_head_s(small_cnn, images, cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_tokens_without_reshape_are_refused(images, cls):
     model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 4)).eval()
-    with pytest.raises(ShapeError, match=r"layer 1 gives \(2, 3, 5\), of which nothing .* pass reshape="):
+    with pytest.raises(
+        ShapeError, match=r"layer 1 gives \(2, 3, 5\), tokens that lie in no grid that is known; pass reshape="
+    ):
         cls(model, "1").attribute(images(2), 1)
     assert cls(model, "1", reshape=lambda tokens: tokens).attribute(images(2), 1).shape == (2, 1, 5)
 

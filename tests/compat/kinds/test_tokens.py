@@ -253,6 +253,50 @@ def test_a_layout_that_nothing_tells_is_refused_and_the_remedy_works(images):
         LayerGradCamPlusPlus(encoder, "swin.encoder").attribute(images(2, size=32), 1)
 
 
+class Patches(nn.Module):
+    """A transformer whose tokens are put together in another way than is usual."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.patch = kind, nn.Conv2d(3, 8, 8, 8)
+        self.first = nn.Parameter(torch.linspace(-1, 1, 8).view(1, 1, 8))
+        self.mix, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        maps = self.patch(x)
+        tokens = (maps.transpose(2, 3) if self.kind == "columns" else maps).flatten(2).transpose(1, 2)
+        if self.kind == "class token last":
+            tokens = torch.cat([tokens, self.first.expand(len(x), -1, -1)], 1)
+        mixed = self.mix(tokens)
+        tokens = self.norm(mixed + mixed.mean(1, keepdim=True))
+        return self.head(tokens[:, -1] if self.kind == "class token last" else tokens.mean(1))
+
+
+def test_a_class_token_behind_the_others_is_found_by_its_values(images):
+    model, x = Patches("class token last").eval(), torch.cat([images(4, size=16)] * 2, 3)
+    table = InfluentialFeatures(model).attribute([(x, torch.arange(4) % 3)])
+    with torch.no_grad():
+        mixed = model.mix(torch.cat([model.patch(x).flatten(2).transpose(1, 2), model.first.expand(4, -1, -1)], 1))
+        maps = model.norm(mixed + mixed.mean(1, keepdim=True))[:, :-1].transpose(1, 2).unflatten(2, (2, 4))
+    weights = (model.head.weight[1].detach() * table.mask(2)[1])[:, None, None]
+    by_hand = (maps * weights).sum(1, keepdim=True)
+    torch.testing.assert_close(InfluentialFeatures(model).explain(x, 1, table, 2), by_hand)
+    ones = LayerGradCamPlusPlus(model, "norm").attribute(x, 1, channel_weights="ones")
+    torch.testing.assert_close(ones, maps.sum(1, keepdim=True))
+
+
+def test_tokens_in_another_order_and_windows_are_refused(images):
+    model, x = Patches("columns").eval(), torch.cat([images(4, size=16)] * 2, 3)
+    table = InfluentialFeatures(model).attribute([(x, torch.arange(4) % 3)])
+    with pytest.raises(HeadError, match=r"the tokens of norm, \(8, 8\), lie in no grid that is known"):
+        InfluentialFeatures(model).explain(x, 1, table, 2)
+    with pytest.raises(ShapeError, match=r"layer norm gives \(4, 8, 8\), tokens that lie in no grid .* pass reshape="):
+        LayerGradCamPlusPlus(model, "norm").attribute(x, 1)
+    kind = KINDS["timm Swin"]
+    with pytest.raises(LayerError, match="attn gives 32 rows for 2 samples, as layers do that run on windows"):
+        LayerGradCamPlusPlus(kind.make().eval(), "layers.0.blocks.0.attn").attribute(images(2, size=32), 1)
+
+
 class Transposed(nn.Module):
     def forward(self, t):
         return t.transpose(1, 2)
