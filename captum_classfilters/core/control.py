@@ -33,7 +33,8 @@ class Control:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "draws", integer(self.draws, "draws", 5, meaning="enough to say what chance does"))
+        draws = integer(self.draws, "draws", 5, 10_000, meaning="enough to say what chance does")
+        object.__setattr__(self, "draws", draws)
         object.__setattr__(self, "seed", integer(self.seed, "seed"))
 
     def generator(self) -> torch.Generator:

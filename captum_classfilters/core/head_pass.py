@@ -4,6 +4,7 @@ The head is found and checked once. Nothing of the data set is kept, unless `Hea
 N samples, K features, C classes.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -319,10 +320,15 @@ class _Reader:
         labels = None if batch.labels is None else batch.labels.to(place)
         # one number answers two questions: is all finite, and how large does it get
         largest = float(features.detach().abs().max())
-        if not torch.isfinite(torch.tensor(largest)):
+        if not math.isfinite(largest):
             raise NonFiniteError(
                 f"expected finite features, got NaN or infinity at the input of layer {head.name} in batch "
                 f"{batch.place}; look at that batch and at the layers before it"
+            )
+        if not math.isfinite(float(logits.detach().abs().max())):
+            raise NonFiniteError(
+                f"expected finite logits, got NaN or infinity from layer {head.name} in batch {batch.place}: its "
+                f"weights or features, up to {largest:.3g}, are too large for {logits.dtype}; use a wider dtype"
             )
         return Batch(head, batch.inputs, features, logits, labels, maps, largest, batch.extras)
 

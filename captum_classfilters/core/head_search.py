@@ -25,6 +25,7 @@ from captum_classfilters.core.head import (
     find_layer,
     is_candidate,
     is_plain,
+    is_quantised,
     pooled,
 )
 from captum_classfilters.core.layers import named_modules
@@ -248,6 +249,8 @@ class HeadSearch:
         # by name: this floor knows nothing of smaller heads
         if any(type(module).__name__ == "DecomposedLinear" for module in self._names):
             return "its head has been decomposed; use the network it was made from, or decompose(..., backend='dense')"
+        if any(map(is_quantised, self._names)):
+            return "the network is quantised, its weights cannot be read; use the network before quantisation"
         ran = [module for module in self._times if is_candidate(module)]
         if not ran:
             return "no nn.Linear or 1x1 convolution ran in the forward pass"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters.core.batches import Batches, check_loader, unpack_batch
-from captum_classfilters.core.errors import EmptyLoaderError, LabelError, ShapeError
+from captum_classfilters.core.errors import DeviceError, EmptyLoaderError, LabelError, ShapeError
 from captum_classfilters.core.labels import check_labels, parse_labels, usable_labels
 
 
@@ -41,6 +41,11 @@ class Placement(NamedTuple):
         first = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
         if first is None:
             return cls(torch.device("cpu"), torch.get_default_dtype())
+        if first.is_meta:
+            raise DeviceError(
+                "the model has no weights yet, it is on the meta device; load them first, model.to_empty(device=...) "
+                "and load_state_dict"
+            )
         return cls(first.device, first.dtype)
 
     def move(self, value: Any) -> Any:

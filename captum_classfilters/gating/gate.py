@@ -200,6 +200,8 @@ class LabelSensitiveGate(nn.Module):
             )
         gate = cls(filters.num_classes, filters.num_channels, generator=torch.Generator())
         gate.layer = filters.layer
+        # what is known of each class comes from so many samples
+        gate.counts.copy_(filters.counts)
         return gate.start_(filters.scores)
 
     def start_(self, table: Tensor) -> "LabelSensitiveGate":

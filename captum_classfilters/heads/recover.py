@@ -193,6 +193,7 @@ class _Recovery(Task):
 def _trainable_copy(original: Any, model: Any) -> nn.Module:
     if not isinstance(original, nn.Module):
         raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
+    Placement.of(original)  # refuses a model without weights
     trained = [p for p in original.parameters() if p.requires_grad]
     if not trained:
         raise OptionError("no parameter of the model requires gradients, so there is nothing to train")

@@ -126,6 +126,7 @@ def test_a_table_of_any_method_is_a_start():
     assert gate.weight.tolist() == [[1.0, 0.0, 1.0], [0.5, 1.0, 1.0]]
     assert gate.layer == "head"
     assert gate.weight.requires_grad
+    assert gate.class_filters(("cat", "dog")).seen.all()
 
 
 def test_the_start_has_the_rank_order_of_contribution(model, loader):
