@@ -275,7 +275,13 @@ class HeadSearch:
         ran = [module for module in self._times if is_candidate(module)]
         candidates = [f"{self._name(m)} ({m.weight.shape[1]} -> {m.weight.shape[0]})" for m in ran[-6:]]
         which = f"candidates: {', '.join(candidates)}" if candidates else "there is no candidate"
-        remedy = "" if self._layer is not None else ". Pass layer= with the name of the layer that makes the logits"
+        remedy = (
+            ""
+            if self._layer is not None
+            else ". Pass layer= with the name of the layer that makes the logits. For a network without a linear head "
+            "(regression, detection, segmentation) aggregate(LayerActivation(model, layer), loader) scores the "
+            "channels of any layer"
+        )
         return HeadError(f"could not find the classifier head: {reason}; {which}{remedy}")
 
     def _name(self, module: nn.Module) -> str:
