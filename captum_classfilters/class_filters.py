@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.class_sums import class_correlation
 from captum_classfilters.core.errors import (
@@ -29,7 +28,7 @@ from captum_classfilters.core.errors import (
 )
 from captum_classfilters.core.files import checked_tensor, contents, read, text, texts, write
 from captum_classfilters.core.head import Head
-from captum_classfilters.core.outputs import WithOutput
+from captum_classfilters.core.outputs import innermost
 from captum_classfilters.core.ranks import sum_over
 
 _KIND, _VERSION = "ClassFilters", 2
@@ -425,10 +424,7 @@ def _dataset_names(loader: Any, classes: int) -> tuple[str, ...] | None:
 
 def _model_names(model: Any, classes: int) -> tuple[str, ...] | None:
     """The names in the config of a Hugging Face model; None where it has none, or other than C."""
-    model = unwrap(model)
-    while isinstance(model, WithOutput):
-        model = unwrap(model.model)
-    names = _in_index_order(getattr(getattr(model, "config", None), "id2label", None))
+    names = _in_index_order(getattr(getattr(innermost(model), "config", None), "id2label", None))
     return _told_apart(names) if names is not None and len(names) == classes else None
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.comparison.aggregate import Aggregation
-from captum_classfilters.core.borrow import borrowed, unwrap
+from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import OptionError, ShapeError
 from captum_classfilters.core.feature_map import shows_features
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.core.outputs import innermost
 from captum_classfilters.gating import LabelSensitiveGate
 from captum_classfilters.influential.running_sums import Options, Tables
 from captum_classfilters.influential.selectors import STATIC
@@ -167,7 +168,7 @@ def check_attributions(attributions: Any, taken: Sequence[str], head_pass: HeadP
         of_layer = attribution[0] if isinstance(attribution, tuple) and attribution else attribution
         if not isinstance(of_layer, LayerAttribution):
             raise OptionError(f"attribution {name!r} must be a Captum layer attribution, got {type(of_layer).__name__}")
-        if unwrap(of_layer.forward_func) is not unwrap(head_pass.model):
+        if innermost(of_layer.forward_func) is not innermost(head_pass.model):
             raise ShapeError(f"attribution {name!r} is of another network; make it with the one that is compared")
         if head.feature_map is None or of_layer.layer is not head.feature_map.module:
             unproved[name] = of_layer.layer
@@ -178,7 +179,7 @@ def check_attributions(attributions: Any, taken: Sequence[str], head_pass: HeadP
 
 def _check_layers(layers: Mapping[str, Any], head_pass: HeadPass) -> None:
     head, outputs = head_pass.head, {}
-    module = unwrap(head_pass.model)
+    module = innermost(head_pass.model)
     with borrowed(module if isinstance(module, nn.Module) else None) as borrow:
         for name, layer in layers.items():
             if isinstance(layer, nn.Module):

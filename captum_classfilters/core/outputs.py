@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.errors import HeadError, OptionError
 
 
@@ -42,6 +43,14 @@ class WithOutput(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The logits."""
         return read_by(self.output, self.model(*args, **kwargs))
+
+
+def innermost(model: Any) -> Any:
+    """The network itself: behind ``torch.compile``, DataParallel, DistributedDataParallel and `WithOutput`."""
+    model = unwrap(model)
+    while isinstance(model, WithOutput):
+        model = unwrap(model.model)
+    return model
 
 
 def check_output(output: Any) -> Callable[[Any], Tensor] | None:

@@ -20,12 +20,11 @@ from captum_classfilters.class_filters import (
     one_table,
     warn_unseen,
 )
-from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError
 from captum_classfilters.core.head_pass import Batch, HeadPass, class_map, single_batch
-from captum_classfilters.core.outputs import check_output
+from captum_classfilters.core.outputs import check_output, innermost
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.running_sums import K1, Options, Tables
@@ -388,4 +387,4 @@ def _targets(target: Any, batch: Batch) -> Tensor:
 
 def _says_many(model: Any) -> bool:
     """Does the config of a Hugging Face model say that it gives many labels?"""
-    return getattr(getattr(unwrap(model), "config", None), "problem_type", None) == "multi_label_classification"
+    return getattr(getattr(innermost(model), "config", None), "problem_type", None) == "multi_label_classification"

@@ -133,6 +133,16 @@ def test_maps(face):
     assert captums.counts.tolist() == [2] * 4
 
 
+@pytest.mark.parametrize("face", ["ResNet", "ConvNeXt"], indirect=True)
+def test_captums_attributions_beside_the_methods(face):
+    model, _, _ = face
+    behind = HeadPass(model, LOADER).head.feature_map.module
+    attributions = {"gradient x activation": LayerGradientXActivation(WithOutput(model), behind)}
+    for network in (model, WithOutput(model)):
+        frame = compare(network, LOADER, LOADER, ks=[2], attributions=attributions)
+        assert "gradient x activation" in set(frame.method)
+
+
 def test_training_and_attacks(face):
     model = face[0]
     trained = recover(model, LOADER, lr=1e-2)
