@@ -1,6 +1,7 @@
 """Every public call that reads a loader reads a torchvision `ImageFolder`, whose data set names its classes."""
 
 import inspect
+import tempfile
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from captum_classfilters import (
     visualize,
 )
 from captum_classfilters.comparison import aggregate
+from captum_classfilters.report import ReportOptions, report
 
 NAMES = ("all", "bee", "cat", "dog")
 
@@ -74,6 +76,11 @@ def training(model):
     return LabelSensitiveTraining(seeded(SmallCNN(), 0), LabelSensitiveGate(4, 6))
 
 
+def reported(model, loader):
+    with tempfile.TemporaryDirectory() as folder:
+        return report(model, loader, loader, f"{folder}/report.html", options=ReportOptions(most=2))
+
+
 # the calls of tests/contract.py among them
 CALLS = {
     "aggregate": lambda m, x: aggregate(LayerGradientXActivation(m, m.conv2), x),
@@ -109,6 +116,7 @@ CALLS = {
     "pruning_curve": lambda m, x: metrics.pruning_curve(m, x, [0.5]),
     "stability": lambda m, x: metrics.stability(m, x, 2),
     "filter_cards": lambda m, x: visualize.filter_cards(m, table(m, x), "all (0)", x),
+    "report": reported,
     "HeadPass": lambda m, x: HeadPass(m, x).cached(),
 }
 
