@@ -4,7 +4,9 @@ Both are saved by skops: a file names its types, and only trusted types are load
 N paths, K channels in all layers together.
 """
 
+import io
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -28,6 +30,8 @@ from captum_classfilters.detection.features import Array, ClassProfiles, PathTab
 # In version 2 the detectors' classes moved into this file
 _KIND, _VERSION = "captum_classfilters detector", 2
 _ROOM = "captum_classfilters.detection"
+# Bytes that a file may hold beyond its size: detectors are not packed, but sparse arrays in them are
+_UNPACKED = 2**26
 # our types, which hold only numbers and names; skops itself trusts types of scikit-learn and numpy
 _TRUSTED = (
     f"{_ROOM}.detectors.PathDetector",
@@ -323,6 +327,9 @@ def load_detector(kind: type, path: str | os.PathLike[str], trusted: Sequence[st
     skops = _skops()
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such file: {path}")
+    if not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise FileFormatError(f"{path} is {what}, not a file; give the name of a file that {kind.__name__}.save wrote")
     if isinstance(trusted, str) or not isinstance(trusted, Iterable):
         raise OptionError(
             f"trusted must be a list of full names of types, got {trusted!r}. Call load(path) without it: what the "
@@ -330,6 +337,7 @@ def load_detector(kind: type, path: str | os.PathLike[str], trusted: Sequence[st
         )
     allowed = {*_TRUSTED, *trusted}
     try:
+        _check_size(path)
         if strangers := sorted(set(skops.get_untrusted_types(file=path)) - allowed):
             if any(name.startswith(f"{_ROOM}.") for name in strangers):
                 raise FileFormatError(
@@ -355,6 +363,23 @@ def load_detector(kind: type, path: str | os.PathLike[str], trusted: Sequence[st
     if not isinstance(detector := content.get("detector"), kind):
         raise FileFormatError(f"{path} holds a {type(detector).__name__}, expected a {kind.__name__}")
     return detector
+
+
+def _check_size(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive that is much larger in memory than on the disk, before it is unpacked."""
+    left = os.path.getsize(path) + _UNPACKED
+    with zipfile.ZipFile(path) as archive:
+        left -= sum(entry.file_size for entry in archive.infolist())
+        # sparse arrays are archives of their own, and small enough to look into once the outer sizes fit
+        for entry in archive.infolist() if left >= 0 else ():
+            if entry.filename.endswith(".npz"):
+                with zipfile.ZipFile(io.BytesIO(archive.read(entry))) as inner:
+                    left -= sum(array.file_size for array in inner.infolist())
+    if left < 0:
+        raise FileFormatError(
+            f"{path} unpacks to far more than its {os.path.getsize(path)} bytes, which no detector does; do not trust "
+            "it, and take the file that save wrote, as it was"
+        )
 
 
 def _remedy(strangers: list[str]) -> str:

@@ -141,7 +141,7 @@ def foreign_schema(path):
     (lambda path: path.write_text("no zip at all"), "is broken, or no file of a detector"),
     (lambda path: path.write_bytes(b""), "is broken, or no file of a detector"),
     (lambda path: path.write_bytes(pickle.dumps(Pickled())), "is broken, or no file of a detector"),
-    (lambda path: path.mkdir(), "is broken, or no file of a detector"),
+    (lambda path: path.mkdir(), "is a folder, not a file; give the name of a file that"),
     (lambda path: skops.dump([1, 2], path), "holds no detector; expected what PathDetector.save wrote"),
     (lambda path: skops.dump({"kind": "tree"}, path), "holds no detector"),
     (lambda path: skops.dump(LogisticRegression(), path), "holds no detector"),
