@@ -74,7 +74,7 @@ def filter_cards(
         NoPositionsWarning: The maps have a single position.
 
     Example:
-        >>> import matplotlib; matplotlib.use("agg")
+        >>> import matplotlib, torch; matplotlib.use("agg")
         >>> from torch import nn
         >>> conv, head = nn.Conv2d(1, 3, 3), nn.Linear(3, 2)
         >>> model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
