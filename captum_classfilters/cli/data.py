@@ -8,6 +8,7 @@ import gzip
 import math
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,9 @@ FASHION_CLASSES = (
 
 # Pixels along a side, and in all after the shorter side was resized: more take gigabytes for one image
 _LARGEST_SIDE, _MOST_PIXELS = 8192, 100_000_000
+
+# Bytes of the longest file of Fashion-MNIST, with its header: 60,000 images of 28 x 28
+_LONGEST_IDX = 60_000 * 784 + 16
 
 # Mean and standard deviation that networks for ImageNet usually take
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -278,9 +282,12 @@ def _idx(root: Path, name: str, header: int) -> Any:
             if not path.is_file():
                 continue
             try:
-                content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            except (EOFError, gzip.BadGzipFile) as error:
+                with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                    content = file.read(_LONGEST_IDX + 1)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise FileFormatError(f"{path} is not a whole gzip file ({error}); copy it anew") from error
+            if len(content) > _LONGEST_IDX:
+                raise FileFormatError(f"{path} holds more than the images of Fashion-MNIST; copy it anew")
             return np.frombuffer(content, np.uint8, offset=min(header, len(content)))
     raise FileNotFoundError(
         f"no {name} or {name}.gz in {root} or {root}/FashionMNIST/raw; put the four files of "

@@ -270,8 +270,8 @@ def _from_callable(options: Any) -> Network:
         model = make()
     except Exception as error:  # whatever the user's code raises
         raise ClassFiltersError(
-            f"{options.model} was called without arguments and failed: {type(error).__name__}: {error}; pass --debug "
-            "to see where"
+            f"{options.model} was called without arguments and failed: {type(error).__name__}: {brief(error)}; pass "
+            "--debug to see where"
         ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -398,12 +398,14 @@ def _content(path: Path) -> object:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise FileFormatError(f"{path} is truncated ({error}); copy or save it again") from error
+        raise FileFormatError(f"{path} is truncated ({brief(error)}); copy or save it again") from error
     except SafetensorError as error:
-        raise FileFormatError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+        raise FileFormatError(
+            f"{path} is not a whole safetensors file ({brief(error)}); copy or save it again"
+        ) from error
     except Exception as error:  # torch.load raises what the content makes it
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds {foreign[1]}" if foreign else type(error).__name__
+        reason = f"it holds {brief(foreign[1], 60)}" if foreign else type(error).__name__
         raise FileFormatError(
             f"{path} could not be read as a checkpoint of tensors alone ({reason}); save model.state_dict(), or "
             "convert it to .safetensors: whole models run code when they are loaded, which is not done here"

@@ -1,6 +1,7 @@
-"""Files of detectors that are no files, unpack without end, or say odd things: refused shortly, in bounded memory."""
+"""Files that are no files, unpack without end, or say odd things: refused shortly, in bounded memory."""
 
 import copy
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from captum_classfilters import PathDetector
+from captum_classfilters.cli.data import open_source
 from captum_classfilters.core.errors import FileFormatError
 from captum_classfilters.detection import detectors
 
@@ -68,6 +70,19 @@ def test_what_is_no_file_or_unpacks_without_end_is_not_read(tmp_path, monkeypatc
     make(tmp_path / "file")
     with pytest.raises(FileFormatError, match=message):
         PathDetector.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(bytes(9))[:-10] + b"\xff" * 10, "is not a whole gzip file"),
+        (gzip.compress(bytes(60_000 * 784 + 17), 1), "holds more than the images of Fashion-MNIST"),
+    ],
+)
+def test_packed_data_sets_are_whole_and_bounded(tmp_path, content, message):
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(FileFormatError, match=message):
+        open_source(f"fashion_mnist:{tmp_path}", "test")
 
 
 def places(value, name="schema"):
