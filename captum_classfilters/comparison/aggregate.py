@@ -23,7 +23,7 @@ from captum_classfilters.core.errors import (
 )
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.layout import LayoutWatch
-from captum_classfilters.core.outputs import find_logits, logits_of
+from captum_classfilters.core.outputs import find_logits, gives_many_labels, logits_of
 from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.core.wide import wide
 
@@ -227,7 +227,8 @@ class Aggregation:
             return batch.labels  # type: ignore[return-value]
         with torch.no_grad(), image_errors(batch.inputs, self._model):
             logits = logits_of(self._attribution.forward_func(*batch.inputs))
-            return logits > 0 if batch.labels is not None else logits.argmax(1)
+            many = batch.labels is not None or gives_many_labels(self._attribution.forward_func)
+            return logits > 0 if many else logits.argmax(1)
 
 
 def _has_weights(module: nn.Module) -> bool:

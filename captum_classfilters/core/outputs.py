@@ -53,6 +53,11 @@ def innermost(model: Any) -> Any:
     return model
 
 
+def gives_many_labels(model: Any) -> bool:
+    """Does the config of a Hugging Face model say that it gives many labels?"""
+    return getattr(getattr(innermost(model), "config", None), "problem_type", None) == "multi_label_classification"
+
+
 def check_output(output: Any) -> Callable[[Any], Tensor] | None:
     """Refuse what is no function of a model's output."""
     if output is not None and not callable(output):

@@ -24,7 +24,7 @@ from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.errors import EmptyLoaderError, LabelError, OptionError
 from captum_classfilters.core.head_pass import Batch, HeadPass, class_map, single_batch
-from captum_classfilters.core.outputs import check_output, innermost
+from captum_classfilters.core.outputs import check_output, gives_many_labels
 from captum_classfilters.core.ranks import Ranks, group_of
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.influential.running_sums import K1, Options, Tables
@@ -325,7 +325,7 @@ class _Pass:
             self._tables, self._alone = Tables(batch.head, self._options), Tables(batch.head, self._options)
         features, logits = batch.features, batch.logits
         labels = batch.labels
-        if labels is None and self._by_prediction and _says_many(self._model):
+        if labels is None and self._by_prediction and gives_many_labels(self._model):
             labels, self._alone = torch.zeros_like(logits, dtype=torch.bool), None
         if labels is None or labels.dim() == 1:
             self._check_form(False)
@@ -383,8 +383,3 @@ class _Pass:
 def _targets(target: Any, batch: Batch) -> Tensor:
     count, classes = batch.logits.shape
     return classes_of(target, count, classes, batch.logits.device)
-
-
-def _says_many(model: Any) -> bool:
-    """Does the config of a Hugging Face model say that it gives many labels?"""
-    return getattr(getattr(innermost(model), "config", None), "problem_type", None) == "multi_label_classification"

@@ -13,6 +13,9 @@ from captum_classfilters import FamiliarityDetector, HeadPass
 from captum_classfilters.cli.parser import METHODS
 from captum_classfilters.detection import familiarity
 
+# of images this small, nothing is left but one position
+pytestmark = pytest.mark.filterwarnings("ignore::captum_classfilters.core.errors.NoPositionsWarning")
+
 
 @pytest.fixture
 def inbox(tmp_path):

@@ -122,6 +122,8 @@ def test_by_prediction_a_logit_above_zero_counts():
     of_config.config = type("Config", (), {"problem_type": "multi_label_classification"})()
     told = InfluentialFeatures(of_config).attribute([IMAGES], label_source="prediction", selector="contribution")
     torch.testing.assert_close(told.scores, result.scores)
+    attribution = LayerGradientXActivation(of_config, of_config.conv)
+    assert torch.equal(aggregate(attribution, [IMAGES], label_source="prediction").counts, result.counts)
 
 
 def test_tables_merge_and_say_that_labels_are_many():
