@@ -75,12 +75,13 @@ def test_what_is_no_file_or_unpacks_without_end_is_not_read(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(bytes(9))[:-10] + b"\xff" * 10, "is not a whole gzip file"),
-        (gzip.compress(bytes(60_000 * 784 + 17), 1), "holds more than the images of Fashion-MNIST"),
+        (lambda: gzip.compress(bytes(9))[:-10] + b"\xff" * 10, "is not a whole gzip file"),
+        (lambda: gzip.compress(bytes(60_000 * 784 + 17), 1), "holds more than the images of Fashion-MNIST"),
     ],
+    ids=["damaged", "too long"],
 )
 def test_packed_data_sets_are_whole_and_bounded(tmp_path, content, message):
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content())
     with pytest.raises(FileFormatError, match=message):
         open_source(f"fashion_mnist:{tmp_path}", "test")
 
