@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from captum_classfilters.gating import filter_ambiguity as filter_ambiguity
     from captum_classfilters.heads import DecomposedLinear as DecomposedLinear
     from captum_classfilters.heads import HeadMoments as HeadMoments
+    from captum_classfilters.heads import RefitOptions as RefitOptions
     from captum_classfilters.heads import decompose as decompose
     from captum_classfilters.heads import recover as recover
     from captum_classfilters.influential import InfluentialFeatures as InfluentialFeatures
@@ -66,6 +67,7 @@ _HOMES = {
     "Control": "core.control",
     "DecomposedLinear": "heads",
     "HeadMoments": "heads",
+    "RefitOptions": "heads",
     "HeadPass": "core.head_pass",
     "FamiliarityDetector": "detection",
     "FilterAmbiguity": "gating",

@@ -22,6 +22,7 @@ from captum_classfilters.core.outputs import find_logits
 from captum_classfilters.heads import DecomposedLinear, HeadMoments
 from captum_classfilters.heads import decompose as make_small
 from captum_classfilters.heads.decompose import Pointwise
+from captum_classfilters.heads.refitting import FROM_LABELS
 from captum_classfilters.influential import InfluentialFeatures
 
 _JUDGED_BY = (1, 2, 3, 5, 10, 20, 50)
@@ -65,13 +66,18 @@ def attribute(options: Any) -> None:
 def decompose(options: Any) -> None:
     """A network and its class filters in, the same network with a small head out."""
     refit = None if options.refit == "none" else options.refit
+    chooses = refit == "omp" or (refit in FROM_LABELS and options.filters is None and options.selector is None)
+    if options.selector is None:
+        options.selector = "histogram"
+    if refit in FROM_LABELS and options.unseen == "dense":
+        raise OptionError(f"--unseen dense does not fit --refit {refit}; add images, or pass --refit least_squares")
     if refit == "omp" and options.filters is not None:
         raise OptionError("--refit omp chooses the features itself; leave --filters out, or pass --refit least_squares")
     saved = None if options.filters is None else ClassFilters.load(options.filters)
-    made = ["filters.safetensors"] if saved is None and refit != "omp" else []
+    made = ["filters.safetensors"] if saved is None and not chooses else []
     made += ["moments.safetensors"] if refit else []
     curve = ["accuracy.csv"] if options.judge else []
-    if refit != "omp":
+    if not chooses:
         _check_judged(options, [saved.method if saved else options.selector])
     with working(options, [*made, "small.safetensors", "decompose.json", *curve]) as job:
         if saved is not None:
@@ -79,18 +85,18 @@ def decompose(options: Any) -> None:
             _check_names_of(saved, job, options.filters)
 
         filters = saved
-        if filters is None and refit != "omp":
+        if filters is None and not chooses:
             (filters,) = _tables(job, options, [options.selector]).values()
             with job.output.into("filters.safetensors") as path:
                 filters.save(path)
         _check_seen(filters, options.unseen)
-        moments = _moments(job, options) if refit else None
+        moments = _learnt_from(job, options, refit)
         small = make_small(
             job.model, filters, options.k,
             refit=refit, moments=moments, backend=options.backend, unseen=options.unseen, layer=options.layer,
         )  # fmt: skip
         _save_network(job, small)
-        _tell_small(job, options, small, refit)
+        _tell_small(job, options, small, refit, chooses)
         if job.judge is not None:
             tables = None if filters is None else {filters.method: filters}
             _judge(job, options, tables, [options.k], refit=refit, moments=moments)
@@ -270,12 +276,24 @@ def _counting(job: Job) -> Iterator[None]:
         )
 
 
-def _moments(job: Job, options: Any) -> HeadMoments:
+def _learnt_from(job: Job, options: Any, refit: str | None) -> HeadMoments | HeadPass | None:
+    """What a refit reads: moments of the head's input, or its features and labels."""
+    if refit is None:
+        return None
+    head_pass = HeadPass(job.model, job.loader, layer=options.layer, show_progress=_bars(options))
+    if refit != "logistic":
+        return _moments(job, head_pass, refit in FROM_LABELS)
+    with _counting(job):
+        head_pass = head_pass.cached()
+    # the lines that load the small head again make its form from them
+    _moments(job, head_pass, True)
+    return head_pass
+
+
+def _moments(job: Job, head_pass: HeadPass, by_class: bool) -> HeadMoments:
     try:
         with _counting(job):
-            moments = HeadMoments.collect(
-                HeadPass(job.model, job.loader, layer=options.layer, show_progress=_bars(options))
-            )
+            moments = HeadMoments.collect(head_pass, by_class=by_class)
     except BaseException as error:
         if (partial := getattr(error, "partial_result", None)) is not None:
             _keep_partial(job, "moments", partial, partial.count)
@@ -303,7 +321,7 @@ def _judge(
     *,
     draw: bool = False,
     refit: str | None = None,
-    moments: HeadMoments | None = None,
+    moments: HeadMoments | HeadPass | None = None,
 ) -> None:
     """Accuracy with k channels for each class, on images that had no part in choosing them, and a random control."""
     from captum_classfilters import HeadPass, metrics, visualize
@@ -414,13 +432,13 @@ def _save_network(job: Job, small: nn.Module) -> None:
         save_file(state, beside, metadata={"format": "pt"})
 
 
-def _tell_small(job: Job, options: Any, small: nn.Module, refit: str | None) -> None:
+def _tell_small(job: Job, options: Any, small: nn.Module, refit: str | None, chooses: bool) -> None:
     layer = small.get_submodule(job.head.name) if small is not job.model else small
     kept, form = _kept(layer)
     total = job.head.num_classes * job.head.num_features
     # with a plain linear head it is still the same kind of network
     fits = small.state_dict().keys() == job.model.state_dict().keys() and form == "dense"
-    lines = _recipe(job, options, refit, form, fits)
+    lines = _recipe(job, options, refit, chooses, form, fits)
     job.console.facts |= {
         "k": options.k,
         "refit": options.refit,
@@ -445,7 +463,7 @@ def _kept(layer: nn.Module) -> tuple[int, str]:
     return int(torch.count_nonzero(layer.weight)), "dense"  # type: ignore[arg-type]
 
 
-def _recipe(job: Job, options: Any, refit: str | None, form: str, fits: bool) -> list[str]:
+def _recipe(job: Job, options: Any, refit: str | None, chooses: bool, form: str, fits: bool) -> list[str]:
     """Lines of Python that load the small network: the network, or the call that made the small one; its weights."""
     folder = options.out.resolve()
     load = ["from safetensors.torch import load_file"]
@@ -453,11 +471,12 @@ def _recipe(job: Job, options: Any, refit: str | None, form: str, fits: bool) ->
     if fits:
         return [*job.network.recipe, *load, f"model.{weights}", "model.eval()"]
     filters = "None"
-    if refit != "omp":
+    if not chooses:
         file = Path(options.filters).resolve() if options.filters else folder / "filters.safetensors"
         filters = f"ClassFilters.load({str(file)!r})"
     moments = f"HeadMoments.load({str(folder / 'moments.safetensors')!r})"
-    extra = f', refit="{refit}", moments={moments}' if refit else ""
+    # what a logistic refit needs is not in a file; any refit makes the form, the weights are loaded
+    extra = f', refit="{"binary" if refit == "logistic" else refit}", moments={moments}' if refit else ""
     unseen = ', unseen="dense"' if options.unseen == "dense" else ""
     return [
         *job.network.recipe,

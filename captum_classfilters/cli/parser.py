@@ -100,13 +100,17 @@ def _attribute(parser: argparse.ArgumentParser) -> None:
 def _decompose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=_count, default=5, help="features kept for each class (default: 5)")
     parser.add_argument("--filters", type=Path, metavar="FILE", help="a table saved by attribute; else from a pass")
-    parser.add_argument("--selector", choices=SELECTORS, default="histogram", help="without --filters")
+    parser.add_argument(
+        "--selector", choices=SELECTORS, help="without --filters (default: histogram; with a refit from labels its own)"
+    )
     _k1(parser)
     parser.add_argument(
         "--refit",
-        choices=("none", "least_squares", "omp"),
+        choices=("none", "least_squares", "omp", "discriminant", "logistic", "binary"),
         default="none",
-        help="new weights for the kept features, from one more pass; omp chooses the features, too (default: none)",
+        help="new weights for the kept features, from one more pass: least_squares and omp copy the network's logits, "
+        "discriminant, logistic and binary learn from the labels; omp, and the three without --filters and --selector, "
+        "choose the features, too (default: none)",
     )
     parser.add_argument(
         "--backend",

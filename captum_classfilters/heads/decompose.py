@@ -17,11 +17,11 @@ from captum_classfilters.core.check import one_of
 from captum_classfilters.core.copies import copied
 from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
 from captum_classfilters.core.head import Head, Part, find_head, has_layer, is_candidate
+from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
 from captum_classfilters.heads.moments import HeadMoments, check_moments
-from captum_classfilters.heads.refits import Refit, least_squares, omp
-
-REFITS = (None, "least_squares", "omp")
+from captum_classfilters.heads.refits import Refitter
+from captum_classfilters.heads.refitting import FROM_LABELS, RefitOptions, as_moments, fitter, refit_options
 
 # Measured on one CPU thread (`benchmarks/speed/head_speed.py`): a sparse head wins at every batch size when the dense
 # one has at least so many weights ...
@@ -35,8 +35,8 @@ def decompose(
     filters: ClassFilters | None,
     k: int,
     *,
-    refit: str | None = None,
-    moments: HeadMoments | None = None,
+    refit: str | RefitOptions | None = None,
+    moments: HeadMoments | HeadPass | None = None,
     backend: str = "auto",
     unseen: str = "refuse",
     layer: nn.Module | str | None = None,
@@ -53,17 +53,24 @@ def decompose(
 
     Args:
         model: The network; not changed.
-        filters: Which features; any method's table. None with ``refit="omp"``, which chooses its own.
+        filters: Which features; any method's table. None with ``refit="omp"``, which chooses its own, and with refits
+            from labels, if they shall choose: forward selection for their loss.
         k: Features for each class, in ``[1, K]``.
         refit: None keeps the weights as they are. ``"least_squares"`` gives the kept features the weights that come
-            nearest to the full head's logits; ``"omp"`` chooses the features, too (`refits.py`). Both need ``moments``
-            and add a bias where the head has none.
-        moments: `HeadMoments` of this network, collected on many *different* training images: a refit on crops of a few
-            images fits those few. Judge a refit on other images (`metrics.accuracy_curve`).
+            nearest to the full head's logits; ``"omp"`` chooses the features, too (`refits.py`). From labels, better
+            where few features are left: ``"logistic"``, multinomial logistic regression; ``"discriminant"``, least
+            squares of the class membership, in closed form; ``"binary"``, weights of 1 on standardised features. All
+            need ``moments`` and add a bias where the head has none. `RefitOptions` for more than the name, such as
+            shared channels.
+        moments: What a refit learns from, many *different* training images: a refit on crops of a few images fits
+            those few. `HeadMoments` of this network, from labels with ``by_class=True``; or a `HeadPass` of it over
+            labelled training images, which ``"logistic"`` needs and of which it keeps N x K features. Judge a refit on
+            other images (`metrics.accuracy_curve`).
         backend: A backend of `DecomposedLinear`; or ``"dense"``, a plain ``nn.Linear`` with zeros. ``"auto"``: a sparse
             form where it won at every batch size (CPU, float32 or float64, at least 2^17 weights of which at most an
             eighth is kept), else dense.
-        unseen: Classes without samples in the table: ``"refuse"``, or ``"dense"``, which keeps all their weights.
+        unseen: Classes without samples in the table: ``"refuse"``, or ``"dense"``, which keeps all their weights; not
+            with a refit from labels, whose logits are of another scale.
         layer: The head, if it has another name than in the table and moments.
 
     Returns:
@@ -80,12 +87,19 @@ def decompose(
     """
     one_of(backend, "backend", (*BACKENDS, "dense"))
     one_of(unseen, "unseen", ("refuse", "dense"))
-    check_refit(refit, filters, moments)
-    if refit != "omp":
+    options = refit_options(refit, filters, moments)
+    if options is None or filters is not None:
         one_table(filters)
+    if options is not None:
+        if options.name in FROM_LABELS and unseen == "dense":
+            raise OptionError(
+                f'unseen="dense" does not fit refit={options.name!r}: its logits are of another scale than the kept '
+                'ones; give images of all classes, or use refit="least_squares"'
+            )
+        moments = as_moments(options, moments)
     module = unwrap(model)
-    made = filters if filters is not None else moments
-    about = {} if made is None else made.meta if isinstance(made, ClassFilters) else made.about
+    made = filters if filters is not None else moments.head if isinstance(moments, HeadPass) else moments
+    about = {} if made is None else made.meta if isinstance(made, ClassFilters) else _about(made)
     head = find_head(module, layer if layer is not None else _layer_of(made, module), about)
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
         raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
@@ -93,13 +107,14 @@ def decompose(
         filters = replace(filters, layer=head.name) if isinstance(filters, ClassFilters) else filters
         moments = replace(moments, layer=head.name) if isinstance(moments, HeadMoments) else moments
     check_k(k, head.num_features, "k")
-    if refit == "omp":
-        dense = _pursued(head, k, moments)
-    elif refit == "least_squares":
-        dense = _refitted(head, _chosen(filters, head, k, unseen), filters.seen, k, moments)  # type: ignore[union-attr]
-    else:
+    if options is None:
         bias = head.bias if head.has_bias else None
         dense = _Dense(head.weight, bias, _chosen(filters, head, k, unseen))
+    elif options.name == "least_squares":
+        dense = _refitted(head, _chosen(filters, head, k, unseen), filters.seen, k, moments)  # type: ignore[union-attr]
+    else:
+        mask = None if filters is None else _chosen(filters, head, k, unseen)
+        dense = _fitted(head, mask, k, options, moments)
     if head.one_logit:
         dense = _one_row(dense)
     return _replaced(module, head, dense, backend)
@@ -115,7 +130,7 @@ class _Dense(NamedTuple):
 
 def _layer_of(made: Any, model: nn.Module) -> str:
     """The layer that a table or moments name, if the model has it."""
-    layer: str = made.layer
+    layer: str = made.name if isinstance(made, Head) else made.layer
     if not has_layer(model, layer):
         raise ShapeError(
             f"the {type(made).__name__} are of layer {layer!r}, which this network does not have; use those made with "
@@ -124,16 +139,8 @@ def _layer_of(made: Any, model: nn.Module) -> str:
     return layer
 
 
-def check_refit(refit: Any, filters: Any, moments: Any) -> None:
-    """Refuse an unknown refit, one without moments, and arguments that the refit does not read."""
-    one_of(refit, "refit", REFITS)
-    if refit is None and moments is not None:
-        raise OptionError('moments without a refit; pass refit="least_squares" or refit="omp", or leave them out')
-    if refit is not None and not isinstance(moments, HeadMoments):
-        got = "None" if moments is None else type(moments).__name__
-        raise OptionError(f"refit={refit!r} needs moments=HeadMoments.collect(model, loader), got {got}")
-    if refit == "omp" and filters is not None:
-        raise OptionError('refit="omp" chooses the features itself; pass filters=None, or refit="least_squares"')
+def _about(made: Any) -> Any:
+    return made.about() if isinstance(made, Head) else made.about
 
 
 def _chosen(filters: Any, head: Head, k: int, unseen: str) -> Tensor:
@@ -155,32 +162,38 @@ def _refitted(head: Head, mask: Tensor, seen: Tensor, k: int, moments: Any) -> _
     check_moments(moments, head.name, head.num_features)
     rows = seen.nonzero().flatten().to(mask.device)
     indices = mask[rows].nonzero()[:, 1].view(len(rows), k)
-    solution = least_squares(moments, head.weight[rows], head.bias[rows], indices)
+    fitted, shift, ridge = Refitter(moments, head.weight[rows], head.bias[rows]).fit(indices)
     weight, bias = head.weight.clone(), head.bias.clone()
-    weight[rows], bias[rows] = _spread(solution, weight), solution.bias.to(bias.dtype)
-    _warn_singular(solution, moments)
+    weight[rows], bias[rows] = _spread(indices, fitted, weight), shift.to(bias.dtype)
+    _warn_singular(ridge, moments)
     return _Dense(weight, bias, mask)
 
 
-def _pursued(head: Head, k: int, moments: Any) -> _Dense:
-    check_moments(moments, head.name, head.num_features)
-    solution = omp(moments, head.weight, head.bias, k)
-    _warn_singular(solution, moments)
-    mask = torch.zeros_like(head.weight, dtype=torch.bool).scatter_(1, solution.indices, True)
-    return _Dense(_spread(solution, head.weight), solution.bias.to(head.weight.dtype), mask)
+def _fitted(head: Head, mask: Tensor | None, k: int, options: RefitOptions, moments: Any) -> _Dense:
+    """New weights in every class, on the features of the mask or of the refit's own choice."""
+    made = fitter(options, moments, head)
+    indices = made.pursue(k) if mask is None else mask.nonzero()[:, 1].view(len(mask), k)
+    indices = indices.to(head.weight.device)
+    fitted, bias, ridge = made.fit(indices)
+    _warn_singular(ridge, moments)
+    if head.one_logit and options.name in FROM_LABELS:
+        # the one logit is the log of the odds: the difference of the two rows, of which half will be taken
+        fitted, bias = fitted * 2, bias * 2
+    mask = torch.zeros_like(head.weight, dtype=torch.bool).scatter_(1, indices, True)
+    return _Dense(_spread(indices, fitted, head.weight), bias.to(head.weight), mask)
 
 
-def _spread(solution: Refit, like: Tensor) -> Tensor:
-    weight = like.new_zeros(len(solution.indices), like.shape[1])
-    return weight.scatter_(1, solution.indices, solution.weight.to(like.dtype))
+def _spread(indices: Tensor, fitted: Tensor, like: Tensor) -> Tensor:
+    weight = like.new_zeros(len(indices), like.shape[1])
+    return weight.scatter_(1, indices, fitted.to(like))
 
 
-def _warn_singular(solution: Refit, moments: HeadMoments) -> None:
-    singular = int((solution.ridge > 0).sum())
+def _warn_singular(ridge: Tensor, moments: Any) -> None:
+    singular = int((ridge > 0).sum())
     if singular:
         warnings.warn(
-            f"for {singular} of {len(solution.ridge)} classes the kept features follow from one another over the "
-            f"{moments.count} samples; a ridge of {float(solution.ridge.max()):.0e} shared their weight out. More "
+            f"for {singular} of {len(ridge)} classes the kept features follow from one another over the "
+            f"{moments.count} samples; a ridge of {float(ridge.max()):.0e} shared their weight out. More "
             "samples or a smaller k avoid it",
             SingularMomentsWarning,
             stacklevel=4,

@@ -1,6 +1,6 @@
 """`HeadMoments`: mean and second moments of the head's input, all that a closed-form refit needs of the data.
 
-K features. State is O(K^2), whatever the number of samples.
+K features, C classes. State is O(K^2 + C K), whatever the number of samples.
 """
 
 import os
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.core.check import integer
+from captum_classfilters.core.class_sums import class_correlation
 from captum_classfilters.core.errors import EmptyLoaderError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.files import checked_tensor, contents, read, text, write
 from captum_classfilters.core.head import Head, head_facts
 from captum_classfilters.core.head_pass import HeadPass
 from captum_classfilters.core.ranks import Ranks, group_of, sum_over
 
-_KIND, _VERSION = "HeadMoments", 1
+_KIND, _VERSIONS = "HeadMoments", (2, 1)
+_BY_CLASS = ("class_counts", "class_totals")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,8 @@ class HeadMoments:
         count: Samples behind them.
         layer: Name of the head.
         about: What is unusual of the head, as `Head.about` tells it.
+        class_counts: ``(C,)`` int64, samples of each class; None without labels.
+        class_totals: ``(C, K)`` float64, sum of ``f`` over the samples of each class; None without labels.
 
     Raises:
         ShapeError: The shapes do not agree.
@@ -47,6 +51,8 @@ class HeadMoments:
     count: int
     layer: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Tensor | None = None
+    class_totals: Tensor | None = None
 
     def __post_init__(self) -> None:
         channels = len(self.total) if self.total.dim() == 1 else -1
@@ -55,9 +61,19 @@ class HeadMoments:
                 f"total must have shape (K,) and second (K, K), got {tuple(self.total.shape)} and "
                 f"{tuple(self.second.shape)}"
             )
+        counts, totals = self.class_counts, self.class_totals
+        if (counts is None) != (totals is None) or (
+            counts is not None and totals is not None and totals.shape != (len(counts), channels)
+        ):
+            shapes = [None if part is None else tuple(part.shape) for part in (counts, totals)]
+            raise ShapeError(
+                f"class_counts and class_totals must have shapes (C,) and (C, {channels}), or both be None; got "
+                f"{shapes[0]} and {shapes[1]}"
+            )
 
     def __repr__(self) -> str:
-        return f"HeadMoments({self.num_features} features of {self.layer!r}, {self.count} samples)"
+        classes = "" if self.class_counts is None else f", {len(self.class_counts)} classes"
+        return f"HeadMoments({self.num_features} features of {self.layer!r}, {self.count} samples{classes})"
 
     @property
     def num_features(self) -> int:
@@ -74,6 +90,39 @@ class HeadMoments:
         """``(K, K)`` float64, divided by the number of samples."""
         return self.second / self.count - torch.outer(self.mean, self.mean)
 
+    @property
+    def class_means(self) -> Tensor:
+        """``(C, K)`` float64; NaN for a class without samples."""
+        counts, totals = self._by_class()
+        return totals / counts.double().masked_fill(counts == 0, torch.nan)[:, None]
+
+    @property
+    def pooled(self) -> Tensor:
+        """``(K, K)`` float64: covariance of the features around the mean of their own class."""
+        counts, totals = self._by_class()
+        return (self.second - (totals / counts.clamp(min=1)[:, None]).T @ totals) / self.count
+
+    @property
+    def class_covariance(self) -> Tensor:
+        """``(C, K)`` float64: covariance of being of each class, 0 or 1, with each feature."""
+        counts, totals = self._by_class()
+        return totals / self.count - torch.outer(counts.double() / self.count, self.mean)
+
+    @property
+    def class_correlation(self) -> Tensor:
+        """``(C, K)`` float64 in [-1, 1]: the same as correlation; 0 where either is constant."""
+        counts, totals = self._by_class()
+        squares = (self.second.diagonal() / len(counts)).expand_as(totals)
+        return class_correlation(counts, totals, squares)
+
+    def _by_class(self) -> tuple[Tensor, Tensor]:
+        if self.class_counts is None or self.class_totals is None:
+            raise OptionError(
+                "these moments were collected without labels; "
+                "use HeadMoments.collect(model, loader, by_class=True) with a loader of (inputs, labels)"
+            )
+        return self.class_counts, self.class_totals
+
     @classmethod
     def collect(
         cls,
@@ -81,15 +130,17 @@ class HeadMoments:
         loader: Iterable[Any] | None = None,
         *,
         layer: nn.Module | str | None = None,
+        by_class: bool = False,
         distributed: Ranks = None,
     ) -> "HeadMoments":
-        """One pass over a loader; labels are not needed.
+        """One pass over a loader; labels are needed only for ``by_class``.
 
         Args:
             model: The network, borrowed; or a `HeadPass`.
             loader: Batches of inputs, or ``(inputs, labels)``: images on which the smaller head will not be judged.
                 Left out with a `HeadPass`.
             layer: The head, if it cannot be found; left out with a `HeadPass`.
+            by_class: Also keep the means of each class, for refits that learn from labels.
             distributed: As for `InfluentialFeatures.attribute`.
 
         Raises:
@@ -99,11 +150,11 @@ class HeadMoments:
         Whatever ends the pass early carries the sums of the batches before it as ``error.partial_result``.
         """
         group = group_of(distributed)
-        sums, head_pass = _Sums(), HeadPass.of(model, loader, layer)
+        sums, head_pass = _Sums(by_class), HeadPass.of(model, loader, layer)
         try:
-            with head_pass.batches(need_labels=None, description="HeadMoments") as stream:
+            with head_pass.batches(need_labels=True if by_class else None, description="HeadMoments") as stream:
                 for batch in stream:
-                    sums.add(batch.features, batch.head)
+                    sums.add(batch.features, batch.head, batch.labels)
         except EmptyLoaderError:
             if group is None:
                 raise
@@ -129,15 +180,25 @@ class HeadMoments:
         for part in parts[1:]:
             if (part.layer, part.num_features) != (first.layer, first.num_features):
                 raise MergeError(f"{first} and {part} are of different networks; merge moments of one")
-        total, second = sum(p.total for p in parts), sum(p.second for p in parts)
+            if _num_classes(part) != _num_classes(first):
+                raise MergeError(
+                    f"{first} and {part} do not have the same classes; collect all with by_class=True, or none"
+                )
+        names = ("total", "second") if first.class_counts is None else ("total", "second", *_BY_CLASS)
+        sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in names}
         count = sum(p.count for p in parts)
-        return HeadMoments(total, second, count, first.layer, first.about)  # type: ignore[arg-type]
+        return HeadMoments(**sums, count=count, layer=first.layer, about=first.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; whole or not at all."""
-        tensors = {"total": self.total, "second": self.second}
         meta = {"count": self.count, "layer": self.layer, "about": dict(self.about)}
-        write(path, tensors, kind=_KIND, version=_VERSION, meta=meta)
+        # without classes a file is as it always was: older versions read it
+        version = 1 if self.class_counts is None else 2
+        write(path, self._tensors(), kind=_KIND, version=version, meta=meta)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("total", "second") if self.class_counts is None else ("total", "second", *_BY_CLASS)
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadMoments":
@@ -147,50 +208,71 @@ class HeadMoments:
             FileNotFoundError: No such file.
             FileFormatError: Broken, truncated, foreign, or of another schema version.
         """
-        tensors, about = read(path, kind=_KIND, version=_VERSION, tensors=("total", "second"))
+        tensors, about = read(path, kind=_KIND, version=_VERSIONS)
         with contents(path, "whole moments"):
             channels = tensors["total"].shape[-1]
             total = checked_tensor(tensors, "total", torch.float64, channels)
             second = checked_tensor(tensors, "second", torch.float64, channels, channels)
             count, layer = integer(about["count"], "count", 1, 2**62), text(about["layer"], "layer")
-            return cls(total, second, count, layer, head_facts(about.get("about", {})))
+            if set(tensors) not in ({"total", "second"}, {"total", "second", *_BY_CLASS}):
+                raise ValueError(f"expected total and second, and those by class or not; got {sorted(tensors)}")
+            by_class: list[Tensor] = []
+            if "class_counts" in tensors:
+                classes = tensors["class_counts"].shape[-1]
+                by_class.append(checked_tensor(tensors, "class_counts", torch.int64, classes))
+                by_class.append(checked_tensor(tensors, "class_totals", torch.float64, classes, channels))
+            return cls(total, second, count, layer, head_facts(about.get("about", {})), *by_class)
+
+
+def _num_classes(moments: HeadMoments) -> int | None:
+    return None if moments.class_counts is None else len(moments.class_counts)
 
 
 class _Sums:
     """The running sums of one pass, on the model's device."""
 
-    def __init__(self) -> None:
-        self._state: tuple[Tensor, Tensor, int] | None = None
+    def __init__(self, by_class: bool) -> None:
+        self._by_class = by_class
+        self._state: tuple[Tensor, Tensor, int, dict[str, Tensor]] | None = None
         self._layer = ""
         self._about: dict[str, Any] = {}
 
-    def add(self, features: Tensor, head: Head) -> None:
+    def add(self, features: Tensor, head: Head, labels: Tensor | None) -> None:
         self._layer, self._about = head.name, head.about()
         features = features.double()
         total, second, count = features.sum(0), features.T @ features, len(features)
+        classes: dict[str, Tensor] = {}
+        if self._by_class and labels is not None:
+            # the sums of the classes as a product: the same in every run, which index_add_ on a GPU is not
+            own = torch.zeros(head.num_classes, count, dtype=torch.float64, device=features.device)
+            own[labels, torch.arange(count, device=labels.device)] = 1.0
+            classes = {"class_counts": labels.bincount(minlength=head.num_classes), "class_totals": own @ features}
         if self._state is not None:
-            # in place: K x K is large, and an interrupted addition is made good by assigning all three at once
+            # in place: K x K is large, and an interrupted addition is made good by assigning all at once
+            classes = {name: self._state[3][name] + part for name, part in classes.items()}
             total, second, count = self._state[0] + total, second.add_(self._state[1]), self._state[2] + count
-        self._state = (total, second, count)
+        self._state = (total, second, count, classes)
 
     def moments(self) -> HeadMoments | None:
         if self._state is None:
             return None
-        total, second, count = self._state
-        return HeadMoments(total.cpu(), second.cpu(), count, self._layer, self._about)
+        total, second, count, classes = self._state
+        on_cpu = {name: part.cpu() for name, part in classes.items()}
+        return HeadMoments(total.cpu(), second.cpu(), count, self._layer, self._about, **on_cpu)
 
 
 def _all_ranks(mine: HeadMoments | None, group: Any, model: Any) -> HeadMoments:
     tensors = about = None
     if mine is not None:
-        tensors = {"total": mine.total, "second": mine.second, "count": torch.tensor(mine.count)}
+        tensors = {**mine._tensors(), "count": torch.tensor(mine.count)}
         about = (mine.layer, dict(mine.about))
     try:
         sums, (layer, facts) = sum_over(group, tensors, about, network=model)
     except MergeError as error:
         error.partial_result = mine  # type: ignore[attr-defined]
         raise
-    return HeadMoments(sums["total"], sums["second"], int(sums["count"]), layer, facts)
+    count = int(sums.pop("count"))
+    return HeadMoments(**sums, count=count, layer=layer, about=facts)
 
 
 def check_moments(moments: Any, layer: str, channels: int) -> HeadMoments:

@@ -1,6 +1,7 @@
-"""Closed-form refits of a head that keeps few features: no SGD, no labels, only the second moments of its input.
+"""Closed-form refits of a head that keeps few features: no SGD, only moments of its input.
 
-Each class's new weights are those whose logit comes nearest to the full head's, in the mean square over the data.
+Each class's new weights are those whose logit comes nearest to the full head's, in the mean square over the data; or,
+with moments by class, nearest to 1 for the class's own samples and 0 for all others.
 C classes, K features, k of them kept for each class.
 """
 
@@ -69,9 +70,13 @@ class Refitter:
         usable = self._scale > 0
         correlation = self._covariance / torch.outer(self._scale, self._scale)
         correlation = correlation.masked_fill(~(usable[:, None] & usable), 0)
-        goal = (self._weight * self._scale) @ correlation  # (C, K): of each full logit with each scaled feature
+        goal = self._goal(correlation)
         step = max(1, _CELLS // k**2)
         return torch.cat([_pursue(correlation, part, usable, k) for part in torch.split(goal, step)])
+
+    def _goal(self, correlation: Tensor) -> Tensor:
+        """Covariance of each full logit with each scaled feature, ``(C, K)``."""
+        return (self._weight * self._scale) @ correlation
 
     def refit(self, indices: Tensor) -> Refit:
         """`fit`, and how much of the full logits it explains."""
@@ -84,6 +89,33 @@ class Refitter:
         deviation = self._moments.second.diagonal().to(self._weight.device).sqrt()
         varies = variance > _ROUNDING * (self._weight.abs() @ deviation).square()
         return Refit(indices, fitted, bias, torch.where(varies, 1 - lost / variance, 1.0), ridge)
+
+
+class DiscriminantRefitter(Refitter):
+    """Least squares of being of each class, 0 or 1, on the class's own features.
+
+    For each class the ``w``, ``b`` that minimise ``E (sum over j in J of w_j f_j + b - [y is the class])^2``. The
+    direction is that of Fisher's discriminant of the class against all others, ``pooled covariance^-1 (mean of the
+    class - mean of the others)`` (Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, exercise 4.2);
+    the length and bias of least squares make the outputs of classes that read different features comparable.
+
+    Args:
+        moments: Moments by class.
+        device: Where to compute.
+    """
+
+    def __init__(self, moments: HeadMoments, device: torch.device) -> None:
+        self._moments, self._cross = moments, moments.class_covariance.to(device)
+        # `refit` has no full logit to explain here; `fit` and `pursue` ask this only for its device
+        self._weight = self._cross
+        self._covariance, self._mean = moments.covariance.to(device), moments.mean.to(device)
+        self._scale = _scale(moments).to(device)
+        counts: Tensor = moments.class_counts  # type: ignore[assignment]
+        self._mean_logit = (counts.double() / moments.count).to(device)
+
+    def _goal(self, correlation: Tensor) -> Tensor:
+        usable = self._scale > 0
+        return torch.where(usable, self._cross / self._scale.where(usable, 1.0), 0.0)
 
 
 def least_squares(moments: HeadMoments, weight: Tensor, bias: Tensor, indices: Tensor) -> Refit:

@@ -17,9 +17,8 @@ from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import Batch, HeadPass
 from captum_classfilters.core.intervals import chance_shares, shares, with_all
 from captum_classfilters.core.many_labels import ManyScores
-from captum_classfilters.heads.decompose import check_refit
-from captum_classfilters.heads.moments import HeadMoments, check_moments
-from captum_classfilters.heads.refits import Refitter
+from captum_classfilters.heads.moments import HeadMoments
+from captum_classfilters.heads.refitting import Fitter, RefitOptions, as_moments, fitter, refit_options
 
 # How many weights of sparse heads are multiplied at once
 _CELLS = 2**24
@@ -31,8 +30,8 @@ def accuracy_curve(
     loader: Iterable[Any] | None = None,
     ks: Sequence[int] = (1, 3, 5, 10),
     *,
-    refit: str | None = None,
-    moments: HeadMoments | None = None,
+    refit: str | RefitOptions | None = None,
+    moments: HeadMoments | HeadPass | None = None,
     layer: nn.Module | str | None = None,
     control: Control = Control(),
 ) -> pd.DataFrame:
@@ -44,22 +43,24 @@ def accuracy_curve(
     Args:
         model: The network; borrowed, given back as it was. Or a `HeadPass`; then ``loader`` is left out.
         filters: A table, or tables by name. A table of the random selector is left out: the control replaces it. A
-            class without samples in a table keeps its bias alone, in the control as well. None with ``refit="omp"``.
+            class without samples in a table keeps its bias alone, in the control as well. None with a refit that
+            chooses its own channels: ``"omp"``, or one from labels.
         loader: Batches ``(inputs, labels)`` of images that were not used to make the tables or moments.
         ks: Numbers of channels kept for each class, in ``[1, K]``.
-        refit: As for `heads.decompose`. ``"least_squares"`` refits the weights of every table and of the control;
-            ``"omp"`` chooses its own channels, and the control is refitted by least squares.
-        moments: `HeadMoments`, for the refits.
+        refit: As for `heads.decompose`. The weights of every table and of the control are refitted alike; ``"omp"``
+            chooses its own channels, and the control is refitted by least squares. With shared channels the control
+            reads any.
+        moments: `HeadMoments` or a `HeadPass`, for the refits, as for `heads.decompose`.
         layer: The head, if it cannot be found.
         control: Random tables.
 
     Returns:
         One row for each table, k and class, and for ``class_name == "all"``. ``filters``: the name, ``"dense"`` for the
-        full head (k = K), ``"omp"``, or ``"random"`` for the control, whose rows have ``control`` True. ``accuracy``:
-        share of samples classified correctly (for a class: its recall); ``low``, ``high``: Wilson 95 % interval, for
-        the control of the mean over its draws; ``relative``: accuracy divided by the accuracy of the full head;
-        ``agreement``: share of samples for which the full head predicts the same class; ``samples``. With
-        ``refit="omp"`` no table names the classes; their names are those of the `HeadPass`, or numbers.
+        full head (k = K), the refit's where it chose, or ``"random"`` for the control, whose rows have ``control``
+        True. ``accuracy``: share of samples classified correctly (for a class: its recall); ``low``, ``high``: Wilson
+        95 % interval, for the control of the mean over its draws; ``relative``: accuracy divided by the accuracy of the
+        full head; ``agreement``: share of samples for which the full head predicts the same class; ``samples``. With a
+        refit's own choice no table names the classes; their names are those of the `HeadPass`, or numbers.
 
         Of many labels, ``(N, C)`` rows of 0 and 1, in the place of ``accuracy``: ``average_precision`` of the class's
         logits, ``ap_low``, ``ap_high``; ``balanced_accuracy`` of their signs, ``low``, ``high``: bootstrap 95 %
@@ -73,9 +74,12 @@ def accuracy_curve(
         ShapeError: A table or the moments belong to another network.
     """
     head_pass = HeadPass.of(model, loader, layer)
-    check_refit(refit, filters, moments)
-    tables = {} if refit == "omp" else named_tables(filters, ("dense", "random", "omp"))
-    channels = next((table.num_channels for table in tables.values()), getattr(moments, "num_features", 0))
+    options = refit_options(refit, filters, moments)
+    moments = None if options is None else as_moments(options, moments)
+    chosen = options is not None and filters is None
+    tables = {} if chosen else named_tables(filters, ("dense", "random", "omp"))
+    owner = moments.head if isinstance(moments, HeadPass) else moments
+    channels = next((table.num_channels for table in tables.values()), getattr(owner, "num_features", 0))
     ks = integers(ks, "ks", 1, channels, meaning="the number of channels")
     names = next((table.class_names for table in tables.values()), None)
     with head_pass.batches(description="accuracy_curve", many_labels=True) as stream:
@@ -84,7 +88,7 @@ def accuracy_curve(
         head: Head = (many or first).head  # type: ignore[union-attr]
         if names is None:
             names = names_of(head_pass.class_names, head.num_classes, head_pass.loader, head_pass.model)
-        counts = KeepCounts(head, tables, ks, control, refit, moments)
+        counts = KeepCounts(head, tables, ks, control, options, moments)
         if many is not None:
             return counts.frame_of_many(many, names)
         for batch in chain([first], batches):
@@ -97,7 +101,7 @@ class KeepCounts:
 
     Args:
         head: The head.
-        tables: Tables by name; none with ``refit="omp"``.
+        tables: Tables by name; none with a refit that chooses its own channels.
         ks: Numbers of channels kept for each class, in rising order.
         control: Random tables.
         refit: As for `accuracy_curve`.
@@ -110,17 +114,15 @@ class KeepCounts:
         tables: Mapping[str, ClassFilters],
         ks: Sequence[int],
         control: Control,
-        refit: str | None = None,
-        moments: HeadMoments | None = None,
+        refit: RefitOptions | None = None,
+        moments: HeadMoments | HeadPass | None = None,
     ) -> None:
-        self._names, self._ks, self._draws = list(tables) or ["omp"], ks, control.draws
+        self._names, self._ks, self._draws = list(tables) or [_name_of(refit)], ks, control.draws
         self._size, self._weight = (head.num_classes, head.num_features), head.weight
-        refitter = None
-        if moments is not None:
-            check_moments(moments, head.name, head.num_features)
-            refitter = Refitter(moments, head.weight, head.bias)
-        rankings = _rankings(head, tables, refitter if refit == "omp" else None, max(ks), control)
-        self._heads = [_small(head, ranking, k, refitter) for ranking in rankings for k in ks]
+        refitter = None if refit is None else fitter(refit, moments, head)
+        rankings = _rankings(head, tables, control)
+        self._heads = [] if tables or refitter is None else _own_choice(head, refit, refitter, ks)
+        self._heads += [_small(head, ranking, k, refitter) for ranking in rankings for k in ks]
         device, classes = self._weight.device, head.num_classes
         self._step = max(1, _CELLS // self._weight.numel())
         self._right = torch.zeros(len(self._heads), classes, dtype=torch.int64, device=device)
@@ -229,25 +231,35 @@ class _Small(NamedTuple):
     bias: Tensor  # (C,)
 
 
-def _rankings(
-    head: Head, tables: Mapping[str, ClassFilters], pursuer: Refitter | None, most: int, control: Control
-) -> list[tuple[Tensor, Tensor]]:
+def _name_of(refit: RefitOptions | None) -> str:
+    return "omp" if refit is None else refit.name
+
+
+def _rankings(head: Head, tables: Mapping[str, ClassFilters], control: Control) -> list[tuple[Tensor, Tensor]]:
     """For every table and draw: channels of each class, best first, ``(C, K)``, and which classes have samples."""
     for table in tables.values():
         check_table(table, head)
     everyone = torch.ones(head.num_classes, dtype=torch.bool)
     rankings = [(table.ranking(), table.seen) for table in tables.values()]
-    if pursuer is not None:
-        rankings.append((pursuer.pursue(most), everyone))
-    seen = torch.stack([seen for _, seen in rankings]).any(0)
+    seen = torch.stack([seen for _, seen in rankings]).any(0) if rankings else everyone
     rankings += [(ranking, seen) for ranking in control.rankings(head.weight.shape)]
     return [(ranking.to(head.weight.device), seen.to(head.weight.device)) for ranking, seen in rankings]
 
 
-def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refitter: Refitter | None) -> _Small:
+def _own_choice(head: Head, refit: Any, made: Fitter, ks: Sequence[int]) -> list["_Small"]:
+    """Heads of the refit's own choice, for all ks."""
+    everyone = torch.ones(head.num_classes, dtype=torch.bool, device=head.weight.device)
+    if refit.shared is not None:
+        # which channels are shared depends on k
+        return [_small(head, (made.pursue(k).to(everyone.device), everyone), k, made) for k in ks]
+    ranking = made.pursue(max(ks)).to(everyone.device)
+    return [_small(head, (ranking, everyone), k, made) for k in ks]
+
+
+def _small(head: Head, ranking: tuple[Tensor, Tensor], k: int, refitter: Fitter | None) -> _Small:
     indices, seen = ranking[0][:, :k], ranking[1]
     weight, bias = head.weight.gather(1, indices), head.bias
     if refitter is not None:
         fitted, shifted, _ = refitter.fit(indices)
-        weight, bias = fitted.to(weight.dtype), torch.where(seen, shifted.to(bias.dtype), bias)
+        weight, bias = fitted.to(weight), torch.where(seen, shifted.to(bias), bias)
     return _Small(indices, weight * seen[:, None], bias)

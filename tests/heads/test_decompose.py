@@ -341,7 +341,7 @@ FITTED = {"refit": "least_squares"}
             2,
             {"refit": "sgd"},
             OptionError,
-            r"refit must be one of \[None, 'least_squares', 'omp'\], got 'sgd'",
+            r"refit must be one of \[None, 'least_squares', .*\], got 'sgd'",
         ),
         (table(), 2, {"backend": "fast"}, OptionError, "backend must be one of .*'dense'.* got 'fast'"),
         (table(), 2, {"unseen": "drop"}, OptionError, "unseen must be one of"),
