@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, unwrap
 from captum_classfilters.core.errors import OptionError, ShapeError
-from captum_classfilters.core.outputs import describe, find_logits
+from captum_classfilters.core.outputs import LogitReader, describe, find_logits, two_logits
 from captum_classfilters.core.wide import home, portions, wide
 
 # The smallest and the largest value of a pixel
@@ -55,15 +55,16 @@ class Oracle:
 
     def forward(self, images: Tensor) -> Tensor:
         """One forward pass: ``(N, C)`` on the network's device and in its dtype, with gradients if they are enabled."""
-        with image_errors(images, self.model):
+        with image_errors(images, self.model), LogitReader() as reader:
             output = self._forward(self.place(images))
-        logits = find_logits(output)
+            logits = find_logits(output)
+            logits = None if logits is None else reader.logits(output)
         if logits is None or logits.dim() != 2 or len(logits) != len(images):
             got = describe(output) if logits is None else tuple(logits.shape)
             raise ShapeError(
                 f"the model must give logits of shape ({len(images)}, C), got {got}; wrap it in a module that does"
             )
-        return logits
+        return two_logits(logits)
 
 
 class Normalized(nn.Module):

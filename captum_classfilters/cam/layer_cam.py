@@ -27,7 +27,7 @@ from captum_classfilters.core.feature_map import shows_features
 from captum_classfilters.core.head_pass import single_batch
 from captum_classfilters.core.layers import find_module
 from captum_classfilters.core.layout import Layout, LayoutWatch
-from captum_classfilters.core.outputs import logits_of, two_logits
+from captum_classfilters.core.outputs import LogitReader, logits_of, two_logits
 from captum_classfilters.core.stream import Placement
 from captum_classfilters.core.targets import classes_of
 from captum_classfilters.core.wide import wide
@@ -113,8 +113,11 @@ class LayerCam(GradientAttribution, LayerAttribution):
         """The forward function; it checks layer and target before Captum picks them."""
 
         def forward(*args: Any) -> Any:
-            with image_errors(args, unwrap(self.forward_func)):
-                output = _two_axes(logits_of(self.forward_func(*args)), target)
+            with image_errors(args, unwrap(self.forward_func)), LogitReader() as reader:
+                logits = logits_of(result := self.forward_func(*args))
+                # of many classes the user's own softmax stays what is explained
+                logits = reader.logits(result) if logits.dim() == 2 and logits.shape[1] == 1 else logits
+                output = _two_axes(logits, target)
             if not watch.ran:
                 raise LayerError(f"{self._name()} did not run in this forward pass; choose one that does")
             if output.dim() == 2:

@@ -18,7 +18,7 @@ from captum_classfilters.cli.writing import as_csv, as_json, top_csv, top_lines
 from captum_classfilters.core.errors import OptionError, quoted
 from captum_classfilters.core.files import replacing
 from captum_classfilters.core.head_pass import HeadPass
-from captum_classfilters.core.outputs import find_logits
+from captum_classfilters.core.outputs import LogitReader, find_logits
 from captum_classfilters.heads import DecomposedLinear, HeadMoments
 from captum_classfilters.heads import decompose as make_small
 from captum_classfilters.heads.decompose import Pointwise
@@ -249,8 +249,11 @@ def _counting(job: Job) -> Iterator[None]:
     right: list[int] = []
     samples: list[int] = []
 
+    reader = LogitReader()
+
     def count(_: nn.Module, __: Any, output: Any) -> None:
         labels, logits = job.loader.labels, find_logits(output)
+        logits = None if logits is None else reader.class_logits(output)
         if labels is None or logits is None or logits.dim() != 2 or len(logits) != len(labels):
             return
         job.loader.labels = None  # once for each batch
@@ -259,7 +262,8 @@ def _counting(job: Job) -> Iterator[None]:
 
     handle = job.model.register_forward_hook(count)
     try:
-        yield
+        with reader:
+            yield
     finally:
         handle.remove()
     if not samples:

@@ -23,7 +23,7 @@ from captum_classfilters.core.errors import (
 )
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.layout import LayoutWatch
-from captum_classfilters.core.outputs import find_logits, gives_many_labels, logits_of
+from captum_classfilters.core.outputs import LogitReader, find_logits, gives_many_labels, two_logits
 from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.core.wide import wide
 
@@ -203,11 +203,14 @@ class Aggregation:
             {"importance": self._importance},
         )
 
-    def _see(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A hook that notes how many outputs the model has."""
+    def _see(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """A hook that notes how many classes the model has, and gives one logit as those of two classes."""
         logits = find_logits(output)
-        if logits is not None and logits.dim() == 2:
-            self._outputs = logits.shape[1]
+        if logits is None or logits.dim() != 2:
+            return None
+        two = two_logits(logits)
+        self._outputs = two.shape[1]
+        return None if two is logits else two
 
     def _number(self) -> int:
         number = self._classes or self._outputs
@@ -225,8 +228,8 @@ class Aggregation:
     def _labels(self, batch: Samples) -> Tensor:
         if self._source == "target":
             return batch.labels  # type: ignore[return-value]
-        with torch.no_grad(), image_errors(batch.inputs, self._model):
-            logits = logits_of(self._attribution.forward_func(*batch.inputs))
+        with torch.no_grad(), image_errors(batch.inputs, self._model), LogitReader() as reader:
+            logits: Tensor = reader.class_logits(self._attribution.forward_func(*batch.inputs))
             many = batch.labels is not None or gives_many_labels(self._attribution.forward_func)
             return logits > 0 if many else logits.argmax(1)
 

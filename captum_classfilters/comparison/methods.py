@@ -105,7 +105,7 @@ def run_weights(
     Calculation paths are not compared, because they consist of channels of convolutions and not of the head.
     """
     started = clock(head)
-    split = ALDSplitter(model, head.module).class_filters(
+    split = ALDSplitter.of_head(model, head).class_filters(
         class_names=class_names, min_size=max(2, min(20, head.num_features))
     )
     answers = {"ALDSplitter": Answer(split, None, clock(head) - started)}

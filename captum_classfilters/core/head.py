@@ -25,8 +25,12 @@ from captum_classfilters.core.wide import home
 # A layer that is a matrix of weights
 Candidate: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-# Effective weights of wrappers, and the versions of the parameters at that time
-_EFFECTIVE: WeakKeyDictionary[nn.Module, tuple[list[int], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+# Effective weights of wrappers, and the state that they were read in
+_EFFECTIVE: WeakKeyDictionary[nn.Module, tuple[list[Any], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+# Attributes that every module has
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class AuxiliaryHead(str):
@@ -72,6 +76,7 @@ class Head:
         feature_map: Where the features come from, if that is known.
         no_map: Why there is no map behind it.
         parts: The modules whose outputs, times their factors, add up to the logits.
+        offset: What the model adds to each of its outputs behind them; empty for nothing.
         channels: K.
         one_logit: The model returns one number for each sample, the logit of class 1. Class 0 has its negative.
         auxiliary: It does not make what the model returns.
@@ -87,6 +92,7 @@ class Head:
     one_logit: bool = False
     auxiliary: bool = False
     aliases: tuple[str, ...] = ()
+    offset: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         kind = ", auxiliary" if self.auxiliary else ""
@@ -146,6 +152,7 @@ class Head:
         else:
             weight = torch.stack([pair[0] * factor for pair, factor in pairs]).sum(0)
             bias = torch.stack([pair[1] * factor for pair, factor in pairs]).sum(0)
+        bias = bias + bias.new_tensor(self.offset) if self.offset else bias
         return (torch.cat([-weight, weight]), torch.cat([-bias, bias])) if self.one_logit else (weight, bias)
 
     def pool(self, tensor: Tensor) -> Tensor:
@@ -159,6 +166,7 @@ class Head:
             return F.linear(features.to(weight.dtype), weight, bias)
         factor = self.all_parts[0].factor
         logits = self.pool(output) if factor == 1 else self.pool(output) * factor
+        logits = logits + logits.new_tensor(self.offset) if self.offset else logits
         return two_logits(logits) if self.one_logit else logits
 
     def about(self) -> dict[str, Any]:
@@ -166,6 +174,8 @@ class Head:
         about: dict[str, Any] = {}
         if self.parts:
             about["head_parts"] = [[part.name, part.factor] for part in self.parts]
+        if self.offset:
+            about["head_offset"] = list(self.offset)
         if self.auxiliary:
             about["auxiliary_head"] = True
         return about
@@ -182,10 +192,12 @@ def head_facts(value: Any) -> dict[str, Any]:
         TypeError: It is something else.
     """
     facts: dict[str, Any] = {}
-    if not isinstance(value, Mapping) or set(value) - {"head_parts", "auxiliary_head"}:
-        raise TypeError("facts about a head must be head_parts and auxiliary_head")
+    if not isinstance(value, Mapping) or set(value) - {"head_parts", "head_offset", "auxiliary_head"}:
+        raise TypeError("facts about a head must be head_parts, head_offset and auxiliary_head")
     if "head_parts" in value:
         facts["head_parts"] = [[str(name), float(factor)] for name, factor in value["head_parts"]]
+    if "head_offset" in value:
+        facts["head_offset"] = [float(number) for number in value["head_offset"]]
     if "auxiliary_head" in value:
         facts["auxiliary_head"] = bool(value["auxiliary_head"])
     return facts
@@ -205,11 +217,16 @@ def affine(module: nn.Module, channels: int = 0) -> tuple[Tensor, Tensor]:
         weight = (weight if weight.layout == torch.strided else weight.to_dense()).flatten(1)
         bias = module.bias
         return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
-    versions = _versions(module)
+    state = _state(module, channels)
     kept = _EFFECTIVE.get(module)
-    if kept is None or not versions or kept[0] != versions:
-        kept = _EFFECTIVE[module] = versions, _answers(module, channels)
+    if kept is None or not state or kept[0] != state:
+        kept = _EFFECTIVE[module] = state, _answers(module, channels)
     return kept[1]
+
+
+def forget(module: nn.Module) -> None:
+    """Read the effective weights anew: writes through ``.data`` leave no trace."""
+    _EFFECTIVE.pop(module, None)
 
 
 def is_linear(module: nn.Module, channels: int) -> bool:
@@ -235,35 +252,48 @@ def _answers(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     return (answers[1:] - answers[0]).T.contiguous(), answers[0]
 
 
-def _versions(module: nn.Module) -> list[int]:
-    parameters = list(module.parameters())
-    if any(parameter.is_inference() for parameter in parameters):
+def _state(module: nn.Module, channels: int) -> list[Any]:
+    """What tells one state of a module from another: its parameters, and settings such as the active adapter."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
         return []
-    return [number for parameter in parameters for number in (id(parameter), parameter._version)]
+    versions = [number for tensor in tensors for number in (id(tensor), tensor._version)]
+    settings = [
+        (name, repr(value))
+        for inner in module.modules()
+        for name, value in vars(inner).items()
+        if name not in _OF_TORCH and isinstance(value, bool | int | float | str | list | dict)
+    ]
+    return [channels, versions, settings]
 
 
-def find_head(model: nn.Module, layer: nn.Module | str, about: Mapping[str, Any] | None = None) -> Head:
+def find_head(
+    model: nn.Module, layer: nn.Module | str, about: Mapping[str, Any] | None = None, channels: int = 0
+) -> Head:
     """The head that ``layer`` names, without a forward pass: not checked, nothing is known of the map behind it.
 
     Args:
         model: The model.
         layer: The layer.
-        about: What `Head.about` told of a head of several parts.
+        about: What `Head.about` told of an unusual head.
+        channels: K, for a module whose weights do not tell it.
     """
     module = find_layer(model, layer)
-    channels = channels_of(module)
+    about = about or {}
+    channels = channels_of(module) or channels
+    forget(module)
     if not is_plain(module) and not is_linear(module, channels):
         raise HeadError(
             f"layer {layer}, {type(module).__name__}, is no linear function of its input, so its channels do not add "
             "up to its output; name the nn.Linear or 1x1 convolution that is"
         )
-    parts = tuple(
-        Part(find_layer(model, name), float(factor), name) for name, factor in (about or {}).get("head_parts", ())
-    )
+    parts = tuple(Part(find_layer(model, name), float(factor), name) for name, factor in about.get("head_parts", ()))
     names = named_modules(model).get(module, [type(module).__name__])
     return Head(
-        names[0], module, None, parts=parts, channels=channels, auxiliary=isinstance(layer, AuxiliaryHead),
+        names[0], module, None, parts=parts, channels=channels,
+        auxiliary=isinstance(layer, AuxiliaryHead) or bool(about.get("auxiliary_head")),
         aliases=tuple(names), one_logit=len(affine(module, channels)[0]) == 1,
+        offset=tuple(about.get("head_offset", ())),
     )  # fmt: skip
 
 
@@ -310,14 +340,21 @@ def find_layer(model: nn.Module | None, layer: nn.Module | str) -> nn.Module:
     module = find_module(model, layer, error=HeadError, likely=is_candidate)
     if is_quantised(module):
         raise HeadError(f"layer {layer} is quantised, its weights cannot be read; use the network before quantisation")
-    holds = next((inner for inner in module.modules() if is_candidate(inner)), None)
-    holds = None if module is model and not is_candidate(module) else holds
-    if holds is None or (isinstance(module, CONVS) and not is_candidate(module)):
+    holds = is_candidate(module) or (could_be_linear(module) and module is not model)
+    if not holds or (isinstance(module, CONVS) and not is_candidate(module)):
         raise HeadError(
             f"layer must be an nn.Linear or a 1x1 convolution without groups, got {type(module).__name__}; "
             "its input features and weights are what is read"
         )
     return module
+
+
+def could_be_linear(module: nn.Module) -> bool:
+    """Does it hold a layer with a matrix of weights, or such a matrix itself?"""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return False
+    own = any(weight.dim() == 2 and weight.is_floating_point() for weight in module.parameters(recurse=False))
+    return own or any(map(is_candidate, module.modules()))
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -203,7 +203,8 @@ class HeadPass:
 
     def over(self, loader: Iterable[Any]) -> "HeadPass":
         """The same network and head over another loader."""
-        layer = self.layer if self._head is None else self._head.module
+        known = self._head is not None and not self._head.parts and not self._head.auxiliary
+        layer = self._head.module if known else self.layer  # type: ignore[union-attr]
         return HeadPass(
             self.model,
             loader,
@@ -397,25 +398,29 @@ def single_batch(
         return next(stream)
 
 
-_SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 299, 384)
+_SIDES = (64, 224, 32, 28, 96, 128, 160, 192, 240, 256, 299, 384)
 
 
-def probed_head(model: nn.Module) -> Head | None:
-    """The head that one pass of noise shows, for those who have no images; None where no noise fits the model."""
+def probed_head(model: nn.Module, layer: nn.Module | str | None = None) -> Head | None:
+    """The head that one pass of noise shows, for those who have no images; None where no noise fits the model.
+
+    Raises:
+        HeadError: The model takes the noise, and there is no head; or ``layer`` is not it.
+    """
     first = next((module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, *CONVS))), None)
     shapes: list[tuple[int, ...]] = []
     if isinstance(first, CONVS):
         axes = first.weight.dim() - 2
         sides = _SIDES if axes < 3 else (32, 16, 64)
-        shapes = [(2, first.in_channels, *(side,) * axes) for side in (*_told_sides(model), *sides)]
+        shapes = [(4, first.in_channels, *(side,) * axes) for side in (*_told_sides(model), *sides)]
     elif isinstance(first, nn.Linear):
-        shapes = [(2, first.in_features)]
+        shapes = [(4, first.in_features)]
     generator = torch.Generator().manual_seed(0)
     for shape in shapes:
         try:
-            return single_batch(model, torch.rand(shape, generator=generator)).head
+            return single_batch(model, torch.rand(shape, generator=generator), layer=layer).head
         except HeadError:
-            return None
+            raise
         except Exception:  # a model may raise anything on an image of a size that it does not take
             continue
     return None

@@ -5,7 +5,7 @@ input, is what the model returned. A layer that the user names is checked in the
 that a loader that can be read only once loses no batch. N samples, K features, C classes.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from captum_classfilters.core.head import (
     Head,
     Part,
     affine,
-    channels_of,
+    could_be_linear,
     find_layer,
+    forget,
     is_candidate,
     is_plain,
     is_quantised,
@@ -32,15 +33,23 @@ from captum_classfilters.core.layers import named_modules
 from captum_classfilters.core.outputs import describe, find_logits
 from captum_classfilters.core.wide import wide
 
-# The head is called last or nearly so; of earlier candidates only the names are kept
-_RECENT, _RECENT_WRAPPERS = 4, 8
-# So many numbers tell a factor between two outputs from a coincidence
-_ENOUGH = 6
-# What may stand between the head and the model's output without changing the order of the classes
-_BEHIND: dict[str, Callable[[Tensor], Tensor]] = {
-    "a softmax": lambda logits: logits.softmax(1),
-    "a log-softmax": lambda logits: logits.log_softmax(1),
-    "a sigmoid": lambda logits: logits.sigmoid(),
+# The head is called last or nearly so; of earlier candidates only the names are kept. Of those that give vectors, which
+# are small, more are kept: an average may have many heads
+_RECENT, _RECENT_VECTORS = 4, 32
+# So many numbers more than unknowns tell an equation from a coincidence
+_ENOUGH = 3
+
+
+def _itself(logits: Tensor) -> Tensor:
+    return logits
+
+
+# What may stand between the head and the model's output without changing the order of the classes; and its inverse
+_BEHIND: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "nothing": (_itself, _itself),
+    "a softmax": (lambda logits: logits.softmax(1), lambda output: output.log()),
+    "a log-softmax": (lambda logits: logits.log_softmax(1), _itself),
+    "a sigmoid": (lambda logits: logits.sigmoid(), lambda output: output.logit()),
 }
 
 
@@ -76,6 +85,8 @@ class _Call(NamedTuple):
 class _Match(NamedTuple):
     call: _Call
     parts: tuple[Part, ...]
+    offset: tuple[float, ...] = ()
+    logits: Any = None  # what they make, where it was solved for
 
 
 class HeadSearch:
@@ -86,8 +97,8 @@ class HeadSearch:
         self._layer = find_layer(model, layer) if layer is not None else None
         self._auxiliary = isinstance(layer, AuxiliaryHead)
         self._names = named_modules(model)
-        self._calls: deque[_Call] = deque(maxlen=_RECENT)
-        self._wrappers: deque[_Call] = deque(maxlen=_RECENT_WRAPPERS)
+        self._calls: list[_Call] = []  # of layers that compute what their class computes
+        self._wrappers: list[_Call] = []  # of other modules that make a vector of a vector
         self._named: _Call | None = None
         self._times: Counter[nn.Module] = Counter()
         self._maps = MapSearch()
@@ -96,7 +107,7 @@ class HeadSearch:
     def watch(self, borrow: Borrowed) -> None:
         """Set the hooks."""
         modules = list(self._model.modules()) if self._model is not None else [self._layer]
-        holders = {outer for outer in modules if outer is not None and any(map(is_candidate, outer.modules()))}
+        holders = {outer for outer in modules if outer is not None and could_be_linear(outer)}
         for module in modules:
             if module is None:
                 continue
@@ -125,7 +136,7 @@ class HeadSearch:
             parts = ()
         head = Head(
             names[0], call.module, behind, reason, parts, int(features.shape[1]), one_logit, self._auxiliary,
-            tuple(names),
+            tuple(names), match.offset,
         )  # fmt: skip
         logits = head.logits(features, call.output)
         self._calls.clear()
@@ -143,10 +154,20 @@ class HeadSearch:
         call = _Call(module, args[0], output, version, len(self._maps))
         if module is self._layer:
             self._named = call
-        if is_plain(module):
-            self._calls.append(call)
-        elif is_candidate(module) or (output.dim() == 2 and args[0].dim() == 2):
-            self._wrappers.append(call)
+        is_vector = output.dim() == 2 and args[0].dim() == 2
+        if not (is_candidate(module) or is_vector):
+            return
+        calls = self._calls if is_plain(module) else self._wrappers
+        for place, before in enumerate(calls):
+            if before.module is module and before.is_whole and _same_call(before, call):
+                # once more for the same features, as behind several dropouts
+                self._times[module] -= 1
+                del calls[place]
+                break
+        calls.append(call)
+        alike = [place for place, other in enumerate(calls) if (other.output.dim() == 2) == (output.dim() == 2)]
+        if len(alike) > (_RECENT_VECTORS if output.dim() == 2 else _RECENT):
+            del calls[alike[0]]
 
     # -- which of the candidates it is -----------------------------------------------------------------------------
 
@@ -177,14 +198,11 @@ class HeadSearch:
         for call in linear:
             if close(*_lowest(call.logits, output, call)) and _is_linear(call):
                 yield _Match(call, (Part(call.module, 1.0),))
-        for call in plain:
-            if (factor := _factor(call, output)) is not None:
-                yield _Match(call, (Part(call.module, factor),))
-        yield from _combined(plain, output)
         for call in [*plain, *linear]:
-            for function in _BEHIND.values():
+            for function, _ in _BEHIND.values():
                 if _is(call, output, function):
                     yield _Match(call, (Part(call.module, 1.0),))
+        yield from _mixed([*plain, *linear], output)
 
     def _given(self, layer: nn.Module, output: Any) -> _Match:
         name, call = self._name(layer), self._named
@@ -231,8 +249,8 @@ class HeadSearch:
         )
 
     def _averaged_with(self, call: _Call, output: Tensor) -> _Match | None:
-        others = [other for other in self._calls if other.module is not call.module]
-        return next((match for match in _combined([call, *others], output)), None)
+        matches = _mixed([*self._calls, *self._wrappers], output)
+        return next((match for match in matches if any(part.module is call.module for part in match.parts)), None)
 
     def _sharers(self, module: nn.Module) -> list[str]:
         """Other modules with the same weight; other names of the module itself are no others."""
@@ -251,9 +269,6 @@ class HeadSearch:
             return "its head has been decomposed; use the network it was made from, or decompose(..., backend='dense')"
         if any(map(is_quantised, self._names)):
             return "the network is quantised, its weights cannot be read; use the network before quantisation"
-        ran = [module for module in self._times if is_candidate(module)]
-        if not ran:
-            return "no nn.Linear or 1x1 convolution ran in the forward pass"
         for call in self._wrappers:
             if _fits(call, output) and close(*_lowest(call.logits, output, call)):
                 return (
@@ -261,6 +276,23 @@ class HeadSearch:
                     "linear function of its input, so channels do not add up to logits; a cosine or normalised head "
                     "is none"
                 )
+        if not any(map(is_candidate, self._times)):
+            return "no nn.Linear or 1x1 convolution ran in the forward pass"
+        for call in self._calls:
+            name = self._name(call.module)
+            if self._times[call.module] > 1 and _fits(call, output):
+                return (
+                    f"{name} is called {self._times[call.module]} times in one forward pass, so its input is not one "
+                    "set of features"
+                )
+            if call.logits.shape[0] == len(output) > 2 and _is_selected(call.logits, output):
+                return f"the model leaves classes of {name} out, or gives them in another order"
+        fitting = [call for call in self._calls if call.is_whole and _fits(call, output)]
+        if len(fitting) > 1:
+            total_of_all = torch.stack([call.logits.float() for call in fitting]).sum(0)
+            if any(close(*_lowest(total_of_all * factor, output, fitting[0])) for factor in (1.0, 1 / len(fitting))):
+                names = " and ".join(self._name(call.module) for call in fitting)
+                return f"the model averages {names}, which read different features, so there is no one set of features"
         if output.shape[1] > 1:
             total = wide(output).sum(1)
             if bool((output >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3):
@@ -275,13 +307,18 @@ class HeadSearch:
         ran = [module for module in self._times if is_candidate(module)]
         candidates = [f"{self._name(m)} ({m.weight.shape[1]} -> {m.weight.shape[0]})" for m in ran[-6:]]
         which = f"candidates: {', '.join(candidates)}" if candidates else "there is no candidate"
-        remedy = (
-            ""
-            if self._layer is not None
-            else ". Pass layer= with the name of the layer that makes the logits. For a network without a linear head "
-            "(regression, detection, segmentation) aggregate(LayerActivation(model, layer), loader) scores the "
-            "channels of any layer"
-        )
+        once = [module for module in ran if self._times[module] == 1]
+        remedy = ""
+        if self._layer is None and once:
+            remedy = (
+                f". To look at what one of them gives itself, pass layer=AuxiliaryHead({self._name(once[-1])!r}), or "
+                "another of these names"
+            )
+        if self._layer is None:
+            remedy += (
+                ". For a network without a linear head (regression, detection, segmentation) "
+                "aggregate(LayerActivation(model, layer), loader) scores the channels of any layer"
+            )
         return HeadError(f"could not find the classifier head: {reason}; {which}{remedy}")
 
     def _name(self, module: nn.Module) -> str:
@@ -304,6 +341,16 @@ def _tensors(output: Any) -> list[Tensor]:
     return [value for value in (first, *others) if _could_be_logits(value)]
 
 
+def _is_selected(logits: Tensor, output: Tensor) -> bool:
+    """Is each column of the output one of the logits' columns?"""
+    if output.shape[1] * logits.shape[1] > 2**22:
+        return False  # too many to compare
+    if output.shape == logits.shape and close(output, logits):
+        return False
+    nearest = (output[:8, :, None].float() - logits[:8, None, :].float()).abs().amax(0).min(1)
+    return bool((nearest.values <= 1e-3 * float(logits.abs().max())).all())
+
+
 def _fits(call: _Call, output: Tensor) -> bool:
     return call.logits.shape == output.shape
 
@@ -322,6 +369,14 @@ def _is(call: _Call, output: Tensor, function: Callable[[Tensor], Tensor] = lamb
         return False
     if not close(*_lowest(function(call.logits.float()), output, call)):
         return False
+    return _explained(call)
+
+
+def _same_call(one: _Call, other: _Call) -> bool:
+    return one.inputs is other.inputs or torch.equal(one.inputs, other.inputs)
+
+
+def _explained(call: _Call) -> bool:
     return _recomputed(call) if is_plain(call.module) else _is_linear(call)
 
 
@@ -334,41 +389,76 @@ def _recomputed(call: _Call) -> bool:
 
 
 def _is_linear(call: _Call) -> bool:
-    """Is what a wrapper gave the linear function that its answers to unit vectors say?"""
-    if channels_of(call.module) != call.features.shape[1]:
-        return False
+    """Is what a module gave the linear function that its answers to unit vectors say?"""
     try:
+        forget(call.module)
         return _recomputed(call)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no matrix of unit vectors
+    except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):  # it takes no matrix of unit vectors
         return False
 
 
-def _place(call: _Call) -> int:
-    return call.position
+def _mixed(calls: list[_Call], output: Tensor) -> Iterator[_Match]:
+    """Readings of the output as a sum of what these gave for the same features, each times a factor, plus an offset.
+
+    So do averaged heads, temperatures, and logits adjusted by the classes' frequencies.
+    """
+    whole = [call for call in calls if call.is_whole and _fits(call, output)]
+    # a module inside another one is part of what that one gives
+    inside = {inner for call in whole for inner in call.module.modules() if inner is not call.module}
+    groups = [[call] for call in whole]
+    for call in whole:
+        same = [other for other in whole if other.module not in inside and _same_features(other, call)]
+        if len(same) > 1 and same not in groups:
+            groups.append(same)
+    for function, inverse in _BEHIND.values():
+        target = inverse(output.detach().cpu().double())
+        for group in groups:
+            for with_offset in (False, True):
+                match = _solved(group, target, with_offset, function is not _itself)
+                if match is not None and close(*_lowest(function(match.logits), output.cpu(), group[0])):
+                    kept = [call for call in group if any(part.module is call.module for part in match.parts)]
+                    if all(map(_explained, kept)):
+                        yield match._replace(call=min(kept, key=lambda call: call.position))
 
 
-def _factor(call: _Call, output: Tensor) -> float | None:
-    """The number by which the output is a multiple of this call's: a temperature."""
-    if not (call.is_whole and _fits(call, output)) or output.numel() < _ENOUGH:
+def _solved(group: list[_Call], target: Tensor, with_offset: bool, any_level: bool) -> _Match | None:
+    """The factors of the calls that make the target, by least squares; None where there are too few numbers to tell.
+
+    Args:
+        group: The calls.
+        target: What their sum is to be.
+        with_offset: It may differ by a number for each class.
+        any_level: It may differ by a number for each sample, as in front of a softmax.
+    """
+    samples, classes = target.shape
+    free = target.numel() - len(group) - (classes if with_offset else 0) - (samples if any_level else 0)
+    if free < _ENOUGH:
         return None
-    a, b = wide(call.logits), wide(output)
-    square = float((a * a).sum())
-    factor = float((a * b).sum()) / square if square > 0 else 0.0
-    if factor <= 0 or not close(*_lowest((a * factor).to(call.output.dtype), output, call)):
+    # on the CPU: some devices have no float64
+    values = torch.stack([call.logits.detach().cpu().double() for call in group])
+    axes = [axis for axis, centred in ((0, with_offset), (1, any_level and classes > 1)) if centred]
+    inner, wanted = values, target
+    for axis in axes:
+        inner, wanted = inner - inner.mean(axis + 1, keepdim=True), wanted - wanted.mean(axis, keepdim=True)
+    scale = float(inner.abs().max())
+    if not scale or not bool(torch.isfinite(inner).all() and torch.isfinite(wanted).all()):
         return None
-    return factor if _recomputed(call) else None
+    matrix = inner.flatten(1).T
+    factors = torch.linalg.lstsq(matrix, wanted.reshape(-1, 1), driver="gelsd").solution[:, 0]
+    # an average of n, or a sum, has been computed in the model's precision: take what was meant
+    for meant in (1.0, 1 / len(group)):
+        factors = torch.where((factors - meant).abs() < 1e-3 * meant, torch.full_like(factors, meant), factors)
+    factors[factors.abs() < 1e-3 * factors.abs().max()] = 0
+    if not close(*_lowest(matrix @ factors, wanted.flatten(), group[0])) or not factors.any():
+        return None
+    total = (values * factors[:, None, None]).sum(0)
+    offset = (target - total).mean(0) if with_offset else None
+    if offset is not None and any_level and classes > 1:
+        offset = offset - offset.mean()  # a softmax does not tell it
+    parts = tuple(Part(call.module, float(factor)) for call, factor in zip(group, factors, strict=True) if factor)
+    sums = total if offset is None else total + offset
+    return _Match(group[0], parts, () if offset is None else tuple(offset.tolist()), sums)
 
 
-def _combined(calls: list[_Call], output: Tensor) -> Iterator[_Match]:
-    """Heads that read the same features and are averaged, or added."""
-    fitting = [call for call in calls if call.is_whole and _fits(call, output)]
-    for call in fitting:
-        same = [other for other in fitting if other.features.shape == call.features.shape]
-        same = [other for other in same if other is call or close(other.features, call.features)]
-        if len(same) < 2 or output.numel() < _ENOUGH:
-            continue
-        total = torch.stack([other.logits.float() for other in same]).sum(0)
-        for factor in (1 / len(same), 1.0):
-            if close(*_lowest(total * factor, output, call)) and all(map(_recomputed, same)):
-                first = min(same, key=_place)
-                yield _Match(first, tuple(Part(other.module, factor) for other in sorted(same, key=_place)))
+def _same_features(one: _Call, other: _Call) -> bool:
+    return one is other or (one.features.shape == other.features.shape and close(one.features, other.features))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.errors import HeadError, OptionError
@@ -79,8 +80,9 @@ def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned.
 
     Args:
-        output: A tensor; an object with ``.logits``, as Hugging Face models return it; a mapping with ``"logits"``; or
-            a tuple whose first entry is the logits, as torchvision's networks with auxiliary outputs return it.
+        output: A tensor, ``(N,)`` of one logit too; an object with ``.logits``, as Hugging Face models return it; a
+            mapping with ``"logits"``; or a tuple whose first entry is the logits, as torchvision's networks with
+            auxiliary outputs return it.
 
     Returns:
         The tensor of logits, ``(N, C)`` for a classifier.
@@ -124,17 +126,53 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
+class LogitReader(TorchFunctionMode):
+    """Sees through a sigmoid or softmax at the end of a network: ``with LogitReader() as reader``, around a forward.
+
+    Losses and decisions are of logits; of probabilities they would be wrong without a word.
+
+    Example:
+        >>> import torch
+        >>> with LogitReader() as reader:
+        ...     output = torch.tensor([[2.0], [-3.0]]).sigmoid().squeeze(1)
+        >>> reader.class_logits(output).argmax(1).tolist()
+        [1, 0]
+    """
+
+    _last: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what a sigmoid or softmax was given."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("sigmoid", "softmax") and args and isinstance(args[0], Tensor):
+            self._last = args[0], result
+        return result
+
+    def logits(self, output: Any) -> Tensor:
+        """As `logits_of`; where a sigmoid or softmax made them, what it was given."""
+        logits, last = logits_of(output), self._last
+        self._last = None
+        if last is None or last[1].numel() != logits.numel():
+            return logits
+        before, behind = (tensor.reshape(logits.shape) for tensor in last)
+        return before if torch.equal(behind.to(logits.dtype), logits) else logits
+
+    def class_logits(self, output: Any) -> Tensor:
+        """`logits` with one for each class: one logit is that of class 1, and class 0 has its negative."""
+        return two_logits(self.logits(output))
+
+
 def find_logits(output: Any) -> Tensor | None:
     """As `logits_of`; None where there are none."""
     if isinstance(output, Tensor):
-        return output
+        return output.unsqueeze(1) if output.dim() == 1 and output.is_floating_point() else output
     if isinstance(output, Mapping):
         candidate = output.get("logits")
     elif hasattr(output, "logits"):
         candidate = output.logits
     else:
         candidate = output[0] if isinstance(output, tuple | list) and output else None
-    return candidate if isinstance(candidate, Tensor) else None
+    return find_logits(candidate) if isinstance(candidate, Tensor) else None
 
 
 def describe(output: Any) -> str:

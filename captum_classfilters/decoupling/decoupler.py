@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from captum_classfilters.core.batches import image_errors
 from captum_classfilters.core.borrow import borrowed, unwrap
@@ -35,7 +34,7 @@ from captum_classfilters.core.errors import (
 from captum_classfilters.core.files import checked_tensor, contents, read, texts, write
 from captum_classfilters.core.fingerprint import fingerprint
 from captum_classfilters.core.labels import check_labels, check_range
-from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.outputs import LogitReader, cross_entropy, two_logits
 from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling import controller as equations
 from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
@@ -229,7 +228,9 @@ class PathDecoupler(nn.Module):
             warnings.warn(message, HardGatesWarning, stacklevel=2)
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         run = self._run(pooled=True)
-        logits = _logits(self._forward(run, args, {}))
+        with LogitReader() as reader:
+            raw = _logits(self._forward(run, args, {}), reader)
+        logits = two_logits(raw)
         labels = check_labels(labels, len(logits)).to(logits.device)
         check_range(labels, logits.shape[1])
         rows, responses = [], run.pooled or {}
@@ -243,7 +244,7 @@ class PathDecoupler(nn.Module):
                     (z.detach() > 0.5).to(z.dtype).mean(),
                 )
             )
-        total = equations.combine(F.cross_entropy(_at_least_float32(logits), labels), rows, **weights)
+        total = equations.combine(cross_entropy(raw, labels), rows, **weights)
         if not torch.isfinite(total.total):
             raise NonFiniteError(self._what_is_not_finite(run, logits))
         return total
@@ -534,8 +535,9 @@ class PathReader:
             NonFiniteError: Gates or logits are not finite.
             LabelError: Labels do not fit.
         """
-        output, gates = self.decoupler.gate_logits(*inputs) if self.logits else self.decoupler.gates(*inputs)
-        logits = _logits(output)
+        with LogitReader() as reader:
+            output, gates = self.decoupler.gate_logits(*inputs) if self.logits else self.decoupler.gates(*inputs)
+            logits = two_logits(_logits(output, reader))
         row = torch.cat(gates, 1)
         if not torch.isfinite(row).all():
             raise NonFiniteError(f"{not_finite(self.decoupler.layers, gates)}; look at batch {index}")
@@ -572,7 +574,8 @@ def _classes(model: nn.Module, calls: Calls) -> int | None:
     """C, if the result is a linear layer's."""
     for call in calls.calls:
         if call.output in calls.returned and call.op == "linear" and call.module:
-            return int(model.get_submodule(call.module).out_features)  # type: ignore[arg-type]
+            # one logit is a network of two classes
+            return max(2, int(model.get_submodule(call.module).out_features))  # type: ignore[arg-type]
     return None
 
 
@@ -583,12 +586,8 @@ def _other_randomness(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _logits(output: Any) -> Tensor:
-    logits = logits_of(output)
+def _logits(output: Any, reader: LogitReader) -> Tensor:
+    logits = reader.logits(output)
     if logits.dim() != 2:
         raise ShapeError(f"expected logits (N, C) from the model, got {tuple(logits.shape)}; pass a classifier")
     return logits

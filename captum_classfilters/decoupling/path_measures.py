@@ -16,7 +16,7 @@ from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError, ShapeError
 from captum_classfilters.core.intervals import draws_interval, wilson
 from captum_classfilters.core.labels import check_range
-from captum_classfilters.core.outputs import logits_of
+from captum_classfilters.core.outputs import LogitReader
 from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling.decoupler import PathDecoupler
 from captum_classfilters.decoupling.paths import Paths
@@ -99,8 +99,9 @@ def path_accuracy(decoupler: PathDecoupler, loader: Iterable[Any], *, seed: int 
                 raise ShapeError(
                     "the first batch has one image, and there is no other's path yet; begin with two or more"
                 )
-            output, own_gates = decoupler.gates(*batch.inputs)
-            logits, labels = logits_of(output), cast(Tensor, batch.labels)
+            with LogitReader() as reader:
+                output, own_gates = decoupler.gates(*batch.inputs)
+                logits, labels = reader.class_logits(output), cast(Tensor, batch.labels)
             check_range(labels, logits.shape[1], batch.place)
             before = last or tuple(gate[-1:] for gate in own_gates)
             last = tuple(gate[-1:] for gate in own_gates)
@@ -111,8 +112,8 @@ def path_accuracy(decoupler: PathDecoupler, loader: Iterable[Any], *, seed: int 
             )
             right[0] += int(torch.eq(logits.argmax(1), labels).sum())
             for row, gates in enumerate(other_gates, start=1):
-                with decoupler.frozen(gates):
-                    answers = logits_of(decoupler(*batch.inputs)).argmax(1)
+                with decoupler.frozen(gates), LogitReader() as reader:
+                    answers = reader.class_logits(decoupler(*batch.inputs)).argmax(1)
                 right[row] += int(torch.eq(answers, labels).sum())
             images += batch.size
     low, high = wilson(right, images)

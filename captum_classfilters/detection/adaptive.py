@@ -18,6 +18,7 @@ from captum_classfilters.core.borrow import borrowed
 from captum_classfilters.core.check import integer, number, one_of
 from captum_classfilters.core.errors import LabelError, MergeError, OptionError
 from captum_classfilters.core.labels import check_labels, check_range
+from captum_classfilters.core.outputs import LogitReader
 from captum_classfilters.decoupling import PathDecoupler, Paths
 
 # A function of ``(logits, gates, gate logits, labels, rows)`` that gives the loss of each image; the attack lowers it
@@ -73,7 +74,9 @@ class _GatePGD(Perturbation):
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = self.network.normalize(images) if isinstance(self.network, Normalized) else images
-        logits, gates, gate_logits = self._inner.gates_and_logits(inputs)
+        with LogitReader() as reader:
+            output, gates, gate_logits = self._inner.gates_and_logits(inputs)
+            logits = reader.class_logits(output)
         return logits, torch.cat(gates, 1), torch.cat(gate_logits, 1)
 
 

@@ -21,7 +21,7 @@ from captum_classfilters.core.class_sums import ClassSums
 from captum_classfilters.core.errors import DeviceError, HeadError, NonFiniteError, OptionError, ShapeError, quoted
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.head_pass import HeadPass, single_batch
-from captum_classfilters.core.outputs import cross_entropy, logits_of
+from captum_classfilters.core.outputs import LogitReader, cross_entropy
 from captum_classfilters.core.ranks import sum_over
 from captum_classfilters.core.stream import Placement, refuse_iterator
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
@@ -236,7 +236,7 @@ class LabelSensitiveTraining:
             if not gated:
                 # neither a gradient from a gated step nor an optimiser's momentum may move the gate
                 self.gate.weight.grad = None
-                loss = _cross_entropy(self.model(*inputs), labels)
+                loss = self._entropy(inputs, labels)
             elif self.schedule.scheme == "joint":
                 loss = self._joint(head, inputs, labels)
             else:
@@ -349,6 +349,15 @@ class LabelSensitiveTraining:
 
     # -- the paths -------------------------------------------------------------------------------------------------
 
+    def _entropy(self, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
+        with LogitReader() as reader:
+            logits = reader.logits(self.model(*inputs))
+        if logits.dim() < 2 or logits.flatten(1).shape[1] != logits.shape[1]:
+            raise HeadError(
+                f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model"
+            )
+        return cross_entropy(logits.flatten(1), labels)
+
     def _gated_entropy(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
         def through_gate(module: nn.Module, args: Any) -> Any:
             return (self._through_gate(module, args[0], labels), *args[1:])
@@ -356,17 +365,18 @@ class LabelSensitiveTraining:
         with borrowed(self.model, train=True) as borrow:
             for module in head.modules:
                 borrow.before(module, through_gate)
-            return _cross_entropy(self.model(*inputs), labels)
+            return self._entropy(inputs, labels)
 
     def _joint(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
         seen: list[Tensor] = []
         with borrowed(self.model, train=True) as borrow:
             borrow.before(head.module, lambda module, args: seen.append(args[0]))
-            plain = _cross_entropy(self.model(*inputs), labels)
+            plain = self._entropy(inputs, labels)
         through = self._through_gate(head.module, seen[0], labels)
         parts = [head.pool(part.module(through)) * part.factor for part in head.all_parts]
         logits = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        return plain + self.weight * (_cross_entropy(logits, labels) + self._penalty())
+        logits = logits + logits.new_tensor(head.offset) if head.offset else logits
+        return plain + self.weight * (cross_entropy(logits, labels) + self._penalty())
 
     def _through_gate(self, module: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
         if not isinstance(module, nn.Linear) or features.dim() == 2:
@@ -459,13 +469,6 @@ class _Before:
         """Undo the step."""
         for value, before in [*self._values, *self._statistics]:
             value.copy_(before)
-
-
-def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    logits = logits_of(output)
-    if logits.dim() < 2 or logits.flatten(1).shape[1] != logits.shape[1]:
-        raise HeadError(f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model")
-    return cross_entropy(logits.flatten(1), labels)
 
 
 class _GatedTask(Task):

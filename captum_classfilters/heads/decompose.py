@@ -98,9 +98,10 @@ def decompose(
             )
         moments = as_moments(options, moments)
     module = unwrap(model)
-    made = filters if filters is not None else moments.head if isinstance(moments, HeadPass) else moments
+    made: Any = filters if filters is not None else moments.head if isinstance(moments, HeadPass) else moments
     about = {} if made is None else made.meta if isinstance(made, ClassFilters) else _about(made)
-    head = find_head(module, layer if layer is not None else _layer_of(made, module), about)
+    channels = made.num_channels if isinstance(made, ClassFilters) else 0 if made is None else made.num_features
+    head = find_head(module, layer if layer is not None else _layer_of(made, module), about, channels)
     if not head.weight.is_floating_point() or torch.finfo(head.weight.dtype).bits < 16:
         raise HeadError(f"head {head.name} is {head.weight.dtype}; use the network before quantisation")
     if layer is not None:
@@ -241,6 +242,8 @@ def _replaced(model: nn.Module, head: Head, dense: _Dense, backend: str) -> nn.M
     """The copy: the new head stands in for the old one, divided by what the model multiplies its output by."""
     first, *others = head.parts or (Part(head.module, 1.0),)
     weight, bias, mask = dense
+    if bias is not None and head.offset:
+        bias = bias - bias.new_tensor(head.offset)
     dense = _Dense(weight / first.factor, None if bias is None else bias / first.factor, mask)
     small = _small_head(head, dense, _backend(backend, dense))
     if model is head.module:

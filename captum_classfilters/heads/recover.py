@@ -19,7 +19,7 @@ from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.copies import copied
 from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
 from captum_classfilters.core.labels import check_range
-from captum_classfilters.core.outputs import cross_entropy, logits_of, two_logits
+from captum_classfilters.core.outputs import LogitReader, cross_entropy
 from captum_classfilters.core.stream import Placement, refuse_iterator, samples
 from captum_classfilters.core.training import Checkpoint, Task, Training
 
@@ -116,8 +116,8 @@ class _Recovery(Task):
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The cross-entropy of the batch."""
         self._buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        with image_errors(inputs, self._network):
-            logits = logits_of(self._network(*inputs))
+        with image_errors(inputs, self._network), LogitReader() as reader:
+            logits = reader.logits(self._network(*inputs))
         if logits.dim() != 2:
             raise HeadError(
                 f"expected a model that returns logits (N, C), got shape {tuple(logits.shape)}; wrap the model"
@@ -159,7 +159,9 @@ class _Recovery(Task):
             with samples(self._validation, placement=Placement.of(self._network)) as stream:
                 for batch in stream:
                     labels: Tensor = batch.labels  # type: ignore[assignment]
-                    right += int((two_logits(logits_of(self._network(*batch.inputs))).argmax(1) == labels).sum())
+                    with LogitReader() as reader:
+                        answers = reader.class_logits(self._network(*batch.inputs)).argmax(1)
+                    right += int((answers == labels).sum())
         except EmptyLoaderError as error:
             raise EmptyLoaderError(f"validation: {error}") from error
         finally:

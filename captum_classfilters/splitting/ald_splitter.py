@@ -15,7 +15,7 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import HeadError, NonFiniteError, OptionError, quoted
-from captum_classfilters.core.head import Head, affine, find_head, last_layers
+from captum_classfilters.core.head import AuxiliaryHead, Head, affine, find_head, is_quantised, last_layers
 from captum_classfilters.core.head_pass import class_map, probed_head, single_batch
 from captum_classfilters.core.layers import find_module, named_modules
 from captum_classfilters.core.targets import classes_of
@@ -38,9 +38,9 @@ class ALDSplitter(LayerAttribution):
     Args:
         forward_func: The model, an ``nn.Module``; compiled, DataParallel and DDP ones are unwrapped. A function also
             does, with ``layer``.
-        layer: The head, an ``nn.Linear`` or a 1x1 convolution, as a module or a dotted name. None: the last layer of
-            the model that has a matrix of weights. Where several layers could be meant (a second head, a decoder, an
-            adapter), one image of noise is run to find the one that makes the logits.
+        layer: The head, as a module or a dotted name; None: it is looked for. A few images of noise are run to see
+            which layer makes the logits. Where no noise fits the model, a layer that is named is believed, and of
+            others the last one that has a matrix of weights, if no other could be meant.
 
     Example:
         >>> import torch
@@ -56,7 +56,16 @@ class ALDSplitter(LayerAttribution):
     def __init__(self, forward_func: Callable[..., Any], layer: nn.Module | str | None = None) -> None:
         super().__init__(forward_func, layer)
         # a wrong layer is refused here, before any work
-        head_weights(forward_func, layer)
+        self._head: Head | None = None
+        self._weights()
+
+    @classmethod
+    def of_head(cls, forward_func: Callable[..., Any], head: Head) -> "ALDSplitter":
+        """Of a head that is known, as a `HeadPass` has found it."""
+        splitter = cls.__new__(cls)
+        LayerAttribution.__init__(splitter, forward_func, head.module)
+        splitter._head = head
+        return splitter
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -156,7 +165,7 @@ class ALDSplitter(LayerAttribution):
             LabelError: A target out of range.
         """
         one_of(channel_weights, "channel_weights", ("head", "ones"))
-        name, _ = head_weights(self.forward_func, self.layer)
+        name, _ = self._weights()
         batch = single_batch(
             self.forward_func,
             inputs,
@@ -191,8 +200,12 @@ class ALDSplitter(LayerAttribution):
             raise OptionError(f"class {number} has {what}; see print(splitter.split({number}))")
         return (splits.stages(branch) >= least[:, None])[places]
 
+    def _weights(self) -> tuple[str, Tensor]:
+        name, weights, self._head = head_weights(self.forward_func, self.layer, self._head)
+        return name, weights
+
     def _splits(self, targets: Iterable[Any] | None, options: dict[str, Any]) -> Splits:
-        name, weights = head_weights(self.forward_func, self.layer)
+        name, weights = self._weights()
         if targets is None:
             return split_weights(weights, layer=name, **options)
         wanted = list(targets)
@@ -205,12 +218,15 @@ class ALDSplitter(LayerAttribution):
 # -- the head's weights, read without any data: dense, decomposed, sparse or quantised --------------------------------
 
 
-def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor]:
-    """Name of the head, and its weights ``(C, K)`` on the CPU, float32 or float64.
+def head_weights(
+    model: Any, layer: nn.Module | str | None, head: Head | None = None
+) -> tuple[str, Tensor, Head | None]:
+    """Name of the head, its weights ``(C, K)`` on the CPU, float32 or float64, and itself if it is not decomposed.
 
     Args:
         model: The model, or a function, then with ``layer``.
-        layer: The head; None: the last layer with a matrix of weights.
+        layer: The head; None: it is looked for.
+        head: It, if it is known.
 
     Raises:
         HeadError: There is none, or it is no linear layer.
@@ -220,11 +236,11 @@ def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor
     network = module if isinstance(module, nn.Module) else None
     if network is None and not isinstance(layer, nn.Module):
         raise HeadError("a bare function does not show its layers: pass layer= with the nn.Linear that is its head")
-    small = _decomposed(network, layer)
+    small = None if head is not None else _decomposed(network, layer)
     if small is not None:
         name, weight = small
     else:
-        head = _head(network, layer)
+        head = head if head is not None else _head(network, layer)
         name, weight = head.name, head.weight
         weight = weight if weight.layout == torch.strided else weight.to_dense()
     if weight.is_meta:
@@ -238,28 +254,32 @@ def head_weights(model: Any, layer: nn.Module | str | None) -> tuple[str, Tensor
             f"expected finite weights, got NaN or infinity in layer {name}, classes {quoted(rows)}; load a whole "
             "checkpoint"
         )
-    return name, weight
+    return name, weight, head
 
 
 def _head(model: nn.Module | None, layer: nn.Module | str | None) -> Head:
-    if layer is not None:
-        return find_head(model if model is not None else layer, layer)  # type: ignore[arg-type]  # a module, above
-    network: nn.Module = model  # type: ignore[assignment]
-    first, *others = last_layers(network)
-    if not others:
-        return find_head(network, first)
-    head = probed_head(network)
-    if head is not None:
-        return head
+    if model is None:
+        return find_head(layer, layer)  # type: ignore[arg-type]  # a module, above
+    # errors that need no forward pass come first
+    named = find_head(model, layer) if layer is not None else None
+    if isinstance(layer, AuxiliaryHead):
+        return named  # type: ignore[return-value]
+    if not any(is_quantised(module) for module in model.modules()):
+        head = probed_head(model, layer)
+        if head is not None:
+            return head
+    if named is not None:
+        return named
+    first, *others = last_layers(model)
     # where nothing can be run, a layer with as many outputs could as well be the head
     rivals = [module for module in others if len(affine(module)[0]) == len(affine(first)[0])]
     if rivals:
-        names = named_modules(network)
+        names = named_modules(model)
         raise HeadError(
             f"several layers could be the head: {', '.join(names[module][0] for module in (first, *rivals)[:6])}; pass "
             "layer= with the name of the one that makes the logits"
         )
-    return find_head(network, first)
+    return find_head(model, first)
 
 
 def _decomposed(model: nn.Module | None, layer: nn.Module | str | None) -> tuple[str, Tensor] | None:

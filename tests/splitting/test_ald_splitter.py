@@ -401,7 +401,7 @@ def test_device(device, small_cnn, assert_close, monkeypatch):
     if device.name == "cuda" and not torch.cuda.is_available():
         # a fake tensor has no weights to sort
         chosen = on_cpu._chosen(torch.tensor([0, 1, 3]), "positive", 1, {"min_size": 2})
-        monkeypatch.setattr(ald_splitter, "head_weights", lambda *_: ("fc", small_cnn().fc.weight.detach()))
+        monkeypatch.setattr(ald_splitter, "head_weights", lambda *_: ("fc", small_cnn().fc.weight.detach(), None))
         monkeypatch.setattr(ALDSplitter, "_chosen", lambda *_: chosen)
     with device.mode:
         splitter = ALDSplitter(small_cnn(device=device.name))
