@@ -4,6 +4,8 @@ A ``C x K`` table and what is needed to rank, compare, merge and store it. How t
 method's own room. C classes, K channels.
 """
 
+import difflib
+import html
 import os
 import warnings
 from collections import Counter
@@ -11,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ from captum_classfilters.core.files import checked_tensor, contents, read, text,
 from captum_classfilters.core.head import Head
 from captum_classfilters.core.outputs import innermost
 from captum_classfilters.core.ranks import sum_over
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KIND, _VERSION = "ClassFilters", 2
 # Files of version 1 say in their meta how tables merge, and hold no further sums
@@ -111,6 +116,23 @@ class ClassFilters:
             f"{int(self.counts.sum())} samples{f', {unseen} classes unseen' if unseen else ''})"
         )
 
+    def _repr_html_(self) -> str:
+        """The strongest channels of the first classes, for notebooks."""
+        shown, k = min(20, self.num_classes), min(5, self.num_channels)
+        rows = [
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{samples}</td><td style='text-align:left'>"
+            + (", ".join(map(str, channels)) if samples else "no samples")
+            + "</td></tr>"
+            for name, samples, channels in zip(
+                self.class_names[:shown], self.counts[:shown].tolist(), self.top(k)[:shown].tolist(), strict=True
+            )
+        ]
+        more = f"<p>and {self.num_classes - shown} more classes</p>" if self.num_classes > shown else ""
+        return (
+            f"<p>{html.escape(repr(self))}</p><table><thead><tr><th>class</th><th>samples</th>"
+            f"<th>{k} strongest channels</th></tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+        )
+
     @property
     def num_classes(self) -> int:
         """C."""
@@ -160,6 +182,44 @@ class ClassFilters:
         mask = torch.zeros_like(self.scores, dtype=torch.bool)
         return mask.scatter_(1, self._ranking()[:, :k], True) & self.seen[:, None]
 
+    def to_frame(self, k: int | None = None) -> "pd.DataFrame":
+        """The table as rows of a pandas DataFrame: each class's k strongest channels, strongest first.
+
+        Args:
+            k: How many channels of each class; None: all.
+
+        Returns:
+            ``class_name``, ``rank`` (1 is the strongest), ``channel``, ``score``, ``mass``, ``samples``. A class
+            without samples has no rows.
+
+        Raises:
+            OptionError: k is not in ``[1, K]``.
+
+        Example:
+            >>> scores = torch.tensor([[5.0, 1.0, 3.0], [0.0, 4.0, 3.0]], dtype=torch.float64)
+            >>> filters = ClassFilters(scores, scores, torch.tensor([5, 5]), "histogram", "fc", ("cat", "dog"))
+            >>> filters.to_frame(1)
+              class_name  rank  channel  score  mass  samples
+            0        cat     1        0    5.0   5.0        5
+            1        dog     1        1    4.0   4.0        5
+        """
+        import pandas as pd  # slow to import, and of no use to most who make a table
+
+        k = self.num_channels if k is None else k
+        rows = self.seen.nonzero().flatten()
+        channels = self.top(k)[rows]
+        names = [self.class_names[row] for row in rows.tolist()]
+        return pd.DataFrame(
+            {
+                "class_name": [name for name in names for _ in range(k)],
+                "rank": torch.arange(1, k + 1).repeat(len(rows)).numpy(),
+                "channel": channels.flatten().numpy(),
+                "score": self.scores[rows].gather(1, channels).flatten().numpy(),
+                "mass": self.mass[rows].gather(1, channels).flatten().numpy(),
+                "samples": self.counts[rows].repeat_interleave(k).numpy(),
+            }
+        )
+
     def overlap(self, k: int) -> Tensor:
         """Jaccard index of each two classes' top-k sets, ``(C, C)`` float64; NaN for a class without samples."""
         chosen = self.mask(k).double()
@@ -189,12 +249,30 @@ class ClassFilters:
         return top[first][~mask[second][top[first]]]
 
     def index(self, name: str | int) -> int:
-        """The row of a class given by name or index."""
+        """The row of a class given by name or index; the case of letters does not matter where one name fits.
+
+        Raises:
+            OptionError: No such class; names those that are spelt nearly so.
+
+        Example:
+            >>> scores = torch.zeros(2, 3, dtype=torch.float64)
+            >>> ClassFilters(scores, scores, torch.tensor([5, 5]), "histogram", "fc", ("cat", "dog")).index("Dog")
+            1
+        """
         if isinstance(name, str):
-            if name not in self.class_names:
-                shown = ", ".join(self.class_names[:10]) + (", ..." if self.num_classes > 10 else "")
-                raise OptionError(f"no class is named {name!r}; the names are: {shown}")
-            return self.class_names.index(name)
+            if name in self.class_names:
+                return self.class_names.index(name)
+            folded = [entry.casefold() for entry in self.class_names]
+            if folded.count(name.casefold()) == 1:
+                return folded.index(name.casefold())
+            near = difflib.get_close_matches(name.casefold(), folded, 3)
+            meant = [entry for entry, lower in zip(self.class_names, folded, strict=True) if lower in near]
+            shown = ", ".join(self.class_names[:10]) + (", ..." if self.num_classes > 10 else "")
+            raise OptionError(
+                f"no class is named {name!r}; "
+                + (f"did you mean {' or '.join(map(repr, meant))}? " if meant else "")
+                + f"the names are: {shown}"
+            )
         return integer(name, "a class", 0, self.num_classes - 1, meaning="its index, or a name")
 
     @staticmethod

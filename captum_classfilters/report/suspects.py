@@ -22,8 +22,9 @@ _FINEST = 14  # positions along a side: finer maps are averaged to this
 class SuspectSums:
     """Sums over a loader for each class and each of its strongest channels.
 
-    The suspicion of a channel is (recall lost without it, beyond what a random channel costs, plus its share of the
-    class's lead over its best rival) times (the larger of ``beside`` and ``elsewhere``).
+    The suspicion of a channel is (the share of the class that is lost without it, at the lower end of its interval
+    and beyond what a random channel costs, plus its share of the class's lead over its best rival) times (the larger
+    of ``beside`` and ``elsewhere``).
 
     Args:
         top: ``(C, M)`` int64, the channels; -1 throughout for a class without samples.
@@ -154,7 +155,8 @@ class SuspectSums:
         }
         # without maps nothing is known of places; with maps a channel that never fires is not odd
         odd = np.nan_to_num(np.fmax(columns["beside"], columns["elsewhere"]), nan=0.0 if self._places else 1.0)
-        leans = np.clip(drop[:, : self._most] - np.clip(random_drop, 0, None), 0, None) + columns["share"]
+        # the lower end of the interval: of a handful of images one that is lost says nothing
+        leans = np.clip(lost_low - np.clip(random_drop, 0, None), 0, None) + columns["share"]
         columns["suspicion"] = leans * odd
         top = self._top.cpu().numpy()
         frame = pd.DataFrame(
