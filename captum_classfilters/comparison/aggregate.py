@@ -121,6 +121,7 @@ class Aggregation:
         self._placement = Placement.of(owner) if isinstance(owner, nn.Module) and _has_weights(owner) else None
         self._takes_target = "target" in inspect.signature(attribution.attribute).parameters
         self._outputs, self._columns = 0, 0
+        self._deciding = False  # the model runs to tell classes, which needs its output as it is
         self._sums: ClassSums | None = None
         self._loader: Any = None
 
@@ -210,7 +211,7 @@ class Aggregation:
             return None
         two = two_logits(logits)
         self._outputs = two.shape[1]
-        return None if two is logits else two
+        return None if two is logits or self._deciding else two
 
     def _number(self) -> int:
         number = self._classes or self._outputs
@@ -229,7 +230,9 @@ class Aggregation:
         if self._source == "target":
             return batch.labels  # type: ignore[return-value]
         with torch.no_grad(), image_errors(batch.inputs, self._model), LogitReader() as reader:
+            self._deciding = True
             logits: Tensor = reader.class_logits(self._attribution.forward_func(*batch.inputs))
+            self._deciding = False
             many = batch.labels is not None or gives_many_labels(self._attribution.forward_func)
             return logits > 0 if many else logits.argmax(1)
 

@@ -15,7 +15,16 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.captum_compat import log_usage
 from captum_classfilters.core.check import integer, one_of
 from captum_classfilters.core.errors import HeadError, NonFiniteError, OptionError, quoted
-from captum_classfilters.core.head import AuxiliaryHead, Head, affine, find_head, is_quantised, last_layers
+from captum_classfilters.core.head import (
+    AuxiliaryHead,
+    Head,
+    affine,
+    channels_of,
+    find_head,
+    find_layer,
+    is_quantised,
+    last_layers,
+)
 from captum_classfilters.core.head_pass import class_map, probed_head, single_batch
 from captum_classfilters.core.layers import find_module, named_modules
 from captum_classfilters.core.targets import classes_of
@@ -261,15 +270,16 @@ def _head(model: nn.Module | None, layer: nn.Module | str | None) -> Head:
     if model is None:
         return find_head(layer, layer)  # type: ignore[arg-type]  # a module, above
     # errors that need no forward pass come first
-    named = find_head(model, layer) if layer is not None else None
-    if isinstance(layer, AuxiliaryHead):
-        return named  # type: ignore[return-value]
+    known = layer is not None and channels_of(find_layer(model, layer)) > 0
+    named = find_head(model, layer) if known else None  # type: ignore[arg-type]
+    if named is not None and isinstance(layer, AuxiliaryHead):
+        return named
     if not any(is_quantised(module) for module in model.modules()):
         head = probed_head(model, layer)
         if head is not None:
             return head
-    if named is not None:
-        return named
+    if layer is not None:
+        return named if named is not None else find_head(model, layer)
     first, *others = last_layers(model)
     # where nothing can be run, a layer with as many outputs could as well be the head
     rivals = [module for module in others if len(affine(module)[0]) == len(affine(first)[0])]

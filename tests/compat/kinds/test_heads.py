@@ -16,6 +16,7 @@ from captum_classfilters import (
     explain_confusion,
     metrics,
 )
+from captum_classfilters.core.errors import HeadError
 
 
 def trunk(seed=0):
@@ -58,6 +59,42 @@ class Summed(Net):
         return self.fc(features) + self.second(features)
 
 
+class Weighted(Net):
+    def head(self, features):
+        return 0.7 * self.fc(features) + 0.3 * self.second(features)
+
+
+class Adjusted(Net):
+    """Logits less the logarithms of the classes' frequencies."""
+
+    def head(self, features):
+        return self.fc(features) - torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+
+
+class Dropouts(Net):
+    """The mean over several dropouts, which are one in evaluation."""
+
+    def head(self, features):
+        return torch.stack([self.fc(F.dropout(features, 0.5, self.training)) for _ in range(3)]).mean(0)
+
+
+class NormedRows(nn.Module):
+    """A head with a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, features):
+        return 2 * F.linear(features, F.normalize(self.rows))
+
+
+class OwnMatrix(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc = NormedRows()
+
+
 class ScaledWeights(nn.Linear):
     """A subclass with its own forward that is linear all the same."""
 
@@ -98,6 +135,13 @@ def lora():
 KINDS = {
     "temperature": (Temperature, lambda m: (m.fc.weight / 2.5, m.fc.bias / 2.5)),
     "averaged": (Averaged, lambda m: ((m.fc.weight + m.second.weight) / 2, (m.fc.bias + m.second.bias) / 2)),
+    "weighted": (
+        Weighted,
+        lambda m: (0.7 * m.fc.weight + 0.3 * m.second.weight, 0.7 * m.fc.bias + 0.3 * m.second.bias),
+    ),
+    "adjusted": (Adjusted, lambda m: (m.fc.weight, m.fc.bias - torch.tensor([0.1, 0.2, 0.3, 0.4]).log())),
+    "dropouts": (Dropouts, lambda m: (m.fc.weight, m.fc.bias)),
+    "own matrix": (OwnMatrix, lambda m: (2 * F.normalize(m.fc.rows), torch.zeros(4))),
     "summed": (Summed, lambda m: (m.fc.weight + m.second.weight, m.fc.bias + m.second.bias)),
     "subclass": (Subclass, lambda m: (3 * m.fc.weight, m.fc.bias + 0.5)),
     "weight norm": (WeightNorm, lambda m: (m.fc.weight, m.fc.bias)),
@@ -199,3 +243,22 @@ def test_a_gate_before_averaged_heads_gates_both(scheme):
     if scheme == "joint":
         expected = expected + F.cross_entropy(model(images), targets)
     torch.testing.assert_close(training.loss(images, targets, 1), expected)
+
+
+def test_effective_weights_follow_the_active_adapter():
+    model = lora().eval()
+    before = HeadPass(model, batches()).head.weight.clone()
+    with model.disable_adapter():
+        head = HeadPass(model, batches()).head
+        torch.testing.assert_close(head.weight, model.head_of.base_layer.weight.detach())
+    assert not torch.allclose(before, head.weight, atol=1e-3)
+
+
+def test_heads_that_read_different_features_are_refused_by_name():
+    class Flipped(Net):
+        def forward(self, images):
+            return (self.fc(self.trunk(images)) + self.second(self.trunk(images.flip(1)))) / 2
+
+    for call in (lambda m: HeadPass(m, batches()).head, ALDSplitter):
+        with pytest.raises(HeadError, match=r"averages .*fc.*, which read different features"):
+            call(Flipped().eval())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from captum.attr import LayerGradientXActivation
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +14,9 @@ from captum_classfilters import (
     LabelSensitiveGate,
     LabelSensitiveTraining,
     LayerGradCamPlusPlus,
+    PathDecoupler,
+    aggregate,
+    attacks,
     decompose,
     explain_confusion,
     metrics,
@@ -177,3 +181,38 @@ def test_the_exported_network_has_one_logit(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     (answer,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     torch.testing.assert_close(torch.from_numpy(answer), small(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+TAILS = {
+    "logit": lambda z: z,
+    "(N,)": lambda z: z[:, 0],
+    "sigmoid": torch.sigmoid,
+    "(N,) sigmoid": lambda z: z[:, 0].sigmoid(),
+}
+
+
+class Ends(nn.Module):
+    def __init__(self, tail):
+        super().__init__()
+        self.net, self.tail = network(), TAILS[tail]
+
+    def forward(self, images):
+        return self.tail(self.net(images))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_losses_and_decisions_are_of_the_logit_whatever_ends_the_network(tail):
+    model, plain = Ends(tail).eval(), network()
+    positive = int(sum((plain(images) > 0).sum() for images, _ in batches()))
+    counts = [len(LABELS) - positive, positive]
+    filters = InfluentialFeatures(model).attribute(batches(), label_source="prediction")
+    assert filters.counts.tolist() == counts
+    images_alone = [images for images, _ in batches()]
+    table = aggregate(LayerGradientXActivation(model, model.net[3]), images_alone, label_source="prediction")
+    assert table.counts.tolist() == counts
+    paths = PathDecoupler(model, ["net.0"], num_classes=2).paths(batches())
+    assert paths.predictions.bincount(minlength=2).tolist() == counts
+    attack = attacks.LocalSearch(model, rounds=3).perturb(IMAGES[:2], (plain(IMAGES[:2])[:, 0] > 0).long())
+    assert attack.shape == IMAGES[:2].shape
+    for name, value in recover(model, batches(), 1, lr=0.1).net.state_dict().items():
+        torch.testing.assert_close(value, recover(plain, batches(), 1, lr=0.1).state_dict()[name])
