@@ -20,8 +20,11 @@ def classes_of(target: Any, samples: int, classes: int, device: torch.device) ->
     Raises:
         LabelError: Not integers, not N of them, or outside ``[0, C)``.
     """
-    if isinstance(target, str):
-        raise LabelError(f"target must be a class index, got the name {target!r}; use class_names.index({target!r})")
+    names = [name for name in (target if isinstance(target, list | tuple) else [target]) if isinstance(name, str)]
+    if names:
+        raise LabelError(
+            f"target must be a class index, got the name {names[0]!r}; use class_names.index({names[0]!r})"
+        )
     try:
         labels = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -102,7 +102,8 @@ class ALDSplitter(LayerAttribution):
         Warns:
             DegenerateFitWarning: A class has no two different weights, and ``fit="mle"``.
         """
-        one = getattr(target, "ndim", None) == 0 or not (target is None or isinstance(target, Iterable))
+        several = target is None or (isinstance(target, Iterable) and not isinstance(target, str))
+        one = getattr(target, "ndim", None) == 0 or not several
         splits = self._splits([target] if one else target, options)
         trees = {number: ALDTree(splits, row) for row, number in enumerate(splits.targets)}
         return trees[splits.targets[0]] if one else trees
