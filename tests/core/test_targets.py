@@ -38,7 +38,7 @@ def test_classes(target, expected):
     [
         ("coat", r"target must be a class index, got the name 'coat'; use class_names.index\('coat'\)"),
         (None, "target must be a class index, or one for each sample; got None"),
-        (["a", "b", "c"], "target must be a class index, or one for each sample"),
+        (["a", "b", "c"], "got the name 'a'"),
         (1.0, "target must be integers, got torch.float32; pass class indices"),
         (True, "target must be integers, got torch.bool"),
         ([0, 1], r"target must be an int or 3 of them, one for each sample; got shape \(2,\)"),
