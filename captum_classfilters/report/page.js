@@ -196,6 +196,9 @@
 
   // -- views ----------------------------------------------------------------------------------------------------------
 
+  // classes of which something is known
+  const known = D.names.map((_, index) => index).filter((index) => D.samples[index] > 0 || D.trained[index] > 0);
+  const ROWS = 100;
   const pairsOf = (test) => D.pairs.filter(test);
   function notes() {
     return [...D.about.notes, ...D.dropped].map((note) => h("p", { class: "note" }, note));
@@ -230,16 +233,17 @@
   }
   function overview() {
     const worst = D.pairs.slice(0, 5), about = D.about;
-    const sorted = { key: "index", up: true };
-    const rows = D.names.map((_, index) => ({ index, recall: D.recall[index].value, samples: D.samples[index], name: name(index) }));
-    const body = h("tbody");
+    const sorted = { key: "index", up: true, all: false };
+    const rows = known.map((index) => ({ index, recall: D.recall[index].value, samples: D.samples[index], name: name(index) }));
+    const body = h("tbody"), more = h("button", { type: "button", onclick: () => { sorted.all = true; draw(); } }, `Show all ${rows.length} classes`);
     const draw = () => {
       rows.sort((p, q) => {
         const x = p[sorted.key], y = q[sorted.key];
         if (x === null || y === null) return (x === null) - (y === null);
         return (typeof x === "string" ? x.localeCompare(y) : x - y) * (sorted.up ? 1 : -1);
       });
-      body.replaceChildren(...rows.map(({ index }) => {
+      more.hidden = sorted.all || rows.length <= ROWS;
+      body.replaceChildren(...rows.slice(0, sorted.all ? rows.length : ROWS).map(({ index }) => {
         const rivals = classes <= 200 ? pairsOf(([t]) => t === index).slice(0, 2) : [];
         return h("tr", {}, h("th", { scope: "row" }, classLink(index)),
           h("td", {}, shareBar(D.recall[index]), " ", D.recall[index].value === null ? "" : percent(D.recall[index].value)),
@@ -273,6 +277,8 @@
       h("div", { class: "scroll" }, h("table", { id: "classes" },
         h("thead", {}, h("tr", {}, column("name", "class"), column("recall", "recall"), column("samples", "images", "n"),
           h("th", { scope: "col" }, "strongest channels"), classes <= 200 && h("th", { scope: "col" }, "taken for"))), body)),
+      more,
+      known.length < classes && h("p", { class: "soft" }, `${classes - known.length} of ${classes} classes have no image and are not listed.`),
     ];
   }
 
@@ -313,7 +319,8 @@
     else cards.append(h("p", { class: "note" }, "This class had no training image, so nothing is known of its channels."));
     const taken = pairsOf(([t]) => t === row), mistaken = pairsOf(([, p]) => p === row);
     const list = (pairs, link) => pairs.length ? pairs.slice(0, 6).map(link) : h("span", { class: "soft" }, "none");
-    state.move = (step) => go(`#/class/${(row + step + classes) % classes}`);
+    const at = known.indexOf(row);
+    state.move = (step) => go(`#/class/${at < 0 ? known[0] : known[(at + step + known.length) % known.length]}`);
     state.confusions = taken.length ? `#/why/${taken[0][1]}/${row}` : "#/confusions";
     return [
       h("h1", {}, isolated(row)),
@@ -541,7 +548,7 @@
   const go = (hash) => { location.hash = hash; };
   function render() {
     const [view = "", ...rest] = location.hash.replace(/^#\/?/, "").split("/"), ids = rest.map(Number);
-    state.move = (step) => go(`#/class/${step > 0 ? 0 : classes - 1}`);
+    state.move = (step) => go(`#/class/${known[step > 0 ? 0 : known.length - 1]}`);
     state.confusions = "#/confusions";
     turn++;
     const views = {
