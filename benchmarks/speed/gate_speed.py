@@ -10,6 +10,8 @@ from captum_classfilters import GateSchedule, LabelSensitiveGate, LabelSensitive
 from captum_classfilters.assets.networks import SmallResNet
 
 TARGET = 1.1
+# A gated step against a plain one; the pass for the start against one epoch of inference
+STEP_TARGET, START_TARGET = 1.02, 1.0
 CLASSES = 10
 SHAPES = {
     "256 x 64": (256, 64),
@@ -17,7 +19,7 @@ SHAPES = {
     "4096 x 2048": (4096, 2048),
     "128 x 64 x 7 x 7": (128, 64, 7, 7),
 }
-ROUNDS, REPEATS, STEPS = 15, 40, 7
+ROUNDS, REPEATS, STEPS, BATCHES = 15, 40, 7, 4
 
 
 def run(settings: Settings) -> Table:
@@ -25,10 +27,12 @@ def run(settings: Settings) -> Table:
     for name, shape in SHAPES.items():
         _gating(table, name, shape, settings.device)
     _steps(table, settings.device)
+    _start(table, settings.device)
     table.notes = [
         "bare multiplication: by rows of the gate that lie ready, one for each sample; the gate picks them, checks the "
         "labels and multiplies; no gradients",
         "a step: ResNet-20, 64 images of 28 x 28: forward, backward, SGD, projection; joint: both losses in one pass",
+        "start: the pass before the first gated epoch, 4 such batches; inference: the network alone on the same ones",
     ]
     return table
 
@@ -80,7 +84,28 @@ def _steps(table: Table, device: str) -> None:
     runs["plain step"] = _step(optimizer, lambda: F.cross_entropy(plain(images), labels), lambda: None)
     seconds = interleaved(runs, STEPS, device=device)
     for name in ("gated step", "joint step"):
-        table.add(f"{name} / plain step without a gate", str(ratio(seconds, name, "plain step")))
+        cost = ratio(seconds, name, "plain step")
+        table.add(f"{name} / plain step without a gate", str(cost), cost.value, STEP_TARGET)
+
+
+def _start(table: Table, device: str) -> None:
+    torch.manual_seed(0)
+    model = SmallResNet(20).to(device).eval()
+    labels = torch.arange(64, device=device) % CLASSES
+    batches = [(torch.rand(64, 1, 28, 28, device=device), labels) for _ in range(BATCHES)]
+
+    def start():
+        gate = LabelSensitiveGate(CLASSES, 64).to(device)
+        LabelSensitiveTraining(model, gate, schedule=GateSchedule(phase=0)).before_epoch(0, batches)
+
+    @torch.inference_mode()
+    def inference():
+        for images, _ in batches:
+            model(images)
+
+    seconds = interleaved({"start": start, "inference": inference}, STEPS, device=device)
+    cost = ratio(seconds, "start", "inference")
+    table.add("start of the gate / one epoch of inference", str(cost), cost.value, START_TARGET)
 
 
 def _step(optimizer, loss, after):

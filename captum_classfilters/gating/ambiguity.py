@@ -107,6 +107,7 @@ def filter_ambiguity(
     with torch.no_grad():
         gate.weight.copy_(weight)
     gate.project_()
+    gate.is_noise = False
     gate.layer = head.name
     gate.counts.copy_(torch.bincount(labels, minlength=head.num_classes))
     return FilterAmbiguity(

@@ -408,6 +408,8 @@ class LabelSensitiveGate(nn.Module):
                 f"{' x '.join(map(str, weight.shape))}; make LabelSensitiveGate(*state['weight'].shape) for it"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # a training would put its start in the place of noise
+        self.is_noise = self.is_noise and weight is None
         with torch.no_grad():
             self._previous.copy_(project(self.weight, torch.ones_like(self.weight)))
 

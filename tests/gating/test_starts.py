@@ -8,10 +8,12 @@ from contract import Snapshot
 
 from captum_classfilters import (
     ClassFilters,
+    GatePenalty,
     GateSchedule,
     InfluentialFeatures,
     LabelSensitiveGate,
     LabelSensitiveTraining,
+    filter_ambiguity,
 )
 from captum_classfilters.core.errors import EmptyLoaderError, IdleChannelWarning, OptionError
 from captum_classfilters.gating.label_sensitive import STARTS
@@ -86,14 +88,21 @@ def test_fit_starts_it_before_the_first_gated_epoch(start, scheme, model, loader
     [
         LabelSensitiveGate.fixed(4, 6, exclusive=1),
         pytest.param("loaded", id="loaded"),
+        pytest.param("state", id="state"),
         pytest.param("filters", id="from filters"),
+        pytest.param("searched", id="searched"),
     ],
-    ids=["fixed", "loaded", "from filters"],
+    ids=["fixed", "loaded", "state", "from filters", "searched"],
 )
 def test_a_gate_that_is_no_noise_stays_as_it_is(gate, model, loader, tmp_path):
     if gate == "loaded":
         new_gate(3).save(tmp_path / "gate.safetensors")
         gate = LabelSensitiveGate.load(tmp_path / "gate.safetensors")
+    elif gate == "state":
+        gate, state = new_gate(), new_gate(3).state_dict()
+        gate.load_state_dict(state)
+    elif gate == "searched":
+        gate = filter_ambiguity(model, loader, penalty=GatePenalty(0.4), steps=2).gate
     elif gate == "filters":
         gate = LabelSensitiveGate.from_filters(InfluentialFeatures(model).attribute(loader))
     before = gate.weight.detach().clone()

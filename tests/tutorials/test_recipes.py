@@ -263,6 +263,8 @@ def test_networks_are_made_by_name(name, files, method, idx_folder, tmp_path, ma
         PathDecoupler(model).load(tmp_path / "networks" / f"paths_{name}.safetensors")
     else:
         LabelSensitiveGate.load(tmp_path / "networks" / f"{files.pop()}.safetensors")
+    # the published gates began as noise
+    assert meta.get("gate_start") == ("noise" if method == "lsg" else None)
     # a second call trains nothing
     monkeypatch.setattr(make_networks.subprocess, "run", None)
     assert make_networks.make(name, tmp_path / "networks", tmp_path / "runs", trial, check=False) == made
