@@ -30,7 +30,11 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16]
 
 
-_setup_privateuseone_for_python_backend(NAME, _Backend(), device_guard=_Guard())
+def set_up() -> None:
+    """Let torch know the device, until the process ends: not on import, because collecting doctests imports files."""
+    _setup_privateuseone_for_python_backend(NAME, _Backend(), device_guard=_Guard())
+
+
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 

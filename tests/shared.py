@@ -15,6 +15,7 @@ if "xla" in SECOND:
     import_module("torch_xla")  # before it torch knows no such device
     torch.zeros(1).to("xla")  # and autograd counts devices when it first runs
 if "slim" in SECOND:
+    import_module("narrow_device").set_up()
     # parameters cannot become those of another class in place
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 

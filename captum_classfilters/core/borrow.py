@@ -7,7 +7,7 @@ runs the model meanwhile without borrowing it runs it in eval mode. `core/head_p
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -117,7 +117,7 @@ def borrowed(model: nn.Module | None, *, grad: bool = False, train: bool = False
     undone = _Undone()
     # twice: what an interrupt at the first line of the inner exit leaves, the outer one undoes
     # a step of training changes no modes, so threads that serve one network need not wait for one another
-    with _taken([] if train else modules), undone, undone, ExitStack() as stack:
+    with nullcontext() if train else _taken(modules), undone, undone, ExitStack() as stack:
         # read once the modules are ours: another thread may have had them
         training = [module.training for module in modules]
         for module, was in zip(modules, training, strict=True) if not train else ():

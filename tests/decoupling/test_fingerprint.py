@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_decoupler import decoupled, images, network
 
+from captum_classfilters.core import fingerprint as module
 from captum_classfilters.core.errors import MergeError
-from captum_classfilters.decoupling import fingerprint as module
 
 
 @pytest.fixture
