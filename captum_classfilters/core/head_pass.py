@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -399,6 +399,7 @@ def single_batch(
         return next(stream)
 
 
+_Answer = TypeVar("_Answer")
 _SIDES = (64, 224, 32, 28, 96, 128, 160, 192, 240, 256, 299, 384)
 
 
@@ -408,6 +409,29 @@ def probed_head(model: nn.Module, layer: nn.Module | str | None = None) -> Head 
     Raises:
         HeadError: The model takes the noise, and there is no head; or ``layer`` is not it.
     """
+
+    def find(noise: Tensor) -> Head:
+        return single_batch(model, noise, layer=layer).head
+
+    return _with_noise(model, find)
+
+
+def ran_on_noise(model: nn.Module, module: nn.Module) -> bool | None:
+    """Whether a module runs in a pass of noise through the model; None where no noise fits the model."""
+    placement = Placement.of(model)
+    calls: list[int] = []
+
+    def forward(noise: Tensor) -> bool:
+        with borrowed(model) as borrow:
+            borrow.after(module, lambda *_: calls.append(1))
+            model(placement.move(noise))
+        return bool(calls)
+
+    return _with_noise(model, forward)
+
+
+def _with_noise(model: nn.Module, call: Callable[[Tensor], _Answer]) -> _Answer | None:
+    """What ``call`` gives for the first noise that the model takes; None where it takes none."""
     first = next((module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, *CONVS))), None)
     shapes: list[tuple[int, ...]] = []
     if isinstance(first, CONVS):
@@ -419,7 +443,7 @@ def probed_head(model: nn.Module, layer: nn.Module | str | None = None) -> Head 
     generator = torch.Generator().manual_seed(0)
     for shape in shapes:
         try:
-            return single_batch(model, torch.rand(shape, generator=generator), layer=layer).head
+            return call(torch.rand(shape, generator=generator))
         except HeadError:
             raise
         except Exception:  # a model may raise anything on an image of a size that it does not take

@@ -15,9 +15,9 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import one_of
 from captum_classfilters.core.copies import copied
-from captum_classfilters.core.errors import HeadError, OptionError, ShapeError, SingularMomentsWarning
+from captum_classfilters.core.errors import HeadError, LayerError, OptionError, ShapeError, SingularMomentsWarning
 from captum_classfilters.core.head import Head, Part, find_head, has_layer, is_candidate
-from captum_classfilters.core.head_pass import HeadPass
+from captum_classfilters.core.head_pass import HeadPass, ran_on_noise
 from captum_classfilters.heads.decomposed_linear import BACKENDS, DecomposedLinear, blank_linear
 from captum_classfilters.heads.moments import HeadMoments, check_moments
 from captum_classfilters.heads.refits import Refitter
@@ -250,7 +250,14 @@ def _replaced(model: nn.Module, head: Head, dense: _Dense, backend: str) -> nn.M
         return small
     # of averaged heads one takes all, the others give 0
     nothing = {part.module: Nothing(len(weight)).train(part.module.training) for part in others}
-    return copied(model, {first.module: small, **nothing})
+    twin = copied(model, {first.module: small, **nothing})
+    # one forward proves that the copy is one: else the head that runs is still the original's
+    if ran_on_noise(twin, small) is False:
+        raise LayerError(
+            "a copy of the model still runs the original: its code uses a module by a global name, or keeps it in an "
+            "object of its own; let it use its own submodules, self.<name>"
+        )
+    return twin
 
 
 class Nothing(nn.Module):

@@ -17,7 +17,7 @@ from captum_classfilters.core.borrow import unwrap
 from captum_classfilters.core.calls import CONVS
 from captum_classfilters.core.check import integer, number
 from captum_classfilters.core.copies import copied
-from captum_classfilters.core.errors import EmptyLoaderError, HeadError, NonFiniteError, OptionError
+from captum_classfilters.core.errors import EmptyLoaderError, HeadError, LayerError, NonFiniteError, OptionError
 from captum_classfilters.core.labels import check_range
 from captum_classfilters.core.outputs import LogitReader, cross_entropy
 from captum_classfilters.core.stream import Placement, refuse_iterator, samples
@@ -76,6 +76,7 @@ def recover(
     refuse_iterator(validation, "validation")
     original = unwrap(model)
     network = _trainable_copy(original, model)
+    gradients = [parameter.grad for parameter in original.parameters()]
     task = _Recovery(network, validation)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=lr)
     training = Training(network, task, [optimizer], checkpoint=Checkpoint.of(checkpoint), seed=seed)
@@ -86,6 +87,8 @@ def recover(
         try:
             training.run(loader, epochs, show_progress)
         except BaseException as error:
+            for parameter, gradient in zip(original.parameters(), gradients, strict=True):
+                parameter.grad = gradient
             best = task.best_network(original)
             error.partial_result = best  # type: ignore[attr-defined]
             try:
@@ -112,6 +115,7 @@ class _Recovery(Task):
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._best: dict[str, Tensor] | None = None
         self._most_right, self._judged = -1, -1
+        self._proved = False
 
     def loss(self, inputs: tuple[Any, ...], labels: Tensor, epoch: int, place: int) -> Tensor:
         """The cross-entropy of the batch."""
@@ -138,7 +142,13 @@ class _Recovery(Task):
                 buffer.copy_(before)
 
     def before_step(self) -> None:
-        """A zero has no gradient."""
+        """Proves that the copy is one; a zero has no gradient."""
+        if not self._proved and all(parameter.grad is None for parameter in self._network.parameters()):
+            raise LayerError(
+                "a copy of the model still runs the original: its code uses a module by a global name, or keeps it in "
+                "an object of its own; let it use its own submodules, self.<name>"
+            )
+        self._proved = True
         for weight, mask in self._masks.items():
             if weight.grad is not None:
                 weight.grad.mul_(mask)

@@ -127,3 +127,54 @@ def test_a_reference_to_another_model_is_copied_with_it():
     twin = copied(model)
     assert twin.teacher[0] is not teacher
     assert torch.equal(twin(IMAGES), model(IMAGES))
+
+
+class Holder:
+    """An object of one's own that keeps the network."""
+
+    def __init__(self, trunk, head):
+        self.trunk, self.head = trunk, head
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def answer(self, images):
+        return self.head(self.trunk(images))
+
+
+class ByAHolder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        model = cnn()
+        self.trunk, self.fc = model[:4], model[4]
+        self.holder = Holder(self.trunk, self.fc)
+
+    def forward(self, images):
+        return self.holder.answer(images)
+
+
+class ByTheClass(nn.Module):
+    """Its code uses a module by a global name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = NET_OF_CLASS
+
+    def forward(self, images):
+        return NET_OF_CLASS(images)
+
+
+NET_OF_CLASS = cnn()
+
+
+@pytest.mark.parametrize("make", [ByAHolder, ByTheClass])
+def test_a_forward_shows_what_no_look_at_functions_does(make):
+    model = make().eval()
+    filters = InfluentialFeatures(model).attribute(batches())
+    before = [parameter.clone() for parameter in model.parameters()]
+    for call in (lambda: decompose(model, filters, 1), lambda: recover(model, batches(), 1)):
+        with pytest.raises(LayerError, match=r"still runs the original.* self\.<name>"):
+            call()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, was)
