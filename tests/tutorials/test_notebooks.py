@@ -8,13 +8,16 @@ from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+# A minute each, on methods that have many tests of their own: `make slow` runs them
+LONG = ("03_label_sensitive_gate", "04_path_decoupler", "05_adversarial_detection")
+RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem) for path in NOTEBOOKS]
 
 
 def test_there_are_notebooks():
     assert [path.name for path in NOTEBOOKS][:2] == ["00_tour.ipynb", "01_influential_features.ipynb"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN)
 # what the notebook's own server warns of is not ours
 @pytest.mark.filterwarnings("default")
 def test_notebook_runs(path, monkeypatch):
