@@ -101,7 +101,7 @@ def _theirs(learnt: Seen, head: nn.Linear) -> dict[str, Callable[[Seen], Any]]:
         name: lambda data, fitted=fitted: fitted.predict_features(data.features)
         for name, fitted in with_features.items()
     }
-    scores["SHE"] = lambda data: she.predict_features(data.features, data.logits)
+    scores["SHE"] = lambda data: she.predict_features(data.features)
     scores["EnergyBased"] = lambda data: ood.EnergyBased(None).predict_logits(data.logits)
     scores["MaxSoftmax"] = lambda data: ood.MaxSoftmax(None).predict_logits(data.logits)
     scores["ReAct"] = lambda data: -torch.logsumexp(head(data.features.clamp(max=threshold)), 1).detach()
