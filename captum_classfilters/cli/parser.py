@@ -10,8 +10,8 @@ SELECTORS = (
 )  # fmt: skip
 
 METHODS = (
-    "mahalanobis", "relative_mahalanobis", "class_gaussian", "nearest_neighbours", "react", "energy", "max_logit",
-    "max_softmax",
+    "mahalanobis", "relative_mahalanobis", "class_gaussian", "nearest_neighbours", "vim", "react", "energy",
+    "max_logit", "max_softmax",
 )  # fmt: skip
 
 _WRITES = {

@@ -41,6 +41,7 @@ _TRUSTED = (
     f"{_ROOM}.familiarity.FamiliarityDetector",
     f"{_ROOM}.gaussians.Diagonal",
     f"{_ROOM}.gaussians.Gaussian",
+    f"{_ROOM}.gaussians.Residual",
 )
 
 

@@ -30,6 +30,7 @@ from captum_classfilters.detection.gaussians import (
     gaussian,
     largest_softmax,
     normalised,
+    residual,
 )
 
 METHODS = (
@@ -37,13 +38,14 @@ METHODS = (
     "relative_mahalanobis",
     "class_gaussian",
     "nearest_neighbours",
+    "vim",
     "react",
     "energy",
     "max_logit",
     "max_softmax",
 )
 _NEAREST_OF = 10_000  # training images that are kept, at most
-_NEED_LOGITS = ("react", "energy", "max_logit", "max_softmax")
+_NEED_LOGITS = ("vim", "react", "energy", "max_logit", "max_softmax")
 # Methods whose score is a sum over channels
 SUMS = ("mahalanobis", "relative_mahalanobis", "class_gaussian", "nearest_neighbours", "max_logit")
 
@@ -84,6 +86,8 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             - ``"class_gaussian"``: minus the log-likelihood of a Gaussian of each class with independent channels.
             - ``"nearest_neighbours"``: squared distance of the normalised features to the k-th nearest of up to 10,000
               training images (Sun et al. 2022).
+            - ``"vim"``: length of the features outside of the half of all directions in which training images vary
+              most, beside the energy (Wang et al. 2022).
             - ``"react"``: energy of the logits after features above a percentile were clipped (Sun et al. 2021).
             - ``"energy"`` (Liu et al. 2020), ``"max_logit"`` (Hendrycks et al. 2022), ``"max_softmax"`` (Hendrycks and
               Gimpel 2017): of the logits, nothing is learnt but the threshold.
@@ -241,6 +245,10 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
                     f"neighbours={self.neighbours}, but there are only {len(self.neighbours_)} training images to "
                     "take neighbours from; pass a smaller number"
                 )
+        elif self.method == "vim":
+            mean = total.sum(0) / count
+            covariance = second / count - np.outer(mean, mean)
+            self.residual_ = residual(self.weight_, self.bias_, mean, covariance, kept)
         elif self.method == "react":
             self.threshold_ = float(np.percentile(kept.features, self.percentile))
 
@@ -361,6 +369,8 @@ class FamiliarityDetector(Calibrated, OutlierMixin, BaseEstimator):
             return np.asarray(distances)
         if self.method == "nearest_neighbours":
             return self._neighbours_of(features)[0]
+        if self.method == "vim":
+            return self.residual_.score(features, logits)
         if self.method == "react":
             logits = np.minimum(features, self.threshold_) @ self.weight_.T + self.bias_
         if self.method == "max_logit":

@@ -140,6 +140,41 @@ def diagonal(counts: Array, total: Array, squares: Array, floor: float = 0.01) -
     return Diagonal(means, np.maximum(variances, least))
 
 
+class Residual(NamedTuple):
+    """The directions in which training features hardly vary, and how much a residual there counts beside the logits."""
+
+    origin: Array  # (K,): the features whose logits are all 0, as nearly as there are such
+    basis: Array  # (K, R)
+    scale: float
+
+    def score(self, features: Array, logits: Array) -> Array:
+        """``scale * |residual| - log sum exp(logits)``, ``(N,)``."""
+        length = np.linalg.norm((features - self.origin) @ self.basis, axis=1)
+        return np.asarray(self.scale * length + energy(logits))
+
+
+def residual(weight: Array, bias: Array, mean: Array, covariance: Array, kept: tuple[Array, Array]) -> Residual:
+    """The residual space of virtual-logit matching: all but the K / 2 directions of largest second moment.
+
+    Source: Wang et al. 2022, "ViM: out-of-distribution with virtual-logit matching", section 4. No difference, except
+    that the scale comes from kept training images.
+
+    Args:
+        weight: Of the head, ``(C, K)``.
+        bias: ``(C,)``.
+        mean: Of the training features, ``(K,)``.
+        covariance: ``(K, K)``.
+        kept: Features and logits of some training images.
+    """
+    origin = -np.linalg.pinv(weight) @ bias
+    off = mean - origin
+    vectors = linalg.eigh(covariance + np.outer(off, off))[1]
+    basis = vectors[:, : len(mean) - len(mean) // 2]
+    features, logits = kept
+    length = np.linalg.norm((features - origin) @ basis, axis=1)
+    return Residual(origin, basis, float(logits.max(1).mean() / max(length.mean(), 1e-300)))
+
+
 def energy(logits: Array) -> Array:
     """``-log sum exp(logits)``, ``(N,)``.
 

@@ -68,6 +68,15 @@ def independent(method, train, new, against="nearest"):
     elif method == "nearest_neighbours":
         unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (features, images)]
         return NearestNeighbors(n_neighbors=5).fit(unit[0]).kneighbors(unit[1])[0][:, -1] ** 2
+    elif method == "vim":
+        weight = np.stack([new[3](row[None])[0] for row in np.eye(CHANNELS)], axis=1)
+        bias = new[3](np.zeros((1, CHANNELS)))[0]
+        weight = weight - bias[:, None]
+        origin = -np.linalg.pinv(weight) @ bias
+        outside = np.linalg.svd(features - origin)[2][CHANNELS // 2 :]
+        lengths = [np.linalg.norm((part - origin) @ outside.T, axis=1) for part in (features, images)]
+        scale = (features @ weight.T + bias).max(1).mean() / lengths[0].mean()
+        return scale * lengths[1] - torch.logsumexp(torch.from_numpy(logits), 1).numpy()
     else:
         if method == "react":
             logits = new[3](np.clip(images, None, np.percentile(features, 90)))

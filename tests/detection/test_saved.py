@@ -6,12 +6,15 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from examples import planted
 from sklearn.ensemble import AdaBoostClassifier, GradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
+from captum_classfilters import HeadPass
 from captum_classfilters.core.errors import FileFormatError, NotCalibratedError, OptionError
 from captum_classfilters.detection import ClassProfiles, FamiliarityDetector, PathDetector, PathOutlierDetector
 from captum_classfilters.detection.detectors import _KIND, _TRUSTED, _VERSION
@@ -264,7 +267,9 @@ def test_the_file_names_no_type_that_is_not_known(file):
     PathOutlierDetector().fit(X).save(file.with_name("outlier"))
     FamiliarityDetector().fit(X).save(file.with_name("mahalanobis"))
     FamiliarityDetector("class_gaussian").fit(X).save(file.with_name("class_gaussian"))
-    files = [file, *(file.with_name(name) for name in ("outlier", "mahalanobis", "class_gaussian"))]
+    head_pass = HeadPass(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), [(torch.rand(9, 4), torch.arange(9) % 2)])
+    FamiliarityDetector("vim").fit(head_pass).save(file.with_name("vim"))
+    files = [file, *(file.with_name(name) for name in ("outlier", "mahalanobis", "class_gaussian", "vim"))]
     assert {name for one in files for name in skops.get_untrusted_types(file=one)} == set(_TRUSTED)
 
 
