@@ -160,7 +160,8 @@ def attack(kind, tmp_path, seed, count):
     draw, path = random.Random(seed), tmp_path / "file.safetensors"
     save(path)
     whole = path.read_bytes()
-    tensors = load_file(path)
+    # copies: the file is written over, and loaded tensors lie in it
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
     header = json.loads(
         json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["captum_classfilters"]
     )
