@@ -63,6 +63,7 @@ from captum_classfilters.assets import (
 )
 from captum_classfilters.assets.networks import SmallResNet
 from captum_classfilters.comparison import method_overlap
+from captum_classfilters.decoupling import DecouplingOptions
 from captum_classfilters.decoupling.controller import divergence_loss, mutual_information_loss, sparsity_loss
 from captum_classfilters.detection import conformal
 from captum_classfilters.detection.pairs import stack_pairs
@@ -633,18 +634,18 @@ def _() -> Mapping[str, Any]:
     for name, options in {
         "plain": {},
         "other": {
-            "information_weight": 0.5,
-            "divergence_weight": 0.1,
-            "sparsity_weight": 0.01,
+            "information": 0.5,
+            "divergence": 0.1,
+            "sparsity": 0.01,
             "target_rate": 0.5,
             "direction": "y_z",
         },
     }.items():
-        loss = watched.loss(images, labels, **options)
+        loss = watched.loss(images, labels, DecouplingOptions.paper(**options))
         found |= {f"{name} {what}": value for what, value in loss._asdict().items()}
         found[f"{name} mean information"] = loss.mean_mutual_information
     watched.train()
-    loss = watched.loss(images, labels)
+    loss = watched.loss(images, labels, DecouplingOptions.paper())
     loss.total.backward()
     found |= {f"train {what}": value for what, value in loss._asdict().items()}
     found |= {f"gradient {name}": value.grad for name, value in watched.controllers.named_parameters()}

@@ -5,6 +5,7 @@ N samples, C channels in, K channels out.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def semantic_hash(logits: Tensor, noise: Tensor, binary: Tensor) -> Tensor:
     Args:
         logits: g, ``(N, K)`` floating.
         noise: alpha, ``(N, K)``, drawn from a standard normal distribution.
-        binary: Boolean, broadcast to ``(N, K)``: which gates are hard; `random_half` draws it.
+        binary: Boolean, broadcast to ``(N, K)``: which gates are hard; `random_hard` draws it.
 
     Returns:
         z, ``(N, K)`` in [0, 1].
@@ -46,20 +47,21 @@ def hard_gates(logits: Tensor) -> Tensor:
     return torch.add((logits > 0).to(logits.dtype), logits, alpha=0)
 
 
-def random_half(logits: Tensor, mix: str) -> Tensor:
-    """Draw which half of the gates is hard in this step; broadcasts to ``(N, K)``.
+def random_hard(logits: Tensor, mix: str, share: float = 0.5) -> Tensor:
+    """Draw which gates are hard in this step; broadcasts to ``(N, K)``.
 
     Args:
         logits: ``(N, K)``; only their shape is used.
-        mix: ``"sample"``: half of the samples, as in the paper; ``"channel"``: half of the channels, the same for
-            all samples, as its published code does; ``"element"``: each gate on its own.
+        mix: ``"sample"``: a share of the samples, as in the paper; ``"channel"``: of the channels, the same for all
+            samples, as its published code does; ``"element"``: each gate on its own.
+        share: How many are hard, rounded up; the paper's half.
     """
     count, channels = logits.shape
     if mix == "element":
-        return torch.rand(count, channels, device=logits.device) < 0.5
+        return torch.rand(count, channels, device=logits.device) < share
     many = count if mix == "sample" else channels
-    half = torch.rand(many, device=logits.device).argsort() < (many + 1) // 2
-    return half[:, None] if mix == "sample" else half[None]
+    hard = torch.rand(many, device=logits.device).argsort() < math.ceil(many * share)
+    return hard[:, None] if mix == "sample" else hard[None]
 
 
 class _Pool(torch.autograd.Function):
@@ -108,12 +110,16 @@ class Controller(nn.Module):
         inputs: C.
         outputs: K.
         reduction: gamma; the hidden layer has C / gamma units, at least one.
-        mix: See `random_half`.
+        mix: See `random_hard`.
+
+    Attributes:
+        noise: Deviation of the noise in training; the paper's is 1. `PathDecoupler.anneal_` lets it fade.
+        hard: Share of the gates that are hard in training; the paper's is a half.
     """
 
     def __init__(self, inputs: int, outputs: int, reduction: int = 4, mix: str = "sample") -> None:
         super().__init__()
-        self.mix = mix
+        self.mix, self.noise, self.hard = mix, 1.0, 0.5
         self.squeeze = nn.Linear(inputs, max(1, inputs // reduction))
         self.excite = nn.Linear(self.squeeze.out_features, outputs)
 
@@ -140,7 +146,8 @@ class Controller(nn.Module):
             soft = saturating_sigmoid(logits) if straight_through else None
             # the difference is 0, whatever rounding does: gates stay hard
             return hard_gates(logits) if soft is None else hard_gates(logits).detach() + (soft - soft.detach())
-        return semantic_hash(logits, torch.randn_like(logits), random_half(logits, self.mix))
+        noise = torch.randn_like(logits) * self.noise
+        return semantic_hash(logits, noise, random_hard(logits, self.mix, self.hard))
 
     def forward(self, features: Tensor, straight_through: bool = False) -> Tensor:
         """Features ``(N, C, ...)`` to gates ``(N, K)``."""
@@ -148,10 +155,11 @@ class Controller(nn.Module):
 
 
 class DecouplingLoss(NamedTuple):
-    """The parts of eq. 12: scalars with gradients. Those of single layers, in ``per_layer``, have none.
+    """The parts of a decoupler's loss: scalars with gradients. Those of single layers, in ``per_layer``, have none.
 
-    `mutual_information`, `divergence` and `sparsity` are sums over the layers, as in eqs. 9 to 11, not yet times their
-    weights. ``per_layer`` is ``(L, 3)`` in that order, with the share of open gates as a fourth column.
+    `mutual_information`, `divergence` and `sparsity` are sums over the layers, as in eqs. 9 to 11, not yet times any
+    weights; with one budget for the network `sparsity` is that budget's. `distillation` is 0 without a teacher.
+    ``per_layer`` is ``(L, 3)`` in that order, with the share of open gates as a fourth column.
     """
 
     total: Tensor
@@ -159,6 +167,7 @@ class DecouplingLoss(NamedTuple):
     mutual_information: Tensor
     divergence: Tensor
     sparsity: Tensor
+    distillation: Tensor
     per_layer: Tensor  # (L, 4)
 
     @property
@@ -215,18 +224,30 @@ def sparsity_loss(gates: Tensor, target_rate: float = 0.0) -> Tensor:
     return (gates.abs().sum(1) - target_rate * gates.shape[1]).abs().mean()
 
 
-def combine(
-    cross_entropy: Tensor,
-    layers: list[tuple[Tensor, Tensor, Tensor, Tensor]],
-    *,
-    information_weight: float,
-    divergence_weight: float,
-    sparsity_weight: float,
-) -> DecouplingLoss:
-    """Eq. 12. ``layers``: for each, the three losses and the share of open gates."""
-    table = torch.stack([torch.stack([part.to(cross_entropy.dtype) for part in row]) for row in layers])
-    information, divergence, sparsity, _ = table.sum(0).unbind()
-    total = (
-        cross_entropy + information_weight * information + divergence_weight * divergence + sparsity_weight * sparsity
-    )
-    return DecouplingLoss(total, cross_entropy, information, divergence, sparsity, table.detach())
+def budget_loss(gates: Sequence[Tensor], target_rate: float = 0.0) -> Tensor:
+    """How far the open gates of a whole network are from ``target_rate`` of them all, averaged over the samples.
+
+    Differs from eq. 11 of "Interpretable neural network decoupling", `sparsity_loss`, in that a layer may keep more
+    gates open if others keep fewer.
+
+    Args:
+        gates: z of each layer, ``(N, K_l)``.
+        target_rate: R in [0, 1].
+    """
+    opened = torch.stack([gate.abs().sum(1) for gate in gates]).sum(0)
+    return (opened - target_rate * sum(gate.shape[1] for gate in gates)).abs().mean()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Divergence of the softened classes from the teacher's, times the squared temperature, averaged over the samples.
+
+    Source: Hinton et al., "Distilling the knowledge in a neural network", 2015. No difference.
+
+    Args:
+        logits: ``(N, C)``.
+        teacher: The teacher's, ``(N, C)``; they get no gradient.
+        temperature: Both are divided by it.
+    """
+    log_student = F.log_softmax(logits / temperature, 1)
+    log_teacher = F.log_softmax(teacher.detach().to(logits) / temperature, 1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -1,6 +1,6 @@
 """The network with its gates: `PathDecoupler` wraps a model; hooks stand on it only while a forward runs.
 
-`units.py` has the hooks, `controller.py` gates and losses, `paths.py` what is read here by `PathReader`.
+`units.py` has the hooks, `controller.py` gates and losses, `paths.py` what `path_reader.py` reads.
 N samples, C classes, L gated layers with K_l channels, K in all.
 """
 
@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +35,10 @@ from captum_classfilters.core.labels import check_labels, check_range
 from captum_classfilters.core.outputs import LogitReader, cross_entropy, two_logits
 from captum_classfilters.core.stream import Placement, samples
 from captum_classfilters.decoupling import controller as equations
-from captum_classfilters.decoupling.controller import DIRECTIONS, MIXES, Controller, DecouplingLoss
+from captum_classfilters.decoupling.controller import MIXES, Controller, DecouplingLoss
 from captum_classfilters.decoupling.costs import Costs, count_costs
+from captum_classfilters.decoupling.path_options import DecouplingOptions
+from captum_classfilters.decoupling.path_reader import PathReader, logits_of
 from captum_classfilters.decoupling.paths import Paths
 from captum_classfilters.decoupling.units import Gates, Run, Unit, find_units, not_finite
 from captum_classfilters.skipping.network import GatedConv, SkippingNetwork, skip_closed
@@ -48,8 +48,6 @@ _KIND, _VERSION = "PathDecoupler", 1
 _FROZEN: ContextVar["tuple[tuple[PathDecoupler, Gates], ...]"] = ContextVar("captum_classfilters_frozen", default=())
 # Decouplers whose hard gates pass gradients on in this thread
 _STRAIGHT: ContextVar["tuple[PathDecoupler, ...]"] = ContextVar("captum_classfilters_straight", default=())
-# By decoupler and size of its inputs: finding the costs takes longer than the forward of a small batch
-_COSTS: WeakKeyDictionary["PathDecoupler", dict[tuple[int, ...], Costs]] = WeakKeyDictionary()
 
 
 class PathDecoupler(nn.Module):
@@ -70,7 +68,7 @@ class PathDecoupler(nn.Module):
         layers: Names or modules of the convolutions to gate; None: all but the first and the last, as in the paper.
         reduction: gamma of eq. 2.
         mix: Which half of the gates is hard in training: ``"sample"``, ``"channel"`` or ``"element"``; see
-            `controller.random_half`.
+            `controller.random_hard`.
         num_classes: C, which `loss` needs; None: as many as the last linear layer gives.
         generator: Draws all initial weights; None: torch's own generator. Noise in training always comes from that one.
         example_input: One batch for a model that cannot be traced: its layers are found by running it.
@@ -187,41 +185,29 @@ class PathDecoupler(nn.Module):
         self,
         inputs: Any,
         labels: Tensor,
+        options: DecouplingOptions = DecouplingOptions(),
         *,
-        information_weight: float = 1.0,
-        divergence_weight: float = 1.0,
-        sparsity_weight: float = 0.003,
-        target_rate: float = 0.0,
-        direction: str = "z_y",
+        teacher: Tensor | None = None,
     ) -> DecouplingLoss:
-        """Run the network and compute the loss of eq. 12; nothing of the forward stays behind.
+        """Run the network and compute what its training minimises; nothing of the forward stays behind.
 
-        Source: "Interpretable neural network decoupling", section 3.2. The paper does not give its weights. In our
-        trials an information weight of .1 or less left the gates the same for every image.
+        Source: "Interpretable neural network decoupling", section 3.2. Differs as `DecouplingOptions` says;
+        ``DecouplingOptions.paper()`` is eq. 12.
 
         Args:
             inputs: What the model takes; a tuple for several.
             labels: ``(N,)`` int64.
-            information_weight: lambda_m.
-            divergence_weight: lambda_k.
-            sparsity_weight: lambda_s.
-            target_rate: R in [0, 1]; 0: as sparse as the other losses let it become.
-            direction: See `controller.divergence_loss`.
+            options: How the parts are weighed.
+            teacher: Logits ``(N, C)`` of these inputs from the network without gates, to be learnt from.
 
         Raises:
-            OptionError: A weight is negative, ``target_rate`` or ``direction`` is out of range.
+            OptionError: ``options`` are none.
             LabelError: Labels do not fit.
-            HeadError, ShapeError: The model gives no logits ``(N, C)``.
+            HeadError, ShapeError: The model gives no logits ``(N, C)``, or the teacher's have another shape.
             NonFiniteError: Gates or logits are not finite.
         """
-        weights = {
-            "information_weight": information_weight,
-            "divergence_weight": divergence_weight,
-            "sparsity_weight": sparsity_weight,
-        }
-        weights = {name: number(value, name, 0) for name, value in weights.items()}
-        target_rate = number(target_rate, "target_rate", 0, 1, meaning="a share of channels")
-        one_of(direction, "direction", DIRECTIONS)
+        if not isinstance(options, DecouplingOptions):
+            raise OptionError(f"options must be DecouplingOptions, got {type(options).__name__}")
         constant = not (self.controllers.training or self.is_frozen or self._is_straight)
         if torch.is_grad_enabled() and constant:
             message = "gates are hard in eval mode and have no gradient: nothing trains the controllers; call .train()"
@@ -229,7 +215,7 @@ class PathDecoupler(nn.Module):
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         run = self._run(pooled=True)
         with LogitReader() as reader:
-            raw = _logits(self._forward(run, args, {}), reader)
+            raw = logits_of(self._forward(run, args, {}), reader)
         logits = two_logits(raw)
         labels = check_labels(labels, len(logits)).to(logits.device)
         check_range(labels, logits.shape[1])
@@ -239,15 +225,34 @@ class PathDecoupler(nn.Module):
             rows.append(
                 (
                     equations.mutual_information_loss(z, weight, labels),
-                    equations.divergence_loss(z, responses[index], direction),
-                    equations.sparsity_loss(z, target_rate),
+                    equations.divergence_loss(z, responses[index], options.direction),
+                    equations.sparsity_loss(z, options.target_rate),
                     (z.detach() > 0.5).to(z.dtype).mean(),
                 )
             )
-        total = equations.combine(cross_entropy(raw, labels), rows, **weights)
+        budget = equations.budget_loss(self._in_order(run.gates), options.target_rate)
+        taught = None if teacher is None else _distilled(raw, teacher, options.temperature)
+        total = options.combine(cross_entropy(raw, labels), taught, rows, budget)
         if not torch.isfinite(total.total):
             raise NonFiniteError(self._what_is_not_finite(run, logits))
         return total
+
+    def anneal_(self, progress: float) -> None:
+        """Let training end with the gates that the network will have: less noise and more hard gates than in the paper.
+
+        Call it before each step. The noise fades linearly until .7 of the training; the share of hard gates rises from
+        a half at .4 to all at .8. Not in the paper, where training ends with noisy gates, half of them soft.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+
+        Raises:
+            OptionError: ``progress`` is out of range.
+        """
+        progress = number(progress, "progress", 0, 1, meaning="a share of the training")
+        for controller in self._controllers():
+            controller.noise = max(0.0, 1 - progress / 0.7)
+            controller.hard = 0.5 + 0.5 * min(1.0, max(0.0, (progress - 0.4) / 0.4))
 
     def _readers_for(self, num_classes: int) -> nn.ModuleList:
         if self.readers is None:
@@ -494,82 +499,6 @@ class PathDecoupler(nn.Module):
         return f"{what} of this batch: NaN or infinity; look at inputs and learning rate"
 
 
-class PathReader:
-    """Reads the paths of one batch after another; fingerprint and costs are computed once for all of them.
-
-    Args:
-        decoupler: The caller borrows it in eval mode.
-        logits: Also keep g of eq. 2.
-
-    Raises:
-        OptionError: Gates are frozen, and so no image's own.
-    """
-
-    def __init__(self, decoupler: PathDecoupler, logits: bool = False) -> None:
-        if decoupler.is_frozen:
-            raise OptionError(
-                "inside frozen() all images have the same gates, which are no image's path; collect paths outside of it"
-            )
-        self.decoupler, self.logits = decoupler, logits
-        self.placement = Placement.of(decoupler.model)
-        self._fingerprint = decoupler.fingerprint()
-        self._costs: Costs | None = None
-        self._size: tuple[int, ...] = ()
-
-    def place(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Inputs on the model's device, in its dtype, without their history."""
-        placed = (self.placement.move(value) for value in inputs)
-        return tuple(value.detach() if isinstance(value, Tensor) else value for value in placed)
-
-    @torch.no_grad()
-    def read(self, inputs: tuple[Any, ...], labels: Tensor | None = None, index: int = 0) -> Paths:
-        """One forward.
-
-        Args:
-            inputs: The model's inputs, where `place` has put them.
-            labels: ``(N,)`` int64, or None.
-            index: Number of the batch, for messages.
-
-        Raises:
-            HeadError, ShapeError: The model gives no logits ``(N, C)``; images of another size than before.
-            NonFiniteError: Gates or logits are not finite.
-            LabelError: Labels do not fit.
-        """
-        with LogitReader() as reader:
-            output, gates = self.decoupler.gate_logits(*inputs) if self.logits else self.decoupler.gates(*inputs)
-            logits = two_logits(_logits(output, reader))
-        row = torch.cat(gates, 1)
-        if not torch.isfinite(row).all():
-            raise NonFiniteError(f"{not_finite(self.decoupler.layers, gates)}; look at batch {index}")
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(f"the logits of batch {index} hold NaN or infinity; look at that batch")
-        if labels is not None:
-            labels = labels.cpu()
-            check_range(labels, logits.shape[1], index)
-        codes = np.packbits((row > 0).cpu().numpy(), axis=1, bitorder="little")
-        kept = row.float().cpu() if self.logits else None
-        return Paths(
-            torch.from_numpy(codes), logits.argmax(1).cpu(), labels, self.decoupler.layers, self.decoupler.channels,
-            logits.shape[1], self._fingerprint, self._costs_for(inputs, index), kept,
-        )  # fmt: skip
-
-    def _costs_for(self, inputs: tuple[Any, ...], index: int) -> Costs:
-        shape = tuple(inputs[0].shape[1:])
-        if self._costs is None:
-            self._size = shape
-            by_size = _COSTS.setdefault(self.decoupler, {})
-            if shape not in by_size:
-                one = tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
-                by_size[shape] = self.decoupler.costs(*one)
-            self._costs = by_size[shape]
-        elif shape != self._size:
-            raise ShapeError(
-                f"batch {index} has inputs of size {shape}, those before it {self._size}; the cost of a path depends "
-                "on the size: resize the images, or collect each size for itself"
-            )
-        return self._costs
-
-
 def _classes(model: nn.Module, calls: Calls) -> int | None:
     """C, if the result is a linear layer's."""
     for call in calls.calls:
@@ -586,11 +515,15 @@ def _other_randomness(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-def _logits(output: Any, reader: LogitReader) -> Tensor:
-    logits = reader.logits(output)
-    if logits.dim() != 2:
-        raise ShapeError(f"expected logits (N, C) from the model, got {tuple(logits.shape)}; pass a classifier")
-    return logits
+def _distilled(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if not isinstance(teacher, Tensor) or teacher.shape != logits.shape:
+        found = tuple(teacher.shape) if isinstance(teacher, Tensor) else type(teacher).__name__
+        raise ShapeError(
+            f"teacher must be logits {tuple(logits.shape)}, as this network's, got {found}; give what the network "
+            "without gates returns for these inputs"
+        )
+    teacher = teacher.to(logits.device)
+    return equations.distillation_loss(two_logits(logits), two_logits(teacher), temperature)
 
 
 def _never_open(controller: Controller, bits: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from captum_classfilters.core.errors import AttackFailedWarning, OptionError
 from captum_classfilters.core.files import checked_tensor, contents, read, write
 from captum_classfilters.core.stream import Placement, Samples, samples
 from captum_classfilters.decoupling import PathDecoupler, Paths
-from captum_classfilters.decoupling.decoupler import PathReader
+from captum_classfilters.decoupling.path_reader import PathReader
 
 _KIND, _VERSION = "PathPairs", 1
 _PARTS = ("clean", "adversarial", "noise", "misclassified")

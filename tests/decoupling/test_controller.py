@@ -14,7 +14,7 @@ from captum_classfilters.decoupling.controller import (
     Controller,
     hard_gates,
     pooled,
-    random_half,
+    random_hard,
     saturating_sigmoid,
     semantic_hash,
 )
@@ -155,8 +155,8 @@ def test_exactly_half_of_the_samples_or_channels_is_hard(count):
         torch.manual_seed(0)
         for _ in range(5):
             samples, channels = (
-                random_half(torch.zeros(count, 5), "sample"),
-                random_half(torch.zeros(5, count), "channel"),
+                random_hard(torch.zeros(count, 5), "sample"),
+                random_hard(torch.zeros(5, count), "channel"),
             )
             assert (samples.shape, channels.shape) == ((count, 1), (1, count))
             assert (int(samples.sum()), int(channels.sum())) == (math.ceil(count / 2), math.ceil(count / 2))
@@ -166,13 +166,34 @@ def test_every_sample_channel_and_gate_is_hard_half_of_the_time():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for mix in MIXES:
-            share = torch.stack([random_half(torch.zeros(8, 6), mix).expand(8, 6) for _ in range(600)]).float().mean(0)
+            share = torch.stack([random_hard(torch.zeros(8, 6), mix).expand(8, 6) for _ in range(600)]).float().mean(0)
             # 600 throws of a coin deviate by .02; five times as much for 48 of them
             assert float((share - 0.5).abs().max()) < 0.1
-        elements = random_half(torch.zeros(100, 100), "element")
+        elements = random_hard(torch.zeros(100, 100), "element")
         assert elements.shape == (100, 100)
         assert abs(float(elements.float().mean()) - 0.5) < 0.025
         assert len(elements.sum(0).unique()) > 10
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.3, 3), (1.0, 7)])
+def test_another_share_is_hard(share, expected):
+    assert int(random_hard(torch.zeros(7, 5), "sample", share).sum()) == expected
+    assert int(random_hard(torch.zeros(5, 7), "channel", share).sum()) == expected
+    elements = random_hard(torch.zeros(200, 200), "element", share)
+    assert float(elements.float().mean()) == pytest.approx(share, abs=0.02)
+
+
+def test_a_controller_without_noise_whose_gates_are_all_hard_trains_with_those_of_eval_mode():
+    controller = Controller(3, 5)
+    controller.reset(torch.Generator().manual_seed(0))
+    features = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 3
+    expected = controller.eval()(features)
+    controller.train()
+    assert not torch.equal(controller(features), expected)
+    controller.noise, controller.hard = 0.0, 1.0
+    found = controller(features)
+    assert torch.equal(found, expected)
+    assert found.requires_grad
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.core.errors import FileFormatError, ShapeError
+from captum_classfilters.decoupling import DecouplingOptions
 
 
 def network(seed=0, device="cpu"):
@@ -184,8 +185,10 @@ def test_the_loss_is_eq_12_of_what_ran(mode, direction, rate):
         handles.append(module.register_forward_hook(note))
     torch.manual_seed(3)
     found = decoupler.loss(
-        x, LABELS, information_weight=0.5, divergence_weight=2.0, sparsity_weight=0.1, target_rate=rate,
-        direction=direction,
+        x, LABELS,
+        DecouplingOptions.paper(
+            information=0.5, divergence=2.0, sparsity=0.1, target_rate=rate, direction=direction,
+        ),
     )  # fmt: skip
     for handle in handles:
         handle.remove()
@@ -207,6 +210,56 @@ def test_the_loss_is_eq_12_of_what_ran(mode, direction, rate):
     assert found.total.item() == close(cross_entropy + 0.5 * sums[0] + 2.0 * sums[1] + 0.1 * sums[2], rel=1e-9)
     assert found.total.requires_grad
     assert not found.per_layer.requires_grad
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("budget", ["network", "layer"])
+@pytest.mark.parametrize("taught", [True, False])
+def test_the_loss_is_that_of_its_options(taught, budget):
+    options = DecouplingOptions(0.5, 2.0, 0.1, 0.4, depth=2.0, budget=budget, distillation=0.7, temperature=3.0)
+    decoupler, x, teacher = decoupled(network().double()).eval(), images().double(), noise(len(LABELS), 3).double()
+    found = decoupler.loss(x, LABELS, options, teacher=teacher if taught else None)
+    with torch.no_grad():
+        logits, gates, responses = by_hand(decoupler, x)
+    weights = [reader.weight.detach() for reader in decoupler.readers]
+    entropy, rows = eq_12(logits, gates, responses, weights, LABELS, rate=0.4, direction="z_y")
+    # layers 1 and 2 of 2: 1/4 and 1 of 5/4
+    information, divergence = 0.2 * rows[0][0] + 0.8 * rows[1][0], (rows[0][1] + rows[1][1]) / 2
+    counts = torch.cat(list(gates), 1).sum(1) - 0.4 * sum(gate.shape[1] for gate in gates)
+    sparsity = float(counts.abs().mean()) if budget == "network" else rows[0][2] + rows[1][2]
+    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
+    distillation = float((p * (p.log() - q.log())).sum(1).mean()) * 9 if taught else 0.0
+    fit = 0.3 * entropy + 0.7 * distillation if taught else entropy
+    close = pytest.approx
+    assert found.sparsity.item() == close(sparsity, rel=1e-9)
+    assert found.distillation.item() == close(distillation, rel=1e-9)
+    assert found.total.item() == close(fit + 0.5 * information + 2.0 * divergence + 0.1 * sparsity, rel=1e-9)
+
+
+def test_a_teacher_is_learnt_from_and_gets_no_gradient():
+    decoupler = decoupled(network()).train()
+    teacher = noise(len(LABELS), 3).requires_grad_(True)
+    decoupler.loss(images(), LABELS, teacher=teacher).total.backward()
+    assert teacher.grad is None
+    assert decoupler.model.fc.weight.grad.any()
+
+
+def test_annealing_ends_with_the_gates_of_eval_mode():
+    decoupler = decoupled(network())
+    seen = []
+    for progress in (0.0, 0.35, 0.6, 0.7, 1.0):
+        decoupler.anneal_(progress)
+        seen.append([(round(c.noise, 3), round(c.hard, 3)) for c in decoupler.controllers])
+    expected = [(1.0, 0.5), (0.5, 0.5), (round(1 - 6 / 7, 3), 0.75), (0.0, 0.875), (0.0, 1.0)]
+    assert seen == [[pair] * len(decoupler.controllers) for pair in expected]
+    decoupler.controllers.train()
+    _, trained = decoupler.gates(images())
+    _, used = decoupler.eval().gates(images())
+    # batch norm is in train mode in one of them: the first layer's controller reads the same input
+    assert torch.equal(trained[0], used[0])
 
 
 def test_the_gradient_reaches_controllers_readers_and_model():

@@ -8,6 +8,7 @@ from torch import nn
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.core.errors import ShapeError
+from captum_classfilters.decoupling import DecouplingOptions
 
 
 def rows(count, seed=5):
@@ -29,7 +30,7 @@ def test_frozen_gates_are_taken_row_by_row_and_repeated_as_a_whole(count):
         torch.testing.assert_close(output, expected)
         assert torch.equal(decoupler(x), output)
         assert all(torch.equal(gate, other) for gate, other in zip(gates, repeated, strict=True))
-        loss = decoupler.loss(x, LABELS)
+        loss = decoupler.loss(x, LABELS, DecouplingOptions.paper())
         torch.testing.assert_close(loss.sparsity, sum(gate.sum(1).mean() for gate in repeated))
     assert torch.equal(decoupler(x), live)
     assert not torch.allclose(live, expected)
@@ -149,7 +150,7 @@ def test_in_half_precision_gates_are_computed_in_float32(how):
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         output, gates, expected = gates_of_what_came(decoupler, x)
         _, logits = decoupler.gate_logits(x)
-        loss = decoupler.loss(x, LABELS)
+        loss = decoupler.loss(x, LABELS, DecouplingOptions.paper())
     assert output.dtype == (torch.float16 if how == "half" else torch.bfloat16)
     for gate, value, other in zip(gates, logits, expected, strict=True):
         assert gate.dtype == value.dtype == torch.float32

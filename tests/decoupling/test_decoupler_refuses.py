@@ -9,6 +9,7 @@ from torch import nn
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.core.errors import HeadError, LabelError, LayerError, NonFiniteError, OptionError, ShapeError
+from captum_classfilters.decoupling import DecouplingOptions
 
 BOTH = ["conv1", "conv2"]
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -86,23 +87,49 @@ def test_inputs_of_skipping_may_come_as_a_tuple(decoupler, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"information_weight": -1.0}, "information_weight must be a finite number of at least 0; got -1.0"),
-        ({"divergence_weight": math.nan}, "divergence_weight must be a finite number of at least 0; got nan"),
-        ({"sparsity_weight": -1e-9}, "sparsity_weight must be a finite number of at least 0; got -1e-09"),
+        ({"information": -1.0}, "information must be a finite number of at least 0; got -1.0"),
+        ({"divergence": math.nan}, "divergence must be a finite number of at least 0; got nan"),
+        ({"sparsity": -1e-9}, "sparsity must be a finite number of at least 0; got -1e-09"),
+        ({"depth": -1}, "depth must be a finite number of at least 0; got -1"),
+        ({"budget": "image"}, r"budget must be one of \['network', 'layer'\], got 'image'"),
+        ({"distillation": 1.5}, r"distillation must be a number in \[0, 1\], a share of the cross-entropy; got 1.5"),
+        ({"temperature": 0}, "temperature must be a finite number above 0; got 0"),
         ({"target_rate": 1.1}, r"target_rate must be a number in \[0, 1\], a share of channels; got 1.1"),
         ({"target_rate": -0.1}, r"target_rate must be a number in \[0, 1\], a share of channels; got -0.1"),
-        ({"sparsity_weight": "a"}, "sparsity_weight must be a finite number of at least 0; got .a."),
+        ({"sparsity": "a"}, "sparsity must be a finite number of at least 0; got .a."),
         ({"target_rate": None}, "target_rate must be a number in .*; got None"),
         ({"target_rate": math.nan}, "target_rate must be a number"),
         ({"direction": "both"}, r"direction must be one of \['z_y', 'y_z'\], got 'both'"),
     ],
 )
-def test_bad_options_of_the_loss_are_refused_before_the_model_runs(decoupler, images, options, message):
+def test_bad_options_of_the_loss_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        DecouplingOptions(**options)
+
+
+def test_options_of_another_kind_are_refused_before_the_model_runs(decoupler, images):
     runs = []
     decoupler.model.register_forward_hook(lambda *_: runs.append(1))
-    with pytest.raises(OptionError, match=message):
-        decoupler.loss(images(), LABELS, **options)
+    with pytest.raises(OptionError, match="options must be DecouplingOptions, got float"):
+        decoupler.loss(images(), LABELS, 0.5)
     assert runs == []
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.1, math.nan, "half"])
+def test_progress_out_of_range_is_refused_and_changes_nothing(decoupler, progress):
+    with pytest.raises(OptionError, match="progress must be a number in"):
+        decoupler.anneal_(progress)
+    assert {(controller.noise, controller.hard) for controller in decoupler.controllers} == {(1.0, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "found"), [(torch.zeros(6, 3), r"\(6, 3\)"), (torch.zeros(5, 4), r"\(5, 4\)"), ([0.0], "list")]
+)
+def test_logits_of_a_teacher_that_do_not_fit_are_refused(decoupler, images, teacher, found):
+    with pytest.raises(
+        ShapeError, match=rf"teacher must be logits \(6, 4\), as this network's, got {found}; give what"
+    ):
+        decoupler.loss(images(), LABELS, teacher=teacher)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from captum_classfilters.decoupling import DecouplingOptions
 from captum_classfilters.decoupling.controller import (
     DIRECTIONS,
-    combine,
+    budget_loss,
+    distillation_loss,
     divergence_loss,
     mutual_information_loss,
     sparsity_loss,
@@ -30,6 +32,11 @@ def gates_of(seed, count=7, channels=5):
 
 def labels_of(seed, count=7, classes=4):
     return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def combined(entropy, rows, **weights):
+    """Eq. 12 of losses of layers."""
+    return DecouplingOptions.paper(**weights).combine(entropy, None, [tuple(row) for row in rows], torch.zeros(()))
 
 
 def softmax(row):
@@ -79,14 +86,44 @@ def test_sparsity_is_eq_11_of_a_loop(seed, rate):
 def test_eq_12_sums_over_layers_and_weighs(weights):
     rows = drawn(3, 4, seed=4).abs()
     entropy = torch.tensor(0.7, dtype=torch.float64)
-    names = ("information_weight", "divergence_weight", "sparsity_weight")
-    found = combine(entropy, [tuple(row) for row in rows], **dict(zip(names, weights, strict=True)))
+    names = ("information", "divergence", "sparsity")
+    found = combined(entropy, rows, **dict(zip(names, weights, strict=True)))
     sums = [sum(row[part] for row in rows.tolist()) for part in range(3)]
     assert [float(part) for part in found[2:5]] == pytest.approx(sums)
     assert float(found.cross_entropy) == 0.7
     assert float(found.total) == pytest.approx(0.7 + sum(w * s for w, s in zip(weights, sums, strict=True)))
     torch.testing.assert_close(found.per_layer, rows)
     assert float(found.mean_mutual_information) == pytest.approx(sums[0] / 3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_budget_counts_the_gates_of_all_layers_together(seed, rate):
+    gates = [gates_of(seed), gates_of(seed + 20, channels=3)]
+    opened = [sum(a) + sum(b) for a, b in zip(*(gate.tolist() for gate in gates), strict=True)]
+    expected = sum(abs(value - rate * 8) for value in opened) / 7
+    assert budget_loss(gates, rate).item() == pytest.approx(expected, rel=1e-12)
+    # all of one layer and none of the other is half of all
+    halves = [torch.ones(2, 4), torch.zeros(2, 4)]
+    assert budget_loss(halves, 0.5).item() == 0.0
+    assert float(sparsity_loss(halves[0], 0.5) + sparsity_loss(halves[1], 0.5)) == 4.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_is_the_divergence_of_a_loop(temperature):
+    logits, teacher = drawn(7, 4, seed=1), drawn(7, 4, seed=2) * 3
+    pairs = zip((teacher / temperature).tolist(), (logits / temperature).tolist(), strict=True)
+    expected = sum(kl(softmax(p), softmax(q)) for p, q in pairs) / 7 * temperature**2
+    assert distillation_loss(logits, teacher, temperature).item() == pytest.approx(expected, rel=1e-12)
+    assert distillation_loss(logits, logits, temperature).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_layers_count_by_their_depth():
+    information, divergence = DecouplingOptions(depth=2).layer_weights(3).T.tolist()
+    assert information == pytest.approx([1 / 14, 4 / 14, 9 / 14])
+    assert divergence == pytest.approx([1 / 3] * 3)
+    assert DecouplingOptions(depth=0).layer_weights(4)[:, 0].tolist() == pytest.approx([0.25] * 4)
+    assert DecouplingOptions.paper().layer_weights(3).tolist() == [[1.0, 1.0]] * 3
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -107,19 +144,19 @@ def test_gradients_are_those_of_finite_differences():
 def test_the_total_carries_gradients_to_every_part_and_the_table_none():
     entropy = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     parts = drawn(2, 4, seed=3).requires_grad_(True)
-    weights = {"information_weight": 0.5, "divergence_weight": 2.0, "sparsity_weight": 0.25}
-    found = combine(entropy, [tuple(row) for row in parts], **weights)
+    found = combined(entropy, parts, information=0.5, divergence=2.0, sparsity=0.25)
     found.total.backward()
     assert entropy.grad.item() == 1.0
     assert parts.grad.tolist() == [[0.5, 2.0, 0.25, 0.0]] * 2
     assert not found.per_layer.requires_grad
     assert all(part.requires_grad for part in found[:5])
+    assert found.distillation.item() == 0.0
 
 
 def test_layers_of_another_precision_are_counted_in_that_of_the_cross_entropy():
     entropy = torch.tensor(1.0)
     rows = [tuple(torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)]
-    found = combine(entropy, rows, information_weight=1.0, divergence_weight=1.0, sparsity_weight=1.0)
+    found = combined(entropy, rows, information=1.0, divergence=1.0, sparsity=1.0)
     assert {part.dtype for part in found} == {torch.float32}
     assert found.total.item() == 13.0
 

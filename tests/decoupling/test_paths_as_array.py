@@ -12,7 +12,7 @@ from test_paths import bits_of, paths_of, same
 
 from captum_classfilters.core.errors import ShapeError
 from captum_classfilters.decoupling import PathDecoupler, Paths
-from captum_classfilters.decoupling.decoupler import PathReader
+from captum_classfilters.decoupling.path_reader import PathReader
 
 ROWS = np.array([3, 0, 7, 3])
 MASK = np.arange(20) % 3 == 1

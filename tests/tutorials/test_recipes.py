@@ -166,7 +166,7 @@ def test_decoupling_starts_from_a_network_and_a_stopped_run_resumes_to_the_same_
         found.append(PathDecoupler(model).load(tmp_path / name / "paths.safetensors").eval())
     for key, value in found[0].state_dict().items():
         assert torch.equal(value, found[1].state_dict()[key]), key
-    assert (meta["target_rate"], meta["information_weight"]) == (0.25, 1.0)
+    assert (meta["recipe"], meta["target_rate"], meta["information"], meta["sparsity"]) == ("depth", 0.25, 0.5, 0.02)
     # what the recipe tells is the gated network's accuracy
     sample = load_images("test")
     predicted = found[0].paths([sample.images[:128].float() / 255]).predictions

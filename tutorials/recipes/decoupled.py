@@ -1,6 +1,7 @@
 """Decoupling a trained network, and pruning one to the same size, as `training.Method`s of the recipes."""
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch.nn import functional as F
 
 from captum_classfilters import PathDecoupler
 from captum_classfilters.assets import Network, load_network
+from captum_classfilters.decoupling import DecouplingOptions
 
-WEIGHTS = ("information_weight", "divergence_weight", "sparsity_weight", "target_rate", "mix")
+# Options of `PathDecoupler.loss` that the command line has; None there: the recipe's default
+WEIGHTS = ("information", "divergence", "sparsity", "target_rate")
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +24,16 @@ def add_path_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="network.safetensors to start from: must be given for decoupled, settled, l1",
     )
+    parser.add_argument(
+        "--recipe",
+        default="depth",
+        choices=["depth", "paper"],
+        help="decoupled: depth learns from the network it starts from, and its gates harden; paper is eq. 12",
+    )
     parser.add_argument("--target-rate", type=float, default=0.5, help="R: share of channels that are to be open")
-    parser.add_argument("--information-weight", type=float, default=1.0, help="the paper's lambda_m")
-    parser.add_argument("--divergence-weight", type=float, default=1.0, help="lambda_k")
-    parser.add_argument("--sparsity-weight", type=float, default=0.003, help="lambda_s")
+    parser.add_argument("--information-weight", type=float, help="the paper's lambda_m")
+    parser.add_argument("--divergence-weight", type=float, help="lambda_k")
+    parser.add_argument("--sparsity-weight", type=float, help="lambda_s")
     parser.add_argument("--mix", default="sample", choices=["sample", "channel", "element"])
     parser.add_argument("--macs", type=float, default=0.5, help="l1: share of the multiplications that is to remain")
 
@@ -43,19 +52,32 @@ def starting(path: Path | None) -> Any:
     return network
 
 
+def options_of(options: argparse.Namespace) -> DecouplingOptions:
+    """What the command line asks `PathDecoupler.loss` for."""
+    asked = {
+        "information": options.information_weight,
+        "divergence": options.divergence_weight,
+        "sparsity": options.sparsity_weight,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    make = DecouplingOptions.paper if options.recipe == "paper" else DecouplingOptions
+    return make(target_rate=options.target_rate, **given)
+
+
 class Decoupled:
-    """Eq. 12 of the paper, from the first step on."""
+    """Gates that are trained together with the network, from the first step on.
+
+    ``--recipe depth``: the network as it was is the teacher, and gates lose their noise and become hard on the way.
+    ``--recipe paper``: eq. 12, with noise and soft gates to the end.
+    """
 
     def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(options.seed)
         self.decoupler = PathDecoupler(model, mix=options.mix, generator=generator)
         self._lr, self._decay = options.lr, options.weight_decay
-        self._weights = {
-            "information_weight": options.information_weight,
-            "divergence_weight": options.divergence_weight,
-            "sparsity_weight": options.sparsity_weight,
-            "target_rate": options.target_rate,
-        }
+        self._options = options_of(options)
+        self._steps, self._step = options.steps, 0
+        self._teacher = copy.deepcopy(model).eval() if options.recipe == "depth" else None
         self._told: list[Tensor] = []
 
     def groups(self) -> list[dict[str, Any]]:
@@ -72,18 +94,24 @@ class Decoupled:
         return False
 
     def loss(self, inputs: Tensor, labels: Tensor, epoch: int) -> Tensor:
-        found = self.decoupler.loss(inputs, labels, **self._weights)
+        teacher = None
+        if self._teacher is not None:
+            self.decoupler.anneal_(min(1.0, self._step / self._steps))
+            with torch.no_grad():
+                teacher = self._teacher(inputs)
+        found = self.decoupler.loss(inputs, labels, self._options, teacher=teacher)
         self._told.append(torch.stack([found.cross_entropy.detach(), *found.per_layer.mean(0)[[0, 1, 3]]]))
         return found.total
 
     def after_step(self) -> None:
-        pass
+        self._step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return self.decoupler.controllers_state_dict()
+        return {"controllers": self.decoupler.controllers_state_dict(), "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.decoupler.load_controllers_state_dict(state)
+        self.decoupler.load_controllers_state_dict(state["controllers"])
+        self._step = state["step"]
 
     def report(self) -> dict[str, float]:
         values = torch.stack(self._told).mean(0).tolist()
@@ -173,11 +201,12 @@ def told_by_paths(options: argparse.Namespace) -> dict[str, Any]:
         return {"macs": options.macs}
     if options.method == "settled":
         before = load_network(options.start)[1]
-        told = {name: before[name] for name in WEIGHTS}
+        told = {name: before[name] for name in ("recipe", *WEIGHTS, "mix")}
         return told | {
             "method": "decoupled",
             "seed": before["seed"],
             "epochs_before": before["epochs"],
             "settled": True,
         }
-    return {name: getattr(options, name) for name in WEIGHTS}
+    asked = options_of(options)
+    return {"recipe": options.recipe, "mix": options.mix} | {name: getattr(asked, name) for name in WEIGHTS}

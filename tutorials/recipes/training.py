@@ -260,11 +260,11 @@ def train(
     del pixels
     model = network(len(data.class_names), mean, std).to(device).to(memory_format=torch.channels_last)
     precision = precision_of(options, model, images[: options.batch_size])
+    count = min(len(images), images_per_epoch or len(images))
+    options.steps = -(-count // options.batch_size) * options.epochs
     way = method(model)
     optimizer = optimiser(model, way, options)
-    count = min(len(images), images_per_epoch or len(images))
-    steps = -(-count // options.batch_size)
-    schedule = one_cycle(optimizer, steps * options.epochs)
+    schedule = one_cycle(optimizer, options.steps)
     generator = torch.Generator().manual_seed(options.seed)
     loader = _Batches((images, labels), count, options.batch_size, device, generator, augment)
     agreed = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
