@@ -3,11 +3,12 @@
 import os
 from contextlib import nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import LabelSensitiveGate
+from captum_classfilters import GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
 
 # Another device on which the tests with `device` run, such as xla, or slim, the emulated one of `narrow_device.py`
 SECOND = os.environ.get("SECOND_DEVICE", "").split()
@@ -76,6 +77,16 @@ def started_gate(classes: int = 4, channels: int = 6, seed: int = 0) -> LabelSen
     gate = LabelSensitiveGate(classes, channels, generator=torch.Generator().manual_seed(seed))
     gate.is_noise = False
     return gate
+
+
+def alternating(*args: Any, **options: Any) -> GateSchedule:
+    """Gated epochs among plain ones."""
+    return GateSchedule(*args, scheme="alternating", **options)
+
+
+def paper_training(model: nn.Module, gate: LabelSensitiveGate, **options: Any) -> LabelSensitiveTraining:
+    """Algorithm 1 as it stands: gated epochs among plain ones, nothing ablated."""
+    return LabelSensitiveTraining(model, gate, **{"schedule": alternating(), "ablation": 0.0} | options)
 
 
 def device_mode(name):

@@ -522,8 +522,10 @@ def _distilled(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
             f"teacher must be logits {tuple(logits.shape)}, as this network's, got {found}; give what the network "
             "without gates returns for these inputs"
         )
-    teacher = teacher.to(logits.device)
-    return equations.distillation_loss(two_logits(logits), two_logits(teacher), temperature)
+    # one logit is the difference of two
+    share = 0.5 if logits.shape[1] == 1 else 1.0
+    student, teacher = two_logits(logits * share), two_logits(teacher.to(logits.device) * share)
+    return equations.distillation_loss(student, teacher, temperature)
 
 
 def _never_open(controller: Controller, bits: Tensor | None) -> Tensor:

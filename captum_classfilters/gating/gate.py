@@ -51,6 +51,20 @@ def gated(features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return features * rows.reshape(*rows.shape, *(1,) * (features.dim() - 2))
 
 
+def lost_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log(1 - p_y)``, averaged over the samples: 0 where nothing speaks for the label any more.
+
+    Args:
+        logits: ``(N, C)``, or ``(N, 1)``: the logit of class 1 of two.
+        labels: ``(N,)`` int64.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    own = nn.functional.one_hot(labels, logits.shape[1]).bool()
+    return (logits.logsumexp(1) - logits.masked_fill(own, -torch.inf).logsumexp(1)).mean()
+
+
 def density_penalty(weight: Tensor, density: float, kind: str = "abs") -> Tensor:
     """How far the sum of the gate is from its target ``s = density * C * K``: the second term of eq. 2.
 

@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +25,9 @@ from captum_classfilters.core.outputs import LogitReader, cross_entropy
 from captum_classfilters.core.ranks import sum_over
 from captum_classfilters.core.stream import Placement, refuse_iterator
 from captum_classfilters.core.training import Checkpoint, Schedule, Task, Training
-from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate
+from captum_classfilters.gating.gate import GatePenalty, LabelSensitiveGate, gated, lost_label
 
-SCHEMES = ("alternating", "joint")
+SCHEMES = ("joint", "alternating")
 STARTS = ("contribution", "mean_activation", "noise", "constant")
 
 
@@ -36,13 +36,15 @@ class GateSchedule:
     """Which epochs of a training are gated, and what the gate is before the first of them.
 
     Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1; footnote 1 for ``"joint"``.
-    Differs: the paper does not say how its gate starts, and its published code starts from a constant.
+    Differs: the paper alternates; here ``"joint"`` is the default, because a gated epoch alone leaves the plain path
+    untrained. The paper does not say how its gate starts, and its published code starts from a constant.
 
     Attributes:
-        period: Epochs from one gated epoch to the next.
-        phase: Epochs with ``epoch % period == phase`` are gated, counted from 0.
+        period: Epochs from one gated epoch to the next, where they alternate.
+        phase: Epochs with ``epoch % period == phase`` are gated then, counted from 0.
         warmup: This many first epochs are plain.
-        scheme: ``"alternating"``, or ``"joint"``: both losses in every epoch after the warm-up, from one forward pass.
+        scheme: ``"joint"``: both losses in every epoch after the warm-up, from one forward pass; or ``"alternating"``,
+            as Algorithm 1.
         start: What a new gate becomes before the first gated epoch, from one pass over the loader:
             ``"contribution"``, the positive part of each class's mean contribution, weight times feature;
             ``"mean_activation"``, each class's mean feature; both over the largest of all classes. ``"noise"`` and
@@ -52,14 +54,16 @@ class GateSchedule:
         OptionError: An option is out of range.
 
     Example:
-        >>> [epoch for epoch in range(9) if GateSchedule(period=3).gates(epoch)]
+        >>> [epoch for epoch in range(9) if GateSchedule(scheme="alternating").gates(epoch)]
         [1, 4, 7]
+        >>> [epoch for epoch in range(6) if GateSchedule(warmup=3).gates(epoch)]
+        [3, 4, 5]
     """
 
     period: int = 3
     phase: int = 1
     warmup: int = 0
-    scheme: str = "alternating"
+    scheme: str = "joint"
     start: str = "contribution"
 
     def __post_init__(self) -> None:
@@ -82,7 +86,7 @@ class GateSchedule:
 
 
 class LabelSensitiveTraining:
-    """The loss of each epoch, for your own loop: gated in some epochs, plain in the others.
+    """The loss of each epoch, for your own loop: through the gate, plain, or both.
 
         training = LabelSensitiveTraining(model, gate)
         optimizer = SGD([{"params": model.parameters()}, gate.parameter_group(lr=0.1)], lr=0.1, momentum=0.9)
@@ -94,15 +98,19 @@ class LabelSensitiveTraining:
                 optimizer.step()
                 training.after_step()
 
-    Gated epochs minimise ``weight * (CE of the gated path + sparsity * penalty)`` over network and gate, plain ones the
-    cross-entropy of the network. Clip, accumulate and cast as always; call `after_step` after each optimiser step.
+    Gated epochs minimise ``weight * (CE of the gated path + sparsity * penalty + ablation * A)`` over network and gate,
+    joint ones also the cross-entropy of the network, plain ones that alone. A is what the ablated path costs: without
+    the channels of its class (features times ``1 - G[y]``) a sample is to lose its label, ``-log(1 - p_y)``; without
+    those of another class, which differs from step to step, it is to keep it, ``-log p_y``. Clip, accumulate and cast
+    as always; call `after_step` after each optimiser step.
 
     Under DistributedDataParallel the gate stays outside of the wrapper: it starts as rank 0's, and its gradients are
     averaged over the ranks here.
 
-    Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1. Differs: `project` instead of its
-    lines 7 and 8; the gate has no momentum (`LabelSensitiveGate.parameter_group`); a step whose loss or gate is NaN is
-    undone.
+    Source: "Training interpretable CNNs towards class-specific filters", Algorithm 1. Differs: the ablated path, which
+    the paper has not (``ablation=0``). Without it the data hardly move the gate, because the gated path knows the label
+    and its loss is near zero from the start. `project` instead of its lines 7 and 8; the gate has no
+    momentum (`LabelSensitiveGate.parameter_group`); a step whose loss or gate is NaN is undone.
 
     Args:
         model: The network, on its device, plain or wrapped in DistributedDataParallel.
@@ -110,6 +118,7 @@ class LabelSensitiveTraining:
         schedule: Which epochs are gated.
         penalty: What keeps the gate sparse.
         weight: Weight of the gated loss: the paper's lambda.
+        ablation: Weight of the ablated path within it; 0: none.
         layer: The head, if it cannot be found.
 
     Raises:
@@ -125,6 +134,7 @@ class LabelSensitiveTraining:
         schedule: GateSchedule = GateSchedule(),
         penalty: GatePenalty = GatePenalty(),
         weight: float = 1.0,
+        ablation: float = 1.0,
         layer: nn.Module | str | None = None,
     ) -> None:
         if not isinstance(gate, LabelSensitiveGate):
@@ -135,7 +145,8 @@ class LabelSensitiveTraining:
             raise OptionError(f"the model must be an nn.Module, got {type(model).__name__}")
         self.model, self.gate = model, gate
         self.schedule, self.penalty, self.density = schedule, penalty, penalty.density_for(gate.num_classes)
-        self.weight, self._layer = number(weight, "weight", 0), layer
+        self.weight, self.ablation = number(weight, "weight", 0), number(ablation, "ablation", 0)
+        self._layer = layer
         self._network: nn.Module = unwrap(model)
         self._parameters = [*self._network.parameters(), gate.weight]
         device = self._parameters[0].device
@@ -240,7 +251,7 @@ class LabelSensitiveTraining:
             elif self.schedule.scheme == "joint":
                 loss = self._joint(head, inputs, labels)
             else:
-                loss = self.weight * (self._gated_entropy(head, inputs, labels) + self._penalty())
+                loss = self.weight * (self._gated_losses(head, inputs, labels) + self._penalty())
             self._check(loss)
         except BaseException:
             self._before.restore_statistics()
@@ -315,6 +326,7 @@ class LabelSensitiveTraining:
         rates = (number(rates[0], "lr", 0, open_ends=True), number(rates[1], "lr", 0, open_ends=True))
         max_norm = None if max_norm is None else number(max_norm, "max_norm", 0, open_ends=True)
         options = {**asdict(self.schedule), **asdict(self.penalty), "density": self.density, "weight": self.weight}
+        options["ablation"] = self.ablation
         if optimizer is None:
             if scheduler is not None:
                 raise OptionError(
@@ -358,14 +370,19 @@ class LabelSensitiveTraining:
             )
         return cross_entropy(logits.flatten(1), labels)
 
-    def _gated_entropy(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
+    def _gated_losses(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
         def through_gate(module: nn.Module, args: Any) -> Any:
+            if module is head.module:
+                seen.append(args[0])
             return (self._through_gate(module, args[0], labels), *args[1:])
 
         with borrowed(self.model, train=True) as borrow:
             for module in head.modules:
                 borrow.before(module, through_gate)
-            return self._entropy(inputs, labels)
+            entropy = self._entropy(inputs, labels)
+        return entropy + self._ablated(head, seen[0], labels)
 
     def _joint(self, head: Head, inputs: tuple[Any, ...], labels: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -373,17 +390,26 @@ class LabelSensitiveTraining:
             borrow.before(head.module, lambda module, args: seen.append(args[0]))
             plain = self._entropy(inputs, labels)
         through = self._through_gate(head.module, seen[0], labels)
-        parts = [head.pool(part.module(through)) * part.factor for part in head.all_parts]
-        logits = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        logits = logits + logits.new_tensor(head.offset) if head.offset else logits
-        return plain + self.weight * (cross_entropy(logits, labels) + self._penalty())
+        losses = cross_entropy(_behind(head, through), labels) + self._ablated(head, seen[0], labels)
+        return plain + self.weight * (losses + self._penalty())
 
     def _through_gate(self, module: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-        if not isinstance(module, nn.Linear) or features.dim() == 2:
-            return self.gate(features, labels)  # type: ignore[no-any-return]
-        # a Linear at several positions: channels last
-        gated: Tensor = self.gate(features.movedim(-1, 1), labels)
-        return gated.movedim(1, -1)
+        return _channels_second(module, features, lambda values: self.gate(values, labels))
+
+    def _ablated(self, head: Head, features: Tensor, labels: Tensor) -> Tensor | float:
+        """A: a sample loses its label without its class's channels, and keeps it without another class's."""
+        if not self.ablation or self.gate.num_classes == 1:
+            return 0.0
+        closed = 1 - self.gate.weight
+
+        def without(classes: Tensor) -> Tensor:
+            through = _channels_second(head.module, features, lambda values: gated(values, classes, closed))
+            return _behind(head, through)
+
+        # the same in every run, and resumed in the middle of an epoch
+        shift = 1 + (self._epoch * 1_000_003 + self._step) % (self.gate.num_classes - 1)
+        kept = cross_entropy(without((labels + shift) % self.gate.num_classes), labels)
+        return self.ablation * (lost_label(without(labels), labels) + kept)
 
     def _penalty(self) -> Tensor | float:
         # the penalty of a gate that is not trained is a constant
@@ -443,6 +469,21 @@ class LabelSensitiveTraining:
 
         if self.gate.weight.requires_grad:
             self.gate.weight.register_hook(average)  # type: ignore[no-untyped-call]
+
+
+def _behind(head: Head, features: Tensor) -> Tensor:
+    """``(N, C)``: what the head makes of its input."""
+    parts = [head.pool(part.module(features)) * part.factor for part in head.all_parts]
+    logits = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return logits + logits.new_tensor(head.offset) if head.offset else logits
+
+
+def _channels_second(module: nn.Module, features: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change`` of features whose channels are at dimension 1, given back as the head ``module`` reads them."""
+    if not isinstance(module, nn.Linear) or features.dim() == 2:
+        return change(features)
+    # a Linear at several positions: channels last
+    return change(features.movedim(-1, 1)).movedim(1, -1)
 
 
 class _Before:
@@ -517,12 +558,16 @@ class _GatedTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         """The gate."""
-        return {"gate": self._gate.state_dict(), "layer": self._gate.layer, "is_noise": self._gate.is_noise}
+        at = [self._training._epoch, self._training._step]
+        state = {"gate": self._gate.state_dict(), "layer": self._gate.layer, "is_noise": self._gate.is_noise}
+        return {**state, "at": at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._gate.load_state_dict(state["gate"])
         self._gate.layer, self._gate.is_noise = state["layer"], state["is_noise"]
+        # which other class a step ablates depends on it
+        self._training._epoch, self._training._step = state["at"]
 
     def rank_state(self) -> dict[str, Any]:
         """Each rank counts its own samples."""

@@ -94,7 +94,7 @@ def trained(kind, checkpoint=None, epochs=EPOCHS, seed=0, data=None):
     model, gate = network(nn.Dropout(0.3)), gate_of()
     optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(0.1)], lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], gamma=0.5)
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=2, phase=0))
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=2, phase=0, scheme="alternating"))
     loader = loader_of(kind, data or Drawn(), seed)
     history = training.fit(loader, epochs, optimizer=optimizer, scheduler=schedule, checkpoint=checkpoint)
     return model, gate, optimizer, history
@@ -145,8 +145,8 @@ def in_a_process(function, *arguments):
 
 SCHEMES = {
     "plain": {"warmup": 9},
-    "gated": {"period": 1, "phase": 0},
-    "alternating": {"period": 2},
+    "gated": {"period": 1, "phase": 0, "scheme": "alternating"},
+    "alternating": {"period": 2, "scheme": "alternating"},
     "joint": {"scheme": "joint"},
 }
 

@@ -25,12 +25,12 @@ from gated_workers import (
     trained,
 )
 from gating_loop import assert_states_equal, optimizer_of
-from shared import started_gate
+from shared import alternating, paper_training, started_gate
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 import captum_classfilters
-from captum_classfilters import Checkpoint, GateSchedule, LabelSensitiveTraining
+from captum_classfilters import Checkpoint, GateSchedule
 
 WORKERS = Path(__file__).with_name("gated_workers.py")
 
@@ -48,12 +48,10 @@ def test_it_is_the_loop_of_the_class_s_docstring(gate_lr, small_cnn, gate):
     model = small_cnn().train()
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
     seed_all(0)
-    found = LabelSensitiveTraining(model, gate).fit(
-        loader_of("global", Drawn(), 0), 4, lr=(0.2, gate_lr) if gate_lr else 0.2
-    )
+    found = paper_training(model, gate).fit(loader_of("global", Drawn(), 0), 4, lr=(0.2, gate_lr) if gate_lr else 0.2)
 
     seed_all(0)
-    training, loader, expected = LabelSensitiveTraining(twin, other), loader_of("global", Drawn(), 0), []
+    training, loader, expected = paper_training(twin, other), loader_of("global", Drawn(), 0), []
     groups = [{"params": twin.parameters()}, other.parameter_group(lr=gate_lr or 0.2)]
     optimizer = torch.optim.SGD(groups, lr=0.2, momentum=0.9)
     for epoch in range(4):
@@ -80,10 +78,10 @@ def test_with_the_same_optimiser_it_is_so_bit_for_bit(small_cnn, gate):
     model = small_cnn().train()
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
     seed_all(0)
-    LabelSensitiveTraining(model, gate).fit(loader_of("global", Drawn(), 0), 4)
+    paper_training(model, gate).fit(loader_of("global", Drawn(), 0), 4)
     after = torch.rand(())
     seed_all(0)
-    training, loader = LabelSensitiveTraining(twin, other), loader_of("global", Drawn(), 0)
+    training, loader = paper_training(twin, other), loader_of("global", Drawn(), 0)
     groups = [{"params": twin.parameters()}, other.parameter_group(lr=0.1)]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 4)
@@ -102,7 +100,7 @@ def test_with_the_same_optimiser_it_is_so_bit_for_bit(small_cnn, gate):
 
 def test_the_mean_loss_counts_samples_not_batches(model, gate, batches):
     losses = []
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     training.loss, whole = lambda *args: losses.append(whole(*args)) or losses[-1], training.loss
     (row,) = training.fit(batches, 1)
     expected = sum(float(loss.detach()) * len(labels) for loss, (_, labels) in zip(losses, batches, strict=True)) / 16
@@ -158,12 +156,12 @@ def test_a_run_can_be_lengthened_and_the_rest_follows_the_cosine_over_all_epochs
 
     for epochs in (1, 3):
         model, gate = start()
-        training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=2))
+        training = paper_training(model, gate, schedule=alternating(period=2))
         history = training.fit(batches, epochs, lr=(0.2, 0.1), checkpoint=tmp_path / "run.pt")
     assert [row["epoch"] for row in history] == [0, 1, 2]
 
     twin, other = start()
-    by_hand = LabelSensitiveTraining(twin, other, schedule=GateSchedule(period=2))
+    by_hand = paper_training(twin, other, schedule=alternating(period=2))
     optimizer = torch.optim.SGD([{"params": twin.parameters()}, other.parameter_group(lr=0.1)], lr=0.2, momentum=0.9)
     # the first epoch began at the full rate, then come two and three thirds of the way down
     for epoch, share in enumerate([1, (1 + math.cos(math.pi / 3)) / 2, (1 + math.cos(2 * math.pi / 3)) / 2]):
@@ -212,7 +210,7 @@ def test_optimisers_and_schedulers_of_one_s_own_go_on_too(kind, name, small_cnn,
         model.dropout.p = 0.0
         one, two = kind(model.parameters(), lr=0.01), torch.optim.SGD([gate.parameter_group(0.1)], lr=0.1)
         schedules = [SCHEDULES[name](one), lr_scheduler.StepLR(two, 1, 0.5)]
-        training = LabelSensitiveTraining(model, gate)
+        training = paper_training(model, gate)
         training.fit(batches, epochs, optimizer=[one, two], scheduler=schedules, checkpoint=checkpoint)
         return states_of(model, gate, one, two)
 
@@ -228,7 +226,7 @@ def test_optimisers_and_schedulers_of_one_s_own_go_on_too(kind, name, small_cnn,
 def test_rates_fall_after_every_epoch_gated_or_plain(options, model, gate, batches):
     optimizer, rates = optimizer_of(model, gate), []
     schedules = [lr_scheduler.StepLR(optimizer, 1, 0.5)]
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(**options))
+    training = paper_training(model, gate, schedule=GateSchedule(**options))
     training.after_step, whole = (
         lambda: rates.append([g["lr"] for g in optimizer.param_groups]) or whole(),
         (training.after_step),
@@ -240,9 +238,7 @@ def test_rates_fall_after_every_epoch_gated_or_plain(options, model, gate, batch
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for(model, gate, batches):
     start = states_of(model, gate)
     optimizer = torch.optim.SGD([*model.parameters(), gate.weight], lr=1.0)
-    LabelSensitiveTraining(model, gate, schedule=GateSchedule(1, 0)).fit(
-        batches[:1], 1, optimizer=optimizer, max_norm=1e-3
-    )
+    paper_training(model, gate, schedule=alternating(1, 0)).fit(batches[:1], 1, optimizer=optimizer, max_norm=1e-3)
     norm = torch.cat([p.grad.flatten() for p in [*model.parameters(), gate.weight]]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
     moved = sum(float((p.detach() - start[0][name]).square().sum()) for name, p in model.named_parameters())
@@ -250,12 +246,12 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for(model, gate, batch
 
 
 def test_the_bar_is_shown_only_where_it_was_asked_for(model, gate, batches, capsys):
-    LabelSensitiveTraining(model, gate).fit(batches, 2, show_progress=True)
+    paper_training(model, gate).fit(batches, 2, show_progress=True)
     shown = capsys.readouterr().err
     assert "epoch 1/2: 100%" in shown
     assert "epoch 2/2: 100%" in shown
     assert "3/3" in shown
-    LabelSensitiveTraining(model, gate).fit(batches, 1)
+    paper_training(model, gate).fit(batches, 1)
     assert capsys.readouterr().err == ""
 
 
@@ -266,7 +262,7 @@ def test_a_model_in_eval_mode_is_trained_in_train_mode_and_given_back(small_cnn,
     model, modes = small_cnn(), []
     model.fc.register_forward_pre_hook(lambda *_: modes.append(model.dropout.training and model.bn1.training))
     mean = model.bn1.running_mean.clone()
-    LabelSensitiveTraining(model, gate).fit(batches, 2)
+    paper_training(model, gate).fit(batches, 2)
     # the first call looks for the head
     assert modes == [False] + [True] * 6
     assert not any(module.training for module in model.modules())
@@ -279,9 +275,9 @@ def test_batch_norms_that_were_frozen_stay_so(error, model, gate, batches):
     before, mean = [module.training for module in model.modules()], model.bn1.running_mean.clone()
     if error:
         with pytest.raises(error):
-            LabelSensitiveTraining(model, gate).fit(raises_after(batches, error), 1)
+            paper_training(model, gate).fit(raises_after(batches, error), 1)
     else:
-        LabelSensitiveTraining(model, gate).fit(batches, 2)
+        paper_training(model, gate).fit(batches, 2)
     assert [module.training for module in model.modules()] == before
     assert torch.equal(model.bn1.running_mean, mean)
 
@@ -307,7 +303,7 @@ def test_batches_may_be_tuples_dicts_of_float64_or_of_unknown_number(small_cnn, 
     def run(loader):
         model, gate = small_cnn().train(), started_gate()
         model.dropout.p = 0.0
-        LabelSensitiveTraining(model, gate).fit(loader, 2)
+        paper_training(model, gate).fit(loader, 2)
         return {**model.state_dict(), "gate": gate.weight}
 
     expected = run(batches)
@@ -317,9 +313,9 @@ def test_batches_may_be_tuples_dicts_of_float64_or_of_unknown_number(small_cnn, 
 
 def test_under_an_autocast_around_it_all_it_learns_as_without(model, gate, batches):
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
-    expected = LabelSensitiveTraining(twin, other).fit(batches, 3)
+    expected = paper_training(twin, other).fit(batches, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        found = LabelSensitiveTraining(model, gate).fit(batches, 3)
+        found = paper_training(model, gate).fit(batches, 3)
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), gate.weight])
     for row, wanted in zip(found, expected, strict=True):
         assert row == pytest.approx(wanted, rel=0.05)
@@ -330,7 +326,7 @@ def test_under_an_autocast_around_it_all_it_learns_as_without(model, gate, batch
 def test_several_generators_are_where_a_training_without_a_checkpoint_leaves_them(model, gate, batches, tmp_path):
     def draws(**options):
         seed_all(0)
-        LabelSensitiveTraining(model, gate).fit(batches, 1, **options)
+        paper_training(model, gate).fit(batches, 1, **options)
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
     assert draws() == draws(checkpoint=tmp_path / "checkpoint.pt")
@@ -338,7 +334,7 @@ def test_several_generators_are_where_a_training_without_a_checkpoint_leaves_the
 
 def test_a_finished_training_that_is_opened_again_gives_the_same_table(batches, small_cnn, tmp_path):
     def fitted():
-        training = LabelSensitiveTraining(small_cnn(), started_gate())
+        training = paper_training(small_cnn(), started_gate())
         return training, training.fit(batches, 2, checkpoint=tmp_path / "run.pt")
 
     (first, told), (again, told_again) = fitted(), fitted()
@@ -352,6 +348,6 @@ def test_a_batch_of_no_samples_is_passed_over(batches, small_cnn, gate):
     empty = (batches[0][0][:0], batches[0][1][:0])
     model, twin, other = small_cnn(), small_cnn(), copy.deepcopy(gate)
     model.dropout.p = twin.dropout.p = 0.0
-    LabelSensitiveTraining(model, gate).fit([empty, *batches], 2)
-    LabelSensitiveTraining(twin, other).fit(batches, 2)
+    paper_training(model, gate).fit([empty, *batches], 2)
+    paper_training(twin, other).fit(batches, 2)
     assert torch.equal(gate.weight, other.weight)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from gated_workers import batches_of, states_of
 from gating_loop import optimizer_of
+from shared import alternating, paper_training
 from torch.optim import lr_scheduler
 
-from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, LabelSensitiveGate
 from captum_classfilters.core.errors import EmptyLoaderError, FileFormatError, NonFiniteError, OptionError
 
 
@@ -42,7 +43,7 @@ def spoilt(batches, at):
 def test_nan_names_epoch_and_step_and_leaves_what_was_there(at, epoch, step, small_cnn, gate, batches, tmp_path):
     model, path = small_cnn(), tmp_path / "checkpoint.pt"
     seen = []
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     training.loss, whole = lambda *args: seen.append(states_of(model, gate)) or whole(*args), training.loss
     with pytest.raises(NonFiniteError, match=rf"the loss is nan in epoch {epoch}, step {step}; no step was taken"):
         training.fit(spoilt(batches, at), 4, checkpoint=path)
@@ -71,7 +72,7 @@ def overflow(parameter, at):
 
 def test_a_step_of_a_gated_epoch_that_ends_in_nan_is_undone(model, gate, batches):
     seen = []
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=1, phase=0))
+    training = paper_training(model, gate, schedule=alternating(period=1, phase=0))
     training.loss, whole = lambda *args: seen.append(states_of(model, gate)) or whole(*args), training.loss
     overflow(model.conv2.weight, 4)
     with pytest.raises(NonFiniteError, match="became NaN or infinite in epoch 1, step 1; both are as before that"):
@@ -88,7 +89,7 @@ def test_a_step_of_a_gated_epoch_that_ends_in_nan_is_undone(model, gate, batches
 
 
 def test_a_fit_that_was_stopped_between_loss_and_step_leaves_no_trace_in_the_next(model, gate, batches):
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(period=1, phase=0))
+    training = paper_training(model, gate, schedule=alternating(period=1, phase=0))
     handle = model.conv2.weight.register_hook(lambda grad: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         training.fit(batches, 1)
@@ -104,7 +105,7 @@ def test_a_fit_that_was_stopped_between_loss_and_step_leaves_no_trace_in_the_nex
 
 def test_an_epoch_that_ends_in_nan_does_not_reach_the_checkpoint(model, gate, batches, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(warmup=9))
+    training = paper_training(model, gate, schedule=alternating(warmup=9))
     overflow(model.conv2.weight, 5)
     with pytest.raises(NonFiniteError, match="the network became NaN or infinite in epoch 1; a checkpoint is of the "):
         training.fit(batches, 3, checkpoint=path)
@@ -153,7 +154,7 @@ BROKEN = {
 @pytest.mark.parametrize("breaks", BROKEN.values(), ids=BROKEN)
 def test_a_broken_checkpoint_is_refused_and_nothing_changes(breaks, model, gate, batches, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    training, optimizer = LabelSensitiveTraining(model, gate), optimizer_of(model, gate, momentum=0.9)
+    training, optimizer = paper_training(model, gate), optimizer_of(model, gate, momentum=0.9)
     schedule = lr_scheduler.StepLR(optimizer, 1)
     training.fit(batches, 2, optimizer=optimizer, scheduler=schedule, checkpoint=path)
     training.fit(batches, 1, optimizer=optimizer)
@@ -183,7 +184,7 @@ def test_a_broken_checkpoint_is_refused_and_nothing_changes(breaks, model, gate,
         ({"bias": False}, {}, {}, "Unexpected key"),
         (
             {},
-            {"penalty": GatePenalty(sparsity=0.1), "schedule": GateSchedule(2)},
+            {"penalty": GatePenalty(sparsity=0.1), "schedule": alternating(2)},
             {},
             r"other options: period was 3, is 2, sparsity was 0.02, is 0.1\)",
         ),
@@ -195,12 +196,12 @@ def test_a_broken_checkpoint_is_refused_and_nothing_changes(breaks, model, gate,
 )
 def test_a_checkpoint_of_another_training_is_refused(size, options, fit, told, small_cnn, gate, batches, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    LabelSensitiveTraining(small_cnn(), gate).fit(batches, 2, checkpoint=path)
+    paper_training(small_cnn(), gate).fit(batches, 2, checkpoint=path)
     model = small_cnn(**size)
     other = LabelSensitiveGate(*model.fc.weight.shape)
     before = states_of(model, other)
     with pytest.raises(FileFormatError, match=told):
-        LabelSensitiveTraining(model, other, **options).fit(batches, **{"epochs": 2, **fit}, checkpoint=path)
+        paper_training(model, other, **options).fit(batches, **{"epochs": 2, **fit}, checkpoint=path)
     assert_as_before([model, other], before)
 
 
@@ -208,16 +209,16 @@ def test_a_checkpoint_of_an_older_version_says_so(model, gate, batches, tmp_path
     path = tmp_path / "checkpoint.pt"
     torch.save({"kind": "captum_classfilters gated training", "version": 1, "options": {}}, path)
     with pytest.raises(FileFormatError, match="an older version of captum_classfilters wrote it, in format 1"):
-        LabelSensitiveTraining(model, gate).fit(batches, 1, checkpoint=path)
+        paper_training(model, gate).fit(batches, 1, checkpoint=path)
 
 
 def test_a_loader_of_another_make_is_refused(model, gate, batches, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    LabelSensitiveTraining(model, gate).fit(batches, 1, checkpoint=path)
+    paper_training(model, gate).fit(batches, 1, checkpoint=path)
     data = [(inputs[0], int(labels[0])) for inputs, labels in batches]
     loader = torch.utils.data.DataLoader(data, shuffle=True, generator=torch.Generator())
     with pytest.raises(FileFormatError, match="the loader has 1 generators, the one whose states were kept had 0"):
-        LabelSensitiveTraining(model, gate).fit(loader, 1, checkpoint=path)
+        paper_training(model, gate).fit(loader, 1, checkpoint=path)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -239,11 +240,11 @@ def test_a_loader_of_another_make_is_refused(model, gate, batches, tmp_path):
 )
 def test_bad_options_are_refused(options, message, model, gate, batches):
     with pytest.raises(OptionError, match=message):
-        LabelSensitiveTraining(model, gate).fit(batches, **{"epochs": 1, **options})
+        paper_training(model, gate).fit(batches, **{"epochs": 1, **options})
 
 
 def test_optimisers_and_schedulers_that_would_do_nothing_are_refused(model, gate, batches):
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     without, whole = torch.optim.SGD(model.parameters(), lr=0.1), optimizer_of(model, gate)
     foreign = lr_scheduler.StepLR(without, 1)
     cases = [
@@ -263,12 +264,12 @@ def test_optimisers_and_schedulers_that_would_do_nothing_are_refused(model, gate
     assert_as_before([model, gate], before)
     # of a gate that is not trained no optimiser need know
     fixed = LabelSensitiveGate.fixed(4, 6, exclusive=1)
-    LabelSensitiveTraining(model, fixed).fit(batches, 2, optimizer=without)
+    paper_training(model, fixed).fit(batches, 2, optimizer=without)
     assert torch.equal(fixed.weight, LabelSensitiveGate.fixed(4, 6, exclusive=1).weight)
 
 
 def test_what_can_be_read_once_is_refused_for_more_than_one_epoch(model, gate, batches, tmp_path):
-    training, path = LabelSensitiveTraining(model, gate), tmp_path / "checkpoint.pt"
+    training, path = paper_training(model, gate), tmp_path / "checkpoint.pt"
     before = states_of(model, gate)
     with pytest.raises(EmptyLoaderError, match="loader is an iterator, list_iterator, which can be read only once"):
         training.fit(iter(batches), 2)
@@ -282,12 +283,12 @@ def test_what_can_be_read_once_is_refused_for_more_than_one_epoch(model, gate, b
 
 def test_a_loader_without_a_batch_is_refused(model, gate, tmp_path):
     with pytest.raises(EmptyLoaderError, match="the loader gave no sample; expected at least one batch"):
-        LabelSensitiveTraining(model, gate).fit([], 1, checkpoint=tmp_path / "checkpoint.pt")
+        paper_training(model, gate).fit([], 1, checkpoint=tmp_path / "checkpoint.pt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_training(model, gate, batches, tmp_path):
     before = states_of(model, gate)
     with pytest.raises(FileNotFoundError):
-        LabelSensitiveTraining(model, gate).fit(batches, 1, checkpoint=tmp_path / "none" / "checkpoint.pt")
+        paper_training(model, gate).fit(batches, 1, checkpoint=tmp_path / "none" / "checkpoint.pt")
     assert_as_before([model, gate], before)

@@ -12,7 +12,7 @@ from torch import nn
 
 from captum_classfilters import LabelSensitiveGate
 from captum_classfilters.core.errors import DeviceError, FileFormatError, LabelError, OptionError, ShapeError
-from captum_classfilters.gating.gate import density_penalty, gated, project
+from captum_classfilters.gating.gate import density_penalty, gated, lost_label, project
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -279,3 +279,16 @@ def test_bad_input_is_refused_with_a_remedy(gate, call, error, message):
 
 def test_no_samples_are_no_error(gate):
     assert gate(torch.ones(0, 6), torch.zeros(0, dtype=torch.int64)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_lost_label_is_what_the_label_s_probability_leaves(classes):
+    logits = torch.randn(5, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0, 1]) + (classes > 2) * torch.tensor([0, 1, 2, 3, 0])
+    odds = logits.softmax(1) if classes > 1 else torch.cat([1 - logits.sigmoid(), logits.sigmoid()], 1)
+    expected = sum(-math.log(1 - float(odds[n, y])) for n, y in enumerate(labels.tolist())) / 5
+    assert lost_label(logits, labels).item() == pytest.approx(expected, rel=1e-12)
+    # a label that is certain costs its margin, not infinity
+    sure = torch.full((1, max(classes, 2)), -100.0)
+    sure[0, 0] = 100.0
+    assert lost_label(sure, torch.tensor([0])).item() == pytest.approx(200.0, abs=math.log(3) + 1e-3)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from contract import Snapshot
+from shared import alternating, paper_training
 
 from captum_classfilters import (
     ClassFilters,
@@ -12,7 +13,6 @@ from captum_classfilters import (
     GateSchedule,
     InfluentialFeatures,
     LabelSensitiveGate,
-    LabelSensitiveTraining,
     filter_ambiguity,
 )
 from captum_classfilters.core.errors import EmptyLoaderError, IdleChannelWarning, OptionError
@@ -50,7 +50,7 @@ def by_hand(model, loader, start):
 @pytest.mark.parametrize("start", ["contribution", "mean_activation"])
 def test_the_start_is_the_class_means_of_the_network_at_that_time(start, model, loader):
     gate = new_gate()
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(start=start))
+    training = paper_training(model, gate, schedule=alternating(start=start))
     assert not training.before_epoch(0, loader)  # a plain epoch
     with torch.no_grad():
         model.fc.weight.mul_(-1)  # a step of the plain epoch
@@ -66,7 +66,7 @@ def test_the_start_is_the_class_means_of_the_network_at_that_time(start, model, 
 def test_fit_starts_it_before_the_first_gated_epoch(start, scheme, model, loader):
     gate = new_gate()
     schedule = GateSchedule(period=2, phase=1, warmup=1, scheme=scheme, start=start)
-    training = LabelSensitiveTraining(model, gate, schedule=schedule)
+    training = paper_training(model, gate, schedule=schedule)
     seen = {}
     plain = training.before_epoch
 
@@ -106,18 +106,18 @@ def test_a_gate_that_is_no_noise_stays_as_it_is(gate, model, loader, tmp_path):
     elif gate == "filters":
         gate = LabelSensitiveGate.from_filters(InfluentialFeatures(model).attribute(loader))
     before = gate.weight.detach().clone()
-    assert not LabelSensitiveTraining(model, gate).before_epoch(1, loader)
+    assert not paper_training(model, gate).before_epoch(1, loader)
     assert torch.equal(gate.weight, before)
 
 
 def test_a_run_that_was_killed_after_the_start_does_not_start_again(model, loader, tmp_path):
     torch.manual_seed(0)
     whole, once = copy.deepcopy(model), new_gate()
-    LabelSensitiveTraining(whole, once).fit(loader, 3)
+    paper_training(whole, once).fit(loader, 3)
     for epochs in (1, 2, 3):
         torch.manual_seed(0)
         again, gate = copy.deepcopy(model), new_gate()
-        training = LabelSensitiveTraining(again, gate)
+        training = paper_training(again, gate)
         starts = []
         inner = training._class_table
         training._class_table = lambda *args, inner=inner, starts=starts: starts.append(1) or inner(*args)
@@ -141,7 +141,7 @@ def test_a_table_of_any_method_is_a_start():
 def test_the_start_has_the_rank_order_of_contribution(model, loader):
     filters = InfluentialFeatures(model.eval()).attribute(loader, selector="contribution")
     gate, other = new_gate(), LabelSensitiveGate.from_filters(filters)
-    LabelSensitiveTraining(model, gate, schedule=GateSchedule(phase=0)).before_epoch(0, loader)
+    paper_training(model, gate, schedule=alternating(phase=0)).before_epoch(0, loader)
     torch.testing.assert_close(gate.weight, other.weight, rtol=1e-4, atol=1e-5)
 
 
@@ -157,30 +157,30 @@ def test_the_start_has_the_rank_order_of_contribution(model, loader):
             "no samples of class 'dog'",
         ),
         (
-            lambda model, loader: LabelSensitiveTraining(
+            lambda model, loader: paper_training(
                 model, LabelSensitiveGate.from_filters(other_layer(model, loader))
             ).loss(*loader[0], 1),
             OptionError,
             "the gate is of layer 'conv1', the head of this network is 'fc'",
         ),
         (
-            lambda model, loader: LabelSensitiveTraining(model, new_gate()).loss(*loader[0], 1),
+            lambda model, loader: paper_training(model, new_gate()).loss(*loader[0], 1),
             OptionError,
             "before_epoch",
         ),
         (
-            lambda model, loader: LabelSensitiveTraining(model, new_gate()).before_epoch(1, iter(loader)),
+            lambda model, loader: paper_training(model, new_gate()).before_epoch(1, iter(loader)),
             EmptyLoaderError,
             "read only once",
         ),
         (
-            lambda model, loader: LabelSensitiveTraining(model, new_gate()).before_epoch(
+            lambda model, loader: paper_training(model, new_gate()).before_epoch(
                 1, [(images, labels % 3) for images, labels in loader]
             ),
             OptionError,
             r'no sample of class 3 in the loader.*start="noise"',
         ),
-        (lambda model, loader: GateSchedule(start="zeros"), OptionError, "start must be one of"),
+        (lambda model, loader: alternating(start="zeros"), OptionError, "start must be one of"),
     ],
 )
 def test_refusals_say_what_to_do(call, error, words, model, loader):
@@ -195,7 +195,7 @@ def other_layer(model, loader):
 
 def test_a_loop_of_one_s_own_starts_the_gate(model, loader):
     gate = new_gate()
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     optimizer = torch.optim.SGD([{"params": model.parameters()}, gate.parameter_group(lr=0.1)], lr=0.1)
     for epoch in range(2):
         training.before_epoch(epoch, loader)

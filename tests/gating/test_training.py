@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import Snapshot
 from gating_loop import LABELS, optimizer_of
+from shared import alternating, paper_training
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ def by_hand(model, gate, images, labels, density=0.25, sparsity=0.02, weight=1.0
     ids=str,
 )
 def test_gated_epochs(options, gated, model, gate):
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(**options))
+    training = paper_training(model, gate, schedule=GateSchedule(**{"scheme": "alternating"} | options))
     assert [epoch for epoch in range(12) if training.gates(epoch)] == gated
 
 
@@ -46,7 +47,7 @@ def test_gated_epochs(options, gated, model, gate):
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_a_gated_epoch_minimises_algorithm_1_s_cost(weight, model, gate, images):
-    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25, 0.05), weight=weight)
+    training = paper_training(model, gate, penalty=GatePenalty(0.25, 0.05), weight=weight)
     expected = by_hand(model, gate, images(), LABELS, sparsity=0.05, weight=weight)
     wanted = torch.autograd.grad(expected, [gate.weight, model.fc.weight])
     found = training.loss(images(), LABELS, epoch=1)
@@ -64,7 +65,7 @@ def test_a_plain_epoch_is_the_network_s_own_bit_for_bit_whatever_the_gate_is_tol
     with torch.no_grad():
         gate.weight.mul_(0.1)
     gate(torch.ones(6, 6), LABELS.roll(2))
-    found = LabelSensitiveTraining(model, gate).loss(images(), LABELS, epoch=0)
+    found = paper_training(model, gate).loss(images(), LABELS, epoch=0)
     found.backward()
     assert torch.equal(found, expected)
     assert gate.weight.grad is None
@@ -76,7 +77,7 @@ def test_a_plain_epoch_is_the_network_s_own_bit_for_bit_whatever_the_gate_is_tol
 def test_labels_of_the_gate_do_not_reach_the_plain_path(model, gate, images):
     model.eval()
     before = model(images())
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     for labels in (LABELS, LABELS.roll(1), torch.zeros_like(LABELS)):
         with torch.no_grad():
             training.loss(images(), labels, epoch=1)
@@ -89,9 +90,7 @@ def test_the_joint_scheme_is_eq_3_from_one_forward_pass(model, gate, images):
     plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
     expected = plain + by_hand(model, gate, images(), LABELS, weight=0.5)
     wanted = torch.autograd.grad(by_hand(model, gate, images(), LABELS, weight=0.5), gate.weight)[0]
-    training = LabelSensitiveTraining(
-        model, gate, schedule=GateSchedule(scheme="joint"), penalty=GatePenalty(0.25), weight=0.5
-    )
+    training = paper_training(model, gate, schedule=GateSchedule(scheme="joint"), penalty=GatePenalty(0.25), weight=0.5)
     training.loss(images(), LABELS, epoch=0)
     runs.clear()
     found = training.loss(images(), LABELS, epoch=0)
@@ -101,9 +100,67 @@ def test_the_joint_scheme_is_eq_3_from_one_forward_pass(model, gate, images):
     torch.testing.assert_close(gate.weight.grad, wanted)
 
 
+@pytest.mark.parametrize("scheme", ["alternating", "joint"])
+@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 1), (4, 2)])
+def test_the_ablated_path_loses_the_own_label_and_keeps_others(epoch, step, scheme, model, gate, images):
+    options = {"schedule": GateSchedule(scheme=scheme), "penalty": GatePenalty(0.25), "weight": 0.5}
+    features = copy.deepcopy(model).penultimate(images())
+    loss = 0.0
+    for row, label in zip(features, LABELS.tolist(), strict=True):
+        # of the three other classes one, in turn
+        other = (label + 1 + (epoch * 1_000_003 + step) % 3) % 4
+        without_own, without_other = (model.fc(row * (1 - gate.weight[y])).softmax(0)[label] for y in (label, other))
+        loss = loss - (1 - without_own).log() / 6 - without_other.log() / 6
+    found = []
+    for weight in (0.0, 2.0):
+        training = LabelSensitiveTraining(copy.deepcopy(model), gate, ablation=weight, **options)
+        with torch.no_grad():
+            training.loss(images(), LABELS, epoch)
+        gate.weight.requires_grad_(False)  # a step that moves nothing
+        for _ in range(step):
+            training.after_step()
+        gate.weight.requires_grad_(True)
+        found.append(training.loss(images(), LABELS, epoch))
+    torch.testing.assert_close(found[1] - found[0], 0.5 * 2.0 * loss, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(loss, gate.weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(found[1] - found[0], gate.weight)[0], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_ablation_makes_a_class_depend_on_the_channels_of_its_gate():
+    """Two channels say the same of each class; only one of them is in its gate. In the end only that one speaks."""
+    torch.manual_seed(0)
+    labels = torch.arange(64) % 2
+    sign = 1.0 - 2 * labels
+    inputs = torch.stack([sign, sign], 1) + 0.1 * torch.randn(64, 2)
+    rates = {}
+    for ablation in (0.0, 1.0):
+        model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]))
+            model[0].bias.zero_()
+            model[2].weight.copy_(torch.tensor([[1.0, 1, -1, -1], [-1, -1, 1, 1]]))
+            model[2].bias.zero_()
+        model[0].requires_grad_(False)  # channels stay what they are
+        gate = LabelSensitiveGate.fixed(2, 4, exclusive=1)
+        gate.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]]))
+        training = LabelSensitiveTraining(model, gate, ablation=ablation)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        for _ in range(150):
+            optimizer.zero_grad()
+            training.loss(inputs, labels, 0).backward()
+            optimizer.step()
+            training.after_step()
+        with torch.no_grad():
+            without = model[2](model[:2](inputs) * (1 - gate.weight[labels])).argmax(1)
+            assert bool((model(inputs).argmax(1) == labels).all())
+        rates[ablation] = float((without == labels).double().mean())
+    assert rates[0.0] > 0.9
+    assert rates[1.0] < 0.1
+
+
 def test_a_fixed_gate_has_no_penalty_and_no_gradient(model, images):
     gate = LabelSensitiveGate.fixed(4, 6, exclusive=1)
-    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25))
+    training = paper_training(model, gate, penalty=GatePenalty(0.25))
     found = training.loss(images(), LABELS, epoch=1)
     torch.testing.assert_close(found, by_hand(model, gate, images(), LABELS, sparsity=0.0))
     found.backward()
@@ -141,7 +198,7 @@ def test_a_feature_map_before_the_head_is_gated_channel_by_channel(network, gate
     weight = model.head.weight.flatten(1)
     logits = torch.einsum("nkhw,nk,ck->nc", maps, rows, weight) / maps[0, 0].numel() + model.head.bias
     for scheme, plain in (("alternating", 0.0), ("joint", F.cross_entropy(model(images()), LABELS))):
-        training = LabelSensitiveTraining(
+        training = paper_training(
             model, gate, schedule=GateSchedule(scheme=scheme), penalty=GatePenalty(0.25, sparsity=0.0)
         )
         torch.testing.assert_close(training.loss(images(), LABELS, 1), plain + F.cross_entropy(logits, LABELS))
@@ -151,7 +208,7 @@ def test_a_feature_map_before_the_head_is_gated_channel_by_channel(network, gate
 
 
 def train(model, gate, batches, epochs=3, micro=1, scheme="alternating", **options):
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme), penalty=GatePenalty(0.25))
+    training = paper_training(model, gate, schedule=GateSchedule(scheme=scheme), penalty=GatePenalty(0.25))
     optimizer = optimizer_of(model, gate, **options)
     for epoch in range(epochs):
         for inputs, labels in batches:
@@ -164,8 +221,8 @@ def train(model, gate, batches, epochs=3, micro=1, scheme="alternating", **optio
 
 
 def test_the_gate_keeps_its_constraint_step_by_step_and_becomes_sparse(model, gate, images):
-    training = LabelSensitiveTraining(
-        model, gate, schedule=GateSchedule(period=1, phase=0), penalty=GatePenalty(0.25, sparsity=0.1)
+    training = paper_training(
+        model, gate, schedule=alternating(period=1, phase=0), penalty=GatePenalty(0.25, sparsity=0.1)
     )
     optimizer = optimizer_of(model, gate, momentum=0.9, weight_decay=1e-2)
     densities = [gate.density]
@@ -195,7 +252,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(model, gate, images)
 
 
 def test_gradients_can_be_clipped_and_the_gate_stays_in_its_place(model, gate, images):
-    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25, sparsity=1e3))
+    training = paper_training(model, gate, penalty=GatePenalty(0.25, sparsity=1e3))
     training.loss(images(), LABELS, 1).backward()
     assert float(nn.utils.clip_grad_norm_([*model.parameters(), gate.weight], 1e-3)) > 1
     optimizer_of(model, gate).step()
@@ -206,7 +263,7 @@ def test_gradients_can_be_clipped_and_the_gate_stays_in_its_place(model, gate, i
 @pytest.mark.parametrize("around", ["forward", "loop"])
 def test_under_autocast_it_learns_as_without(around, model, gate, images):
     twin, other = copy.deepcopy(model), copy.deepcopy(gate)
-    training = LabelSensitiveTraining(model, gate, penalty=GatePenalty(0.25))
+    training = paper_training(model, gate, penalty=GatePenalty(0.25))
     optimizer = optimizer_of(model, gate)
     low = torch.autocast("cpu", torch.bfloat16)
     for epoch in range(3):
@@ -232,7 +289,7 @@ def test_a_compiled_model_is_gated_too(model, gate, images):
     model.eval()  # in train mode running statistics would move between the two
     expected = by_hand(model, gate, images(), LABELS)
     compiled = torch.compile(model, backend="eager")
-    training = LabelSensitiveTraining(compiled, gate, penalty=GatePenalty(0.25))
+    training = paper_training(compiled, gate, penalty=GatePenalty(0.25))
     plain = F.cross_entropy(copy.deepcopy(model)(images()), LABELS)
     torch.testing.assert_close(training.loss(images(), LABELS, 0), plain)
     torch.testing.assert_close(training.loss(images(), LABELS, 1), expected)
@@ -241,7 +298,7 @@ def test_a_compiled_model_is_gated_too(model, gate, images):
 @pytest.mark.parametrize("scheme", ["alternating", "joint"])
 @pytest.mark.parametrize("ending", ["success", "bad labels", "exception", "interrupt"])
 def test_the_model_is_given_back(scheme, ending, model, gate, images):
-    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme))
+    training = paper_training(model, gate, schedule=GateSchedule(scheme=scheme))
     model.bn1.eval()
     if ending in ("exception", "interrupt"):
         error = {"exception": RuntimeError("in the head"), "interrupt": KeyboardInterrupt()}[ending]
@@ -272,7 +329,7 @@ def test_the_model_is_given_back(scheme, ending, model, gate, images):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_plain_epoch_does_not_move_the_gate_whatever_the_optimiser_keeps(kind, model, gate, images):
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     groups = [{"params": model.parameters()}, gate.parameter_group(0.1)]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9) if kind == "sgd" else torch.optim.Adam(groups, lr=0.01)
     for epoch, moves in ((1, True), (2, False)):
@@ -295,7 +352,7 @@ def test_under_adam_the_gate_has_no_momentum(gate):
 
 
 def test_judging_is_not_counted_as_training(model, gate, images):
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     with torch.no_grad():
         training.loss(images(), LABELS, 1)
     assert gate.counts.tolist() == [0] * 4

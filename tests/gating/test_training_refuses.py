@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from gating_loop import LABELS, assert_states_equal, optimizer_of
+from shared import alternating, paper_training
 from torch import distributed as dist
 from torch import nn
 
-from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, LabelSensitiveTraining
+from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate
 from captum_classfilters.class_filters import UNKNOWN_LAYER
 from captum_classfilters.core.borrow import process_group
 from captum_classfilters.core.errors import DeviceError, HeadError, LabelError, NonFiniteError, OptionError, ShapeError
@@ -19,7 +20,7 @@ from captum_classfilters.core.errors import DeviceError, HeadError, LabelError, 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_loss_that_is_nan_stops_and_leaves_all_as_it_was(epoch, model, gate, images):
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     for _ in range(2):
         training.loss(images(), LABELS, epoch)
         training.after_step()
@@ -34,7 +35,7 @@ def test_a_loss_that_is_nan_stops_and_leaves_all_as_it_was(epoch, model, gate, i
 
 @pytest.mark.parametrize("broken", ["gate", "network"])
 def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
-    training = LabelSensitiveTraining(model, gate)
+    training = paper_training(model, gate)
     optimizer = optimizer_of(model, gate)
     training.loss(images(), LABELS, 3).backward()
     optimizer.step()
@@ -64,15 +65,16 @@ def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (lambda: {"schedule": GateSchedule(period=0)}, "period must be an integer of at least 1; got 0"),
-        (lambda: {"schedule": GateSchedule(phase=3)}, r"phase must be an integer in \[0, 2\], below the period; got 3"),
+        (lambda: {"schedule": alternating(period=0)}, "period must be an integer of at least 1; got 0"),
+        (lambda: {"schedule": alternating(phase=3)}, r"phase must be an integer in \[0, 2\], below the period; got 3"),
         (
-            lambda: {"schedule": GateSchedule(phase=-1)},
+            lambda: {"schedule": alternating(phase=-1)},
             r"phase must be an integer in \[0, 2\], .*; got -1",
         ),
-        (lambda: {"schedule": GateSchedule(warmup=-1)}, "warmup must be an integer of at least 0"),
-        (lambda: {"schedule": GateSchedule(scheme="both")}, r"scheme must be one of \['alternating', 'joint'\]"),
+        (lambda: {"schedule": alternating(warmup=-1)}, "warmup must be an integer of at least 0"),
+        (lambda: {"schedule": GateSchedule(scheme="both")}, r"scheme must be one of \['joint', 'alternating'\]"),
         (lambda: {"weight": math.nan}, "weight must be a finite number"),
+        (lambda: {"ablation": -1}, "ablation must be a finite number of at least 0; got -1"),
         (
             lambda: {"penalty": GatePenalty(density=0.24)},
             r"density must be a number in \[0.25, 1\], for every channel",
@@ -83,7 +85,7 @@ def test_a_step_that_ends_in_nan_is_undone(broken, model, gate, images):
 )
 def test_bad_options_are_refused(options, message, model, gate):
     with pytest.raises(OptionError, match=message):
-        LabelSensitiveTraining(model, gate, **options())
+        paper_training(model, gate, **options())
 
 
 @pytest.mark.parametrize(
@@ -100,25 +102,25 @@ def test_bad_options_are_refused(options, message, model, gate):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_bad_labels_are_refused(labels, error, message, epoch, model, gate, images):
     with pytest.raises(error, match=message):
-        LabelSensitiveTraining(model, gate).loss(images(), labels, epoch)
+        paper_training(model, gate).loss(images(), labels, epoch)
 
 
 def test_a_gate_of_another_size_or_place_is_refused(model, images):
     with pytest.raises(ShapeError, match=r"the head 'fc' is 4 classes x 6 channels, the gate 4 x 7; make LabelSensi"):
-        LabelSensitiveTraining(model, LabelSensitiveGate(4, 7)).loss(images(), LABELS, 0)
+        paper_training(model, LabelSensitiveGate(4, 7)).loss(images(), LABELS, 0)
     with pytest.raises(DeviceError, match=r"the model is on cpu, the gate on meta; gate.to\('cpu'\)"):
-        LabelSensitiveTraining(model, LabelSensitiveGate(4, 6).to("meta"))
+        paper_training(model, LabelSensitiveGate(4, 6).to("meta"))
     with pytest.raises(OptionError, match=r"gate must be a LabelSensitiveGate, got Linear"):
-        LabelSensitiveTraining(model, nn.Linear(4, 6))
+        paper_training(model, nn.Linear(4, 6))
     with pytest.raises(OptionError, match=r"must be an nn.Module, got function"):
-        LabelSensitiveTraining(lambda x: x, LabelSensitiveGate(4, 6))
+        paper_training(lambda x: x, LabelSensitiveGate(4, 6))
     with pytest.raises(OptionError, match=r"wrap the model in DistributedDataParallel"):
-        LabelSensitiveTraining(nn.DataParallel(model), LabelSensitiveGate(4, 6))
+        paper_training(nn.DataParallel(model), LabelSensitiveGate(4, 6))
 
 
 def test_wrappers_are_seen_through_compilation(model, gate, tmp_path):
     with pytest.raises(OptionError, match=r"wrap the model in DistributedDataParallel"):
-        LabelSensitiveTraining(torch.compile(nn.DataParallel(model), backend="eager"), gate)
+        paper_training(torch.compile(nn.DataParallel(model), backend="eager"), gate)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -131,7 +133,7 @@ def test_wrappers_are_seen_through_compilation(model, gate, tmp_path):
 
 def test_epochs_are_counted_from_0(model, gate, images):
     with pytest.raises(OptionError, match=r"epoch must be an integer of at least 0; got 1.0"):
-        LabelSensitiveTraining(model, gate).loss(images(), LABELS, 1.0)
+        paper_training(model, gate).loss(images(), LABELS, 1.0)
 
 
 class Auxiliary(nn.Module):
@@ -146,13 +148,13 @@ class Auxiliary(nn.Module):
 
 def test_of_auxiliary_outputs_the_first_is_trained(gate):
     model = Auxiliary()
-    expected = LabelSensitiveTraining(nn.Sequential(model.fc), gate).loss(torch.ones(6, 6), LABELS, 1)
+    expected = paper_training(nn.Sequential(model.fc), gate).loss(torch.ones(6, 6), LABELS, 1)
     gate.layer = UNKNOWN_LAYER  # of another network now
-    assert torch.equal(LabelSensitiveTraining(model, gate).loss(torch.ones(6, 6), LABELS, 1), expected)
+    assert torch.equal(paper_training(model, gate).loss(torch.ones(6, 6), LABELS, 1), expected)
 
 
 def test_a_model_without_logits_is_refused(gate):
     model = Auxiliary()
     model.forward = lambda features: {"scores": model.fc(features)} if model.training else model.fc(features)
     with pytest.raises(HeadError, match=r"expected a model that returns logits"):
-        LabelSensitiveTraining(model, gate).loss(torch.ones(6, 6), LABELS, 1)
+        paper_training(model, gate).loss(torch.ones(6, 6), LABELS, 1)

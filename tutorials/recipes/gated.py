@@ -12,7 +12,7 @@ from captum_classfilters import GatePenalty, GateSchedule, LabelSensitiveGate, L
 from captum_classfilters.gating.label_sensitive import SCHEMES, STARTS
 
 # What a network's file says of its gate
-GATE_OPTIONS = ("sparsity", "density", "gate_lr", "gate_start", "scheme", "warmup", "gate_weight")
+GATE_OPTIONS = ("sparsity", "density", "gate_lr", "gate_start", "scheme", "warmup", "gate_weight", "ablation")
 
 
 def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +20,15 @@ def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, default=GatePenalty().sparsity, help="the paper's a; 0: no penalty")
     parser.add_argument("--density", type=float, default=0.2, help="target mean of the gate")
     parser.add_argument("--gate-start", default=GateSchedule().start, choices=STARTS, help="before its first epoch")
-    parser.add_argument("--scheme", default="alternating", choices=SCHEMES)
+    parser.add_argument("--scheme", default=GateSchedule().scheme, choices=SCHEMES)
     parser.add_argument("--warmup", type=int, default=0, help="plain epochs at the start")
     parser.add_argument("--gate-weight", type=float, default=1.0, help="of the gated loss: the paper's lambda")
+    parser.add_argument("--ablation", type=float, default=1.0, help="weight of the ablated path; 0: the paper's loss")
     parser.add_argument("--exclusive", type=int, help="fixed gate: channels of each class (default: 15 K / 16 C)")
 
 
 class Gated:
-    """Algorithm 1 of the paper: a gated epoch, then two plain ones."""
+    """A gate before the head: joint with the network's own loss, or as Algorithm 1 of the paper."""
 
     def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
         classes, channels = model.fc.weight.shape  # type: ignore[union-attr]
@@ -46,6 +47,7 @@ class Gated:
             schedule=GateSchedule(warmup=options.warmup, scheme=options.scheme, start=options.gate_start),
             penalty=GatePenalty(options.density, options.sparsity),
             weight=options.gate_weight,
+            ablation=options.ablation,
         )
 
     def groups(self) -> list[dict[str, Any]]:

@@ -2,8 +2,14 @@
 
     python tutorials/recipes/make_networks.py resnet20_lsg_s1 vgg_decoupled_s0 kanji_resnet14 --to networks
 
-A name is NETWORK_METHOD_sSEED. NETWORK is resnet20, vgg or inception. METHOD is lsg, fixed_gate, decoupled, or
-decoupled_r0 (target rate 0); a plain network has none. ``kanji_resnet14`` is the network of ``kanji.py``. The folder
+A name is NETWORK_METHOD_sSEED. NETWORK is resnet20, vgg or inception. METHOD is
+
+- lsg: the plain network of that seed trained on with a gate; tuned, its control: trained on the same way without one;
+- lsg_scratch: with a gate from the start, after five plain epochs; lsg_noise: as the paper, with a gate that began as
+  noise; fixed_gate;
+- decoupled, decoupled_paper (eq. 12), decoupled_r0 (eq. 12, target rate 0).
+
+A plain network has none. ``kanji_resnet14`` is the network of ``kanji.py``. The folder
 then has what `captum_classfilters.assets.load_network` reads, with the gate as ``gate_*`` and the controllers of paths
 as ``paths_*`` beside it. Other options, such as ``--device cuda`` or ``--precision float32``, go to every training.
 A training that was stopped resumes; one that is finished is not run again.
@@ -23,9 +29,11 @@ import torch
 from captum_classfilters import PathDecoupler, assets, metrics
 
 RECIPES = Path(__file__).parent
+SCRIPT = "train_fashion_mnist.py"
 # For decoupled networks: largest mean cross-entropy of the class from gates, smallest share of dynamic filters
 LARGEST_ENTROPY, SMALLEST_DYNAMIC = 1.8, 0.3
-NAME = re.compile(r"(resnet20|vgg|inception)(?:_(lsg|fixed_gate|decoupled|decoupled_r0))?_s(\d+)")
+METHODS = "lsg|tuned|lsg_scratch|lsg_noise|fixed_gate|decoupled|decoupled_paper|decoupled_r0"
+NAME = re.compile(rf"(resnet20|vgg|inception)(?:_({METHODS}))?_s(\d+)")
 
 
 class Training(NamedTuple):
@@ -44,41 +52,52 @@ def trainings(name: str, runs: Path) -> list[Training]:
     if parsed is None:
         raise SystemExit(
             f"no recipe for {name!r}; expected kanji_resnet14 or NETWORK_METHOD_sSEED such as resnet20_s1, "
-            "resnet20_lsg_s1, resnet20_fixed_gate_s0, resnet20_decoupled_r0_s0, vgg_decoupled_s0"
+            "resnet20_lsg_s1, resnet20_tuned_s1, resnet20_fixed_gate_s0, resnet20_decoupled_s0, vgg_decoupled_s0"
         )
     network, method, seed = parsed[1], parsed[2] or "std", parsed[3]
-    script = "train_fashion_mnist.py"
-    if not method.startswith("decoupled"):
+    run = _run_name(network, method, seed)
+    if method in ("std", "lsg_scratch", "lsg_noise", "fixed_gate"):
         kind = () if network == "resnet20" else ("--network", network, "--epochs", "8")
-        way = () if method == "std" else ("--method", method.replace("_", "-"))
-        if method == "lsg":
-            # the gates that ship, and those of section 9 of the results, began as noise
-            way = (*way, "--gate-start", "noise")
-        return [Training(script, (*kind, *way, "--seed", seed), _run_name(network, method, seed))]
+        way: tuple[str, ...] = {
+            "std": (),
+            "lsg_scratch": ("--method", "lsg", "--warmup", "5"),
+            # Algorithm 1, as the paper has it
+            "lsg_noise": ("--method", "lsg", "--gate-start", "noise", "--scheme", "alternating", "--ablation", "0"),
+            "fixed_gate": ("--method", "fixed-gate", "--scheme", "alternating", "--ablation", "0"),
+        }[method]
+        return [Training(SCRIPT, (*kind, *way, "--seed", seed), run)]
     plain = assets.network_name(int(seed), "std", network)
     shipped = Path(assets.__file__).parent / f"{plain}.safetensors"
     before = [] if shipped.is_file() else trainings(plain, runs)
-    start = str(runs / before[-1].run / "network.safetensors" if before else shipped)
-    weight = "1" if network == "vgg" else "0.3"
-    rate = "0" if method == "decoupled_r0" else "0.5"
+    start = ("--from", str(runs / before[-1].run / "network.safetensors" if before else shipped), "--seed", seed)
+    if method in ("lsg", "tuned"):
+        way = ("--method", "lsg") if method == "lsg" else ("--method", "std")
+        few = ("--epochs", "6", "--lr", "0.02", "--images-per-epoch", "12000")
+        return [*before, Training(SCRIPT, (*way, *start, *few), run)]
+    if method == "decoupled":
+        way = ("--epochs", "18", "--lr", "0.1", "--target-rate", "0.51")
+        return [*before, Training(SCRIPT, ("--method", "decoupled", *start, *way), run)]
     decoupled = Training(
-        script,
+        SCRIPT,
         (
-            "--method", "decoupled", "--from", start, "--epochs", "6", "--lr", "0.05", "--seed", seed,
-            "--information-weight", weight, "--target-rate", rate,
+            "--method", "decoupled", "--recipe", "paper", *start, "--epochs", "6", "--lr", "0.05",
+            "--information-weight", "1" if network == "vgg" else "0.3",
+            "--target-rate", "0" if method == "decoupled_r0" else "0.5",
         ),
-        _run_name(network, method, seed),
+        run,
     )  # fmt: skip
-    start = str(runs / decoupled.run / "network.safetensors")
-    settling = ("--method", "settled", "--from", start, "--epochs", "2", "--lr", "0.02", "--seed", seed)
-    return [*before, decoupled, Training(script, settling, decoupled.run.replace("decoupled", "settled"))]
+    settling = (
+        "--method", "settled", "--from", str(runs / run / "network.safetensors"), "--epochs", "2", "--lr", "0.02",
+        "--seed", seed,
+    )  # fmt: skip
+    return [*before, decoupled, Training(SCRIPT, settling, run.replace("decoupled", "settled"))]
 
 
 def _run_name(network: str, method: str, seed: str) -> str:
     """Folders are called as in ``benchmarks/results``: resnet20-s0, lsg-s0, decoupled-s0, decoupled-vgg-s0."""
     if method == "std":
         return f"{network}-s{seed}"
-    short = {"fixed_gate": "fixed", "decoupled_r0": "decoupled-r0"}.get(method, method)
+    short = {"fixed_gate": "fixed"}.get(method, method.replace("_", "-"))
     return f"{short}-s{seed}" if network == "resnet20" else f"{short}-{network}-s{seed}"
 
 

@@ -238,8 +238,14 @@ def test_a_gate_before_averaged_heads_gates_both(scheme):
     gate.is_noise = False
     training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme=scheme))
     images, targets = batches()[0]
-    gated = model.head(model.trunk(images) * gate.weight[targets])
-    expected = F.cross_entropy(gated, targets) + training._penalty()
+    # epoch 1, step 0: the other class is two further
+    gated, alone, other = (
+        model.head(model.trunk(images) * rows)
+        for rows in (gate.weight[targets], 1 - gate.weight[targets], 1 - gate.weight[(targets + 1 + 1_000_003 % 3) % 4])
+    )
+    lost = -(1 - alone.softmax(1).gather(1, targets[:, None])).log().mean()
+    ablated = lost + F.cross_entropy(other, targets)
+    expected = F.cross_entropy(gated, targets) + ablated + training._penalty()
     if scheme == "joint":
         expected = expected + F.cross_entropy(model(images), targets)
     torch.testing.assert_close(training.loss(images, targets, 1), expected)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from captum_classfilters import (
     ALDSplitter,
+    GateSchedule,
     HeadMoments,
     HeadPass,
     InfluentialFeatures,
@@ -149,12 +150,18 @@ def test_gates_and_retraining_minimise_the_binary_cross_entropy():
     model = network()
     gate = LabelSensitiveGate(2, 8, generator=torch.Generator().manual_seed(0))
     gate.is_noise = False
-    training = LabelSensitiveTraining(model, gate)
+    training = LabelSensitiveTraining(model, gate, schedule=GateSchedule(scheme="alternating"))
     images, labels = batches()[0]
     plain = F.binary_cross_entropy_with_logits(model(images)[:, 0], labels.float())
     torch.testing.assert_close(training.loss(images, labels, 0), plain)
-    gated = model[4](model[:4](images) * gate.weight[labels])[:, 0]
-    expected = F.binary_cross_entropy_with_logits(gated, labels.float()) + training._penalty()
+    gated, alone, other = (
+        model[4](model[:4](images) * rows)[:, 0]
+        for rows in (gate.weight[labels], 1 - gate.weight[labels], 1 - gate.weight[1 - labels])
+    )
+    entropy = F.binary_cross_entropy_with_logits
+    # to lose its label is to get the other one, of two
+    ablated = entropy(alone, 1 - labels.float()) + entropy(other, labels.float())
+    expected = entropy(gated, labels.float()) + ablated + training._penalty()
     torch.testing.assert_close(training.loss(images, labels, 1), expected)
     before = F.binary_cross_entropy_with_logits(model(IMAGES)[:, 0], labels.float())
     trained = recover(model, batches(), 20, lr=0.02)
