@@ -41,10 +41,10 @@ def main() -> None:
     for seed in range(3):
         cases[f"plain ResNet-20, s{seed}"] = lambda seed=seed: (networks.plain(seed), some, fashion, None)
         cases[f"trained with a gate (LSG), s{seed}"] = lambda seed=seed: (
-            networks.plain(seed, "lsg"),
+            networks.plain(seed, "lsg-noise"),
             some,
             fashion,
-            networks.gate(seed, "lsg"),
+            networks.gate(seed, "lsg-noise"),
         )
     cases["decoupled ResNet-20, s0"] = lambda: (networks.decoupled(), some, fashion, None)
     if options.kanji:

@@ -78,7 +78,7 @@ def trained(networks: Networks, kanji: Path | None) -> list[Case]:
     train, test = Loader(fashion.train), Loader(fashion.test)
     cases = [Case(f"Fashion-MNIST, ResNet-20, s{seed}", networks.plain(seed), train, test) for seed in range(3)]
     cases += [
-        Case(f"Fashion-MNIST, ResNet-20 with gate (LSG), s{seed}", networks.plain(seed, "lsg"), train, test)
+        Case(f"Fashion-MNIST, ResNet-20 with gate (LSG), s{seed}", networks.plain(seed, "lsg-noise"), train, test)
         for seed in range(3)
     ]
     drawn = load_kanji(kanji) if kanji is not None else None

@@ -242,29 +242,48 @@ def called_in_process(command):
 
 
 @pytest.mark.parametrize(
-    ("name", "files", "method"),
+    ("name", "files", "told"),
     [
-        ("resnet20_lsg_s1", {"gate_lsg_s1"}, "lsg"),
-        ("resnet20_fixed_gate_s3", {"gate_fixed_gate_s3"}, "fixed-gate"),
-        ("resnet20_decoupled_r0_s0", {"paths_resnet20_decoupled_r0_s0"}, "decoupled"),
-        ("inception_decoupled_s0", {"paths_inception_decoupled_s0"}, "decoupled"),
-        ("vgg_decoupled_s0", {"paths_vgg_decoupled_s0"}, "decoupled"),
+        (
+            "resnet20_lsg_s1",
+            {"gate_lsg_s1"},
+            {"method": "lsg", "gate_start": "contribution", "scheme": "joint", "ablation": 1.0, "lr": 0.02},
+        ),
+        (
+            "resnet20_lsg_noise_s1",
+            {"gate_lsg_noise_s1"},
+            {"method": "lsg", "gate_start": "noise", "scheme": "alternating", "ablation": 0.0, "lr": 0.1},
+        ),
+        ("resnet20_fixed_gate_s3", {"gate_fixed_gate_s3"}, {"method": "fixed-gate"}),
+        ("resnet20_tuned_s1", set(), {"method": "std", "lr": 0.02}),
+        (
+            "resnet20_decoupled_r0_s0",
+            {"paths_resnet20_decoupled_r0_s0"},
+            {"method": "decoupled", "settled": True, "recipe": "paper", "target_rate": 0.0},
+        ),
+        (
+            "resnet20_decoupled_s1",
+            {"paths_resnet20_decoupled_s1"},
+            {"method": "decoupled", "recipe": "depth", "target_rate": 0.51, "information": 0.5},
+        ),
+        (
+            "vgg_decoupled_s0",
+            {"paths_vgg_decoupled_s0"},
+            {"method": "decoupled", "recipe": "depth", "target_rate": 0.51},
+        ),
     ],
 )
-def test_networks_are_made_by_name(name, files, method, idx_folder, tmp_path, make_networks, monkeypatch):
+def test_networks_are_made_by_name(name, files, told, idx_folder, tmp_path, make_networks, monkeypatch):
     monkeypatch.setattr(make_networks.subprocess, "run", called_in_process)
     trial = [*map(str, SMALL), "--data", str(idx_folder), "--limit", "64", "--epochs", "1"]
     made = make_networks.make(name, tmp_path / "networks", tmp_path / "runs", trial, check=False)
     assert {path.stem for path in (tmp_path / "networks").iterdir()} == {name, *files}
     model, meta = load_network(made)
-    assert (meta["method"], meta["seed"]) == (method, int(name[-1]))
-    if method == "decoupled":
-        assert (meta["settled"], meta["target_rate"]) == (True, 0.0 if "r0" in name else 0.5)
+    assert {name: meta[name] for name in told} | {"seed": meta["seed"]} == {**told, "seed": int(name[-1])}
+    if told["method"] == "decoupled":
         PathDecoupler(model).load(tmp_path / "networks" / f"paths_{name}.safetensors")
-    else:
-        LabelSensitiveGate.load(tmp_path / "networks" / f"{files.pop()}.safetensors")
-    # the published gates began as noise
-    assert meta.get("gate_start") == ("noise" if method == "lsg" else None)
+    elif files:
+        LabelSensitiveGate.load(tmp_path / "networks" / f"{next(iter(files))}.safetensors")
     # a second call trains nothing
     monkeypatch.setattr(make_networks.subprocess, "run", None)
     assert make_networks.make(name, tmp_path / "networks", tmp_path / "runs", trial, check=False) == made
