@@ -67,7 +67,7 @@ def fgsm(model: nn.Module) -> FGSM:
 
 def transferred(networks: Networks, _: nn.Module) -> PGD:
     """Made on another seed's network."""
-    return pgd(networks.decoupled(1))
+    return pgd(networks.decoupled(1, "decoupled-paper"))
 
 
 def carlini(model: nn.Module) -> FoolboxAttack:

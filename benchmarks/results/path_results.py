@@ -32,7 +32,7 @@ from captum_classfilters.decoupling import Paths
 PARTS = ["table", "controls", "states", "information", "embedding", "scores"]
 PUBLISHED = (
     ("resnet20", "decoupled", 0), ("resnet20", "decoupled-r0", 0),
-    ("vgg", "decoupled", 0), ("inception", "decoupled", 0),
+    ("vgg", "decoupled-paper", 0), ("inception", "decoupled-paper", 0),
 )  # fmt: skip
 EMBEDDED = 2_000  # test images: t-SNE takes long
 SCORED = 1_000

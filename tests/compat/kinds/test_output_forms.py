@@ -7,6 +7,7 @@ from torch import nn
 
 from captum_classfilters import (
     ALDSplitter,
+    GateSchedule,
     HeadMoments,
     HeadPass,
     InfluentialFeatures,
@@ -149,7 +150,9 @@ def test_training_and_attacks(face):
     loss = [nn.functional.cross_entropy(net(IMAGES).logits, LABELS).item() for net in (model, trained)]
     assert loss[1] < loss[0]
     with torch.random.fork_rng():
-        fitted = LabelSensitiveTraining(recover(model, LOADER), LabelSensitiveGate(4, 16)).fit(LOADER, 1)
+        fitted = LabelSensitiveTraining(
+            recover(model, LOADER), LabelSensitiveGate(4, 16), schedule=GateSchedule(start="noise")
+        ).fit(LOADER, 1)
     assert len(fitted) == 1
     right = model(IMAGES).logits.argmax(1)
     changed = attacks.LocalSearch(model, rounds=1)(IMAGES[:1], right[:1])
@@ -217,7 +220,10 @@ CALLS = {
     "PathDecoupler": lambda m: decoupled(m).paths(PAIRS).bits(),
     "loss": lambda m: decoupled(m).train().loss(SMALL, LABELS).total.detach(),
     "training": lambda m: torch.tensor(
-        [row["loss"] for row in LabelSensitiveTraining(m, LabelSensitiveGate(4, 8)).fit(PAIRS, 1)]
+        [
+            row["loss"]
+            for row in LabelSensitiveTraining(m, noise_gate(), schedule=GateSchedule(start="noise")).fit(PAIRS, 1)
+        ]
     ),
     "recover": lambda m: next(recover(m, PAIRS).parameters()).detach(),
     "attack": lambda m: attacks.LocalSearch(m, rounds=2)(SMALL, LABELS),
@@ -238,6 +244,10 @@ def summed(attribution):
 
 def layer(model, name):
     return f"model.{name}" if isinstance(model, WithOutput) else name
+
+
+def noise_gate():
+    return LabelSensitiveGate(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 def decoupled(model):
